@@ -1,0 +1,45 @@
+"""Which instance gets this request: the actor around the dispatch board."""
+
+import time
+from random import Random
+from typing import NamedTuple
+
+from llumnix.actors.base import Actor
+from llumnix.cluster import ClusterView, InstanceId, NodeId
+from llumnix.policy.board import DispatchBoard
+
+
+class Dispatched(NamedTuple):
+    """A decision: the instance, its node, and the number of this dispatch."""
+
+    instance: InstanceId
+    node: NodeId
+    sequence: int
+
+
+class DispatcherActor(Actor):
+    """Decides from the load registry plus what this node has itself sent since each report."""
+
+    def __init__(self, node: NodeId, policy: str, top_k: int, seed: int | None = None) -> None:
+        super().__init__()
+        # Numbers go on above those of any earlier process of the same node.
+        first = time.time_ns() // 1000
+        self._board = DispatchBoard(node, policy, top_k, Random(seed), first_sequence=first)
+        self._view = ClusterView()
+        self._block_size = 1
+
+    def update_view(self, view: ClusterView) -> None:
+        """Take over a newer snapshot of the cluster."""
+        self._view = view
+        sizes = [i.block_size for i in view.instances.values() if i.total_blocks]
+        self._block_size = min(sizes, default=1)
+        self._board.update_view(view)
+
+    def decide(self, tokens: int, exclude: frozenset[InstanceId] = frozenset()) -> Dispatched | None:
+        """The instance for a request with a prompt of `tokens`; None when no instance is ready."""
+        blocks = -(-(tokens + 1) // self._block_size)
+        instance = self._board.decide(blocks, exclude)
+        if instance is None:
+            return None
+        sequence = self._board.sent(instance, blocks, tokens)
+        return Dispatched(instance, self._view.instances[instance].node, sequence)

@@ -1,0 +1,167 @@
+"""One engine's life: start, restart with back-off when it dies, drain, stop.
+
+The engine itself lives on the node's event loop; the actor sends coroutines there and is told
+what became of them.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from llumnix.actors.base import Actor
+from llumnix.cluster import InstanceId, InstanceState
+from llumnix.engine.base import EngineError, EngineFacts
+from llumnix.engine.hosted import HostedInstance
+
+logger = logging.getLogger(__name__)
+
+BACKOFF_FIRST, BACKOFF_LONGEST = 1.0, 30.0  # seconds before a restart, doubling
+DRAIN_POLL = 0.1  # seconds between looks at an instance that drains
+STOP_SECONDS = 10.0  # for an engine to end by itself
+
+
+class Life(StrEnum):
+    """The phases of an instance as its actor sees them."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    BACKING_OFF = "backing off"
+    STOPPED = "stopped"
+
+
+class Report(NamedTuple):
+    """What an instance's actor tells its owner on each change."""
+
+    instance: InstanceId
+    life: Life
+    facts: EngineFacts | None
+    reason: str = ""
+
+    @property
+    def state(self) -> InstanceState:
+        """The state as the cluster knows it."""
+        known = {Life.READY: InstanceState.READY, Life.DRAINING: InstanceState.DRAINING}
+        return known.get(self.life, InstanceState.STARTING)
+
+
+class InstanceActor(Actor):
+    """Supervises one instance; `tell` is called on the actor's thread with each change."""
+
+    def __init__(
+        self,
+        instance: InstanceId,
+        make: Callable[[], HostedInstance],
+        loop: asyncio.AbstractEventLoop,
+        tell: Callable[[Report], None],
+    ) -> None:
+        super().__init__()
+        self._instance = instance
+        self._make = make  # a new engine for each start; called on the loop
+        self._loop = loop
+        self._tell = tell
+        self._life = Life.STOPPED
+        self._facts: EngineFacts | None = None
+        self._hosted: HostedInstance | None = None
+        self._failures = 0
+        self._proxy: Any = None  # of this actor, to tell it what happened on the loop
+        self._begun = 0  # starts so far; what a former engine reports late is ignored
+
+    def on_start(self) -> None:
+        """Called by Pykka on the actor's own thread."""
+        self._proxy = self.actor_ref.proxy()
+
+    def begin(self) -> None:
+        """Start the engine."""
+        self._begun += 1
+        self._become(Life.STARTING, facts=None)
+        self._send(self._bring_up(self._begun))
+
+    def drain(self, within: float) -> None:
+        """Take no new requests, let those here end within so many seconds, then stop."""
+        if self._life in (Life.READY, Life.STARTING, Life.BACKING_OFF):
+            self._become(Life.DRAINING, self._facts)
+            self._send(self._drain_and_stop(within))
+
+    def halt(self) -> None:
+        """Stop the engine now."""
+        if self._life is not Life.STOPPED:
+            self._send(self._drain_and_stop(0.0))
+
+    # ---- what the loop tells this actor ----
+
+    def came_up(self, start: int, hosted: HostedInstance, facts: EngineFacts) -> None:
+        """The engine is up."""
+        if start == self._begun and self._life is Life.STARTING:
+            self._hosted, self._failures = hosted, 0
+            self._become(Life.READY, facts)
+
+    def went_down(self, start: int, reason: str) -> None:
+        """The engine did not come up, or died."""
+        if start != self._begun or self._life not in (Life.STARTING, Life.READY):
+            return
+        delay = min(BACKOFF_FIRST * 2**self._failures, BACKOFF_LONGEST)
+        self._failures += 1
+        logger.error("%s; next start in %.0f s", reason, delay)
+        self._become(Life.BACKING_OFF, None, reason)
+        self._send(self._later(delay))
+
+    def retry(self) -> None:
+        """The back-off is over."""
+        if self._life is Life.BACKING_OFF:
+            self.begin()
+
+    def stopped(self) -> None:
+        """The engine has ended and its processes are gone."""
+        self._become(Life.STOPPED, None)
+
+    # ---- on the loop ----
+
+    async def _bring_up(self, start: int) -> None:
+        hosted = self._make()
+        self._hosted = hosted
+        hosted.on_death = lambda reason: self._send(self._bury(hosted, start, reason))
+        try:
+            facts = await hosted.start()
+            self._proxy.came_up.defer(start, hosted, facts)
+        except EngineError as error:
+            self._proxy.went_down.defer(start, str(error))
+
+    async def _bury(self, hosted: HostedInstance, start: int, reason: str) -> None:
+        await hosted.engine.stop(0.0)
+        self._proxy.went_down.defer(start, reason)
+
+    async def _drain_and_stop(self, within: float) -> None:
+        hosted = self._hosted
+        if hosted is not None:
+            try:
+                async with asyncio.timeout(within):
+                    while hosted.requests:
+                        await asyncio.sleep(DRAIN_POLL)
+            except TimeoutError:
+                if within > 0:
+                    logger.warning(
+                        "instance %s stops with %d requests running", hosted.id, hosted.requests
+                    )
+            await hosted.engine.stop(STOP_SECONDS)
+        self._proxy.stopped.defer()
+
+    async def _later(self, delay: float) -> None:
+        await asyncio.sleep(delay)
+        self._proxy.retry.defer()
+
+    def _send(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).add_done_callback(_complain)
+
+    def _become(self, life: Life, facts: EngineFacts | None, reason: str = "") -> None:
+        self._life, self._facts = life, facts
+        self._tell(Report(self._instance, life, facts, reason))
+
+
+def _complain(done: "Future[None]") -> None:
+    """A bug in a coroutine must be seen: nobody waits for its result."""
+    if not done.cancelled() and (error := done.exception()) is not None:
+        logger.error("an instance's task failed", exc_info=error)

@@ -1,0 +1,168 @@
+"""The supervisor of a node's instances: keeps as many running as are wanted here."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llumnix.actors.base import Actor
+from llumnix.actors.instance import InstanceActor, Life, Report
+from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceState, NodeId
+from llumnix.engine.hosted import HostedInstance
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the supervisor acts on; every function may be called from its thread."""
+
+    loop: asyncio.AbstractEventLoop
+    make: Callable[[InstanceId, int], HostedInstance]  # a new engine in a slot; on the loop
+    requests: Callable[[InstanceId], int]  # how many an instance has
+    announce: Callable[[InstanceInfo], None]
+    withdraw: Callable[[InstanceId], None]
+
+
+@dataclass
+class _Slot:
+    instance: InstanceId
+    proxy: Any
+    report: Report
+
+    @property
+    def wanted(self) -> bool:
+        return self.report.life not in (Life.DRAINING, Life.STOPPED)
+
+
+class NodeActor(Actor):
+    """Starts and drains instances until the wanted number runs, each in a slot of its own."""
+
+    def __init__(
+        self, node: NodeId, model: str, limit: int, drain_timeout: float, around: Surroundings
+    ) -> None:
+        super().__init__()
+        self._node = node
+        self._model = model
+        self._limit = limit
+        self._drain_timeout = drain_timeout
+        self._around = around
+        self._slots: dict[int, _Slot] = {}
+        self._wanted = 0
+        self._desired: int | None = None  # the value under desired/<node> acted on last
+        self._leaving = False
+        self._proxy: Any = None
+
+    def on_start(self) -> None:
+        """Called by Pykka on the actor's own thread."""
+        self._proxy = self.actor_ref.proxy()
+
+    def on_stop(self) -> None:
+        """End the actors of the instances."""
+        for slot in self._slots.values():
+            slot.proxy.actor_ref.stop(block=False)
+
+    def update_view(self, view: ClusterView) -> None:
+        """Act on desired/<node> when an operator, or the leader, has changed it."""
+        desired = view.desired.get(self._node)
+        if desired is not None and desired != self._desired:
+            logger.info("%d instances are desired on this node, by its key in etcd", desired)
+            self.want(desired)
+        self._desired = desired
+
+    def want(self, number: int) -> None:
+        """Have this many instances run here, at most the limit."""
+        if number > self._limit:
+            logger.warning(
+                "%d instances are wanted, but --max-instances is %d", number, self._limit
+            )
+        self._wanted = min(number, self._limit)
+        self._settle()
+
+    def changed(self, slot: int, report: Report) -> None:
+        """An instance's actor reports a change."""
+        held = self._slots.get(slot)
+        if held is None:
+            return
+        held.report = report
+        if report.life is Life.STOPPED:
+            del self._slots[slot]
+            held.proxy.actor_ref.stop(block=False)
+            self._around.withdraw(report.instance)
+            logger.info("instance %s has stopped", report.instance)
+            self._settle()
+            return
+        if report.life is Life.READY:
+            logger.info("instance %s is ready", report.instance)
+        self._announce(report)
+
+    def leave(self) -> None:
+        """The node is about to stop: no instance gets new requests any more."""
+        self._leaving = True
+        for slot in self._slots.values():
+            if slot.report.life is Life.READY:
+                self._announce(slot.report)
+
+    def halt(self) -> int:
+        """Stop all instances now; the number that is still to report STOPPED."""
+        self._leaving = True
+        self._wanted = 0
+        for slot in self._slots.values():
+            slot.proxy.halt.defer()
+        return len(self._slots)
+
+    def left(self) -> int:
+        """How many instances have not stopped yet."""
+        return len(self._slots)
+
+    def reports(self) -> list[Report]:
+        """The last report of each instance, in the order of the slots."""
+        return [slot.report for _, slot in sorted(self._slots.items())]
+
+    def _settle(self) -> None:
+        """Start or drain what the difference between wanted and running asks for."""
+        if self._leaving:
+            return
+        running = [n for n, slot in self._slots.items() if slot.wanted]
+        for _ in range(self._wanted - len(running)):
+            if len(self._slots) >= self._limit:
+                break  # a slot is free again when a draining instance has stopped
+            self._open(next(n for n in range(self._limit) if n not in self._slots))
+        if len(running) > self._wanted:
+            # The emptiest go first; of equally empty ones the youngest.
+            running.sort(key=lambda n: (self._around.requests(self._slots[n].instance), -n))
+            for number in running[: len(running) - self._wanted]:
+                slot = self._slots[number]
+                logger.info("instance %s drains: %d are wanted", slot.instance, self._wanted)
+                # Not chosen again while its actor's own report is on its way.
+                slot.report = slot.report._replace(life=Life.DRAINING)
+                slot.proxy.drain.defer(self._drain_timeout)
+
+    def _open(self, number: int) -> None:
+        instance = f"{self._node}-{number}"
+        reference = InstanceActor.start(
+            instance,
+            lambda: self._around.make(instance, number),
+            self._around.loop,
+            lambda report: self._proxy.changed.defer(number, report),
+        )
+        report = Report(instance, Life.STARTING, None)
+        self._slots[number] = _Slot(instance, reference.proxy(), report)
+        self._slots[number].proxy.begin.defer()
+
+    def _announce(self, report: Report) -> None:
+        facts = report.facts
+        state = report.state
+        if self._leaving and state is InstanceState.READY:
+            state = InstanceState.DRAINING
+        self._around.announce(
+            InstanceInfo(
+                report.instance,
+                self._node,
+                self._model,
+                state,
+                facts.total_blocks if facts else 0,
+                facts.block_size if facts else 0,
+            )
+        )

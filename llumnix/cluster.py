@@ -1,0 +1,87 @@
+"""The facts that every room shares: nodes, instances, their loads, and the view of the cluster.
+
+Everything here is frozen: a view is replaced, never changed, so any thread may read the one it holds.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+
+NodeId = str
+InstanceId = str
+
+_EMPTY: Mapping[str, int] = MappingProxyType({})
+
+
+class InstanceState(StrEnum):
+    """Where an instance stands in its life; only a READY one gets new requests."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeInfo:
+    """A node as it presents itself to the others.
+
+    `address` is host:port of its HTTP server (API and peer channel); `epoch` is new with each
+    start of the node's process, so that a restarted node is not taken for its predecessor.
+    """
+
+    id: NodeId
+    address: str
+    version: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceInfo:
+    """An instance: one vLLM engine, the unit that requests are dispatched to."""
+
+    id: InstanceId
+    node: NodeId
+    model: str
+    state: InstanceState
+    total_blocks: int  # KV blocks in all; 0 until the engine is up
+    block_size: int  # tokens in a KV block
+    role: str = "any"  # any | prefill | decode
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceLoad:
+    """What an instance reports of itself; the unit of memory is the KV block.
+
+    `received` says, for each node that dispatches to this instance, the number of its last
+    dispatch that this report already counts; whatever that node sent later is still in flight.
+    """
+
+    instance: InstanceId
+    running: int = 0  # requests in the batch
+    waiting: int = 0  # requests queued
+    used_blocks: int = 0  # held by running requests
+    waiting_blocks: int = 0  # asked for by all queued requests
+    head_blocks: int = 0  # asked for by the request at the head of the queue
+    preemptions: int = 0  # since the instance started
+    received: Mapping[NodeId, int] = field(default_factory=lambda: _EMPTY)
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """One consistent snapshot of the cluster, as the registry last saw it."""
+
+    revision: int = 0  # etcd revision up to which this view is complete
+    nodes: Mapping[NodeId, NodeInfo] = field(default_factory=lambda: MappingProxyType({}))
+    instances: Mapping[InstanceId, InstanceInfo] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
+    loads: Mapping[InstanceId, InstanceLoad] = field(default_factory=lambda: MappingProxyType({}))
+    desired: Mapping[NodeId, int] = field(default_factory=lambda: _EMPTY)
+    draining: frozenset[str] = frozenset()  # nodes and instances under drain/
+    leader: NodeId | None = None
+    leader_epoch: int = 0
+
+    def instances_of(self, node: NodeId) -> tuple[InstanceInfo, ...]:
+        """The instances of one node, by id."""
+        return tuple(i for _, i in sorted(self.instances.items()) if i.node == node)

@@ -1,0 +1,156 @@
+"""The one home of every knob of llumnix: name, default, meaning, and what values make sense.
+
+vLLM's own arguments are not here; they are added beside these by the engine's parser.
+"""
+
+import argparse
+import dataclasses
+import os
+import re
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+
+
+class ConfigError(Exception):
+    """A configuration that cannot work; the message is one sentence that names the knob."""
+
+
+def _state_dir() -> str:
+    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return str(Path(base) / "llumnix")
+
+
+def _knob(default: Any, text: str, **kwargs: Any) -> Any:
+    return field(default=default, metadata={"help": text, **kwargs})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """llumnix's own configuration of one node."""
+
+    cluster: str = _knob("default", "name of the cluster; etcd keys live below /llumnix/<cluster>/")
+    node: str = _knob("", "id of this node, unique in the cluster (default: <host name>-<port>)")
+    advertise_address: str = _knob(
+        "", "host:port at which the other nodes reach this one (default: from --host and --port)"
+    )
+    etcd_endpoints: list[str] = _knob(
+        None,
+        "etcd members as host:port; without any, the node starts an etcd of its own",
+        nargs="+",
+    )
+    etcd_user: str = _knob("", "etcd user")
+    etcd_password: str = _knob("", "etcd password", secret=True)
+    etcd_ca: str = _knob("", "file with the certificate authority of etcd's servers")
+    etcd_cert: str = _knob("", "file with the client certificate for etcd")
+    etcd_key: str = _knob("", "file with the key of the client certificate for etcd")
+    lease_ttl: float = _knob(6.0, "seconds after which a silent node has left the cluster")
+    cluster_token: str = _knob(
+        "", "secret of the peer channel (default: generated, and kept in etcd)", secret=True
+    )
+    state_dir: str = _knob(
+        "", "folder for the embedded etcd's data and the engines' logs (default: user's state)"
+    )
+    engine: str = _knob(
+        "vllm", "vllm, or sim: a modelled engine without weights", choices=("vllm", "sim")
+    )
+    sim_profile: str = _knob("instant", "step times of --engine sim")
+    initial_instances: int = _knob(1, "instances that this node starts with")
+    max_instances: int = _knob(8, "most instances on this node, whatever is desired in etcd")
+    start_timeout: float = _knob(600.0, "seconds within which an instance must be up")
+    dispatch_policy: str = _knob(
+        "load",
+        "load (freeness), queue (fewest waiting), balanced (fewest dispatched), rr or random",
+        choices=("load", "queue", "balanced", "rr", "random"),
+    )
+    dispatch_top_k: int = _knob(1, "dispatch at random among the K best instances")
+    drain_timeout: float = _knob(60.0, "seconds that running requests get to end at SIGTERM")
+    max_body_bytes: int = _knob(64 * 2**20, "largest request body, in bytes; beyond it: 413")
+
+    def resolved(self, host: str | None, port: int) -> "Config":
+        """This configuration with every default that depends on the machine filled in.
+
+        Raises ConfigError for values that contradict each other.
+        """
+        name = socket.gethostname()
+        reachable = host if host not in (None, "", "0.0.0.0", "::") else None
+        filled = dataclasses.replace(
+            self,
+            node=self.node or f"{re.sub(r'[^A-Za-z0-9.-]', '-', name)}-{port}",
+            advertise_address=self.advertise_address or f"{reachable or '127.0.0.1'}:{port}",
+            state_dir=self.state_dir or _state_dir(),
+            etcd_endpoints=[e for item in self.etcd_endpoints or [] for e in item.split(",") if e],
+        )
+        filled.check()
+        if not filled.etcd_endpoints or self.advertise_address or reachable:
+            return filled
+        # Nodes on other machines must find this one, and it listens on all addresses.
+        return dataclasses.replace(filled, advertise_address=f"{_own_address()}:{port}")
+
+    def check(self) -> None:
+        """Raise ConfigError for the first knob whose value cannot work."""
+        for knob in ("cluster", "node"):
+            if not _NAME.match(getattr(self, knob)):
+                raise ConfigError(
+                    f"--{knob} must be letters, digits, '.', '_' and '-', not "
+                    f"{getattr(self, knob)!r}"
+                )
+        if not 0 <= self.initial_instances <= self.max_instances:
+            raise ConfigError(
+                f"--initial-instances is {self.initial_instances}, but must lie between 0 and "
+                f"--max-instances, which is {self.max_instances}"
+            )
+        if self.lease_ttl < 2:
+            raise ConfigError(f"--lease-ttl is {self.lease_ttl}, but etcd grants 2 seconds or more")
+        if self.dispatch_top_k < 1:
+            raise ConfigError(f"--dispatch-top-k is {self.dispatch_top_k}, but must be 1 or more")
+        for knob in ("drain_timeout", "start_timeout", "max_body_bytes"):
+            if getattr(self, knob) < 0:
+                raise ConfigError(f"--{knob.replace('_', '-')} must not be negative")
+        if bool(self.etcd_cert) != bool(self.etcd_key):
+            raise ConfigError("--etcd-cert and --etcd-key go together")
+        if bool(self.etcd_user) != bool(self.etcd_password):
+            raise ConfigError("--etcd-user and --etcd-password go together")
+        if (self.etcd_user or self.etcd_ca or self.etcd_cert) and not self.etcd_endpoints:
+            raise ConfigError("--etcd-user and --etcd-ca need --etcd-endpoints")
+
+
+def _own_address() -> str:
+    """The address by which this machine reaches others; no packet is sent to find it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # documentation range: only the route matters
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add one option for each knob to a parser, in a group of their own."""
+    group = parser.add_argument_group("llumnix", "One service out of many vLLM instances.")
+    for knob in dataclasses.fields(Config):
+        options = {k: v for k, v in knob.metadata.items() if k not in ("help", "secret")}
+        kind = type(knob.default) if knob.default is not None else str
+        default = "" if knob.default in (None, "") else " (default: %(default)s)"
+        group.add_argument(
+            f"--{knob.name.replace('_', '-')}",
+            type=kind,
+            default=knob.default,
+            help=knob.metadata["help"] + default,
+            **options,
+        )
+
+
+def from_arguments(arguments: argparse.Namespace) -> Config:
+    """The configuration that a parsed command line describes. Raises ConfigError."""
+    values = {k.name: getattr(arguments, k.name) for k in dataclasses.fields(Config)}
+    return Config(**values).resolved(arguments.host, arguments.port)
+
+
+def is_secret(name: str) -> bool:
+    """Whether a knob of that name must not be printed."""
+    secrets = {k.name for k in dataclasses.fields(Config) if k.metadata.get("secret")}
+    return name in secrets or name == "api_key"

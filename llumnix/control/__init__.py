@@ -1,0 +1,1 @@
+"""Everything that touches etcd: membership, loads, leases, elections. Nothing else does."""

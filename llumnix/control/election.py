@@ -1,0 +1,154 @@
+"""Which node leads: the one whose lease keeps the key `leader`."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from llumnix.cluster import ClusterView, NodeId
+from llumnix.control.codec import encode_leader
+from llumnix.control.errors import EtcdError
+from llumnix.control.etcd import Etcd
+from llumnix.control.keys import Keys
+from llumnix.control.kv import Compare, Delete
+from llumnix.control.session import Session
+
+log = logging.getLogger(__name__)
+
+
+class Election:
+    """Stands for leader whenever there is none. Its epoch is the key's create revision.
+
+    `on_change(leading, epoch)` is called on this object's thread and must not block. `is_leader`
+    needs no thread to become False: it ends with the time for which the lease is certainly held, so
+    that no two nodes ever lead at once, and comes back if etcd then says that the lease lived on.
+    """
+
+    def __init__(
+        self,
+        etcd: Etcd,
+        session: Session,
+        keys: Keys,
+        node: NodeId,
+        on_change: Callable[[bool, int], None] | None = None,
+        *,
+        interval: float = 2.0,
+    ) -> None:
+        self._etcd = etcd
+        self._session = session
+        self._key = keys.leader
+        self._node = node
+        self._on_change = on_change
+        self._interval = interval
+        self._lock = threading.Lock()
+        self._won: tuple[int, int] | None = None  # epoch, lease
+        self._stands_from = float("-inf")
+        self._told = (False, 0)
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="election", daemon=True)
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this node leads, certainly."""
+        return self._leading() != 0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in which this node leads; 0 while it doesn't."""
+        return self._leading()
+
+    def start(self) -> None:
+        """Begins to stand for leader; returns at once."""
+        self._thread.start()
+
+    def observe(self, view: ClusterView) -> None:
+        """Takes notice of a new view, to stand at once when nobody leads; never blocks."""
+        mine = view.leader == self._node
+        free = view.leader is None and time.monotonic() >= self._stands_from
+        if free or mine != (self._won is not None):
+            self._wake.set()
+
+    def resign(self, aside: float = 5.0) -> bool:
+        """Gives up leading and stands aside for `aside` seconds; whether the key was ours.
+
+        Raises EtcdError when the key could not be deleted; this node does not lead then either.
+        """
+        with self._lock:
+            self._stands_from = time.monotonic() + aside
+            won, self._won = self._won, None
+        self._wake.set()
+        return won is not None and self._give_up(*won)
+
+    def stop(self) -> None:
+        """Ends the thread and resigns, if etcd can be reached."""
+        self._stopping.set()
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        try:
+            self.resign()
+        except EtcdError as error:
+            log.warning("The leadership could not be given up and ends with the lease: %s.", error)
+        self._tell()
+
+    def _leading(self) -> int:
+        won = self._won
+        if won is None or won[1] != self._session.lease or self._session.remaining <= 0:
+            return 0
+        return won[0]
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self._wake.clear()
+            try:
+                self._stand()
+            except EtcdError as error:
+                log.debug("Who leads is not known: %s.", error)
+            self._tell()
+            self._wake.wait(self._pause())
+
+    def _pause(self) -> float:
+        if not self._session.lease:
+            return 0.1  # the session is about to have one
+        if self._told[0]:
+            return min(self._interval, self._session.remaining + 0.01)
+        return self._interval
+
+    def _stand(self) -> None:
+        """Looks who leads, and takes the key if nobody does."""
+        lease = self._session.lease
+        if not lease:
+            return
+        found = self._etcd.get(self._key)
+        if found is None and time.monotonic() >= self._stands_from:
+            _, found = self._etcd.put_if_absent(self._key, encode_leader(self._node), lease)
+        with self._lock:
+            if found is None or found.lease != lease:
+                self._won = None
+                return
+            if time.monotonic() >= self._stands_from:
+                self._won = (found.create_revision, lease)
+                return
+        self._give_up(found.create_revision, lease)  # won while we resigned
+
+    def _give_up(self, epoch: int, lease: int) -> bool:
+        when = [Compare(self._key, "create", epoch), Compare(self._key, "lease", lease)]
+        return self._etcd.txn(when, [Delete(self._key)]).succeeded
+
+    def _tell(self) -> None:
+        epoch = self._leading()
+        told = (epoch != 0, epoch)
+        if told == self._told:
+            return
+        self._told = told
+        if epoch:
+            log.info("This node (%s) leads, in epoch %d.", self._node, epoch)
+        else:
+            log.info("This node (%s) does not lead any more.", self._node)
+        if self._on_change is not None:
+            try:
+                self._on_change(*told)
+            except Exception:
+                # A listener's fault must not end the candidacy.
+                log.exception("A listener failed on the change of leadership.")

@@ -1,0 +1,101 @@
+"""Keys that one lease keeps: what they should be, and what of that is known to be in etcd."""
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+
+from llumnix.control.etcd import Etcd
+from llumnix.control.kv import Compare, Delete, KeyValue
+
+log = logging.getLogger(__name__)
+
+_CALM = 1.0  # seconds between repairs done at once: two nodes of one name must not fight flat out
+
+
+class OwnedKeys:
+    """The wanted and the written values. `settle_one` is for one thread, the rest for any."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wanted: dict[str, bytes] = {}
+        self._unwanted: set[str] = set()  # to be deleted
+        self._written: dict[str, tuple[bytes, int]] = {}  # value, revision
+        self._writing: tuple[str, bytes] | None = None
+        self._repaired = float("-inf")
+
+    def put(self, key: str, value: bytes) -> None:
+        with self._lock:
+            self._wanted[key] = value
+            self._unwanted.discard(key)
+
+    def remove(self, key: str) -> None:
+        with self._lock:
+            if self._wanted.pop(key, None) is not None:
+                self._written.pop(key, None)
+                self._unwanted.add(key)
+
+    def forget_written(self) -> None:
+        """The lease is a new one: everything must be written again."""
+        with self._lock:
+            self._written.clear()
+            self._unwanted.clear()
+
+    def settle_one(self, etcd: Etcd, lease: int) -> bool:
+        """Writes or deletes one key that needs it; False when none does. Raises EtcdError."""
+        with self._lock:
+            self._writing = self._next_unwritten()
+            unwanted = next(iter(self._unwanted), None)
+        if self._writing is not None:
+            self._write(etcd, *self._writing, lease)
+        elif unwanted is not None:
+            # Only with our lease: its next owner may have put it already.
+            etcd.txn([Compare(unwanted, "lease", lease)], [Delete(unwanted)])
+            with self._lock:
+                self._unwanted.discard(unwanted)
+        else:
+            return False
+        return True
+
+    def disturbed(self, items: Mapping[str, KeyValue], revision: int, lease: int) -> bool:
+        """Whether a snapshot shows a key that somebody else changed and that is to be written now.
+
+        A later repair within the same second is left to the session's next beat.
+        """
+        now = time.monotonic()
+        with self._lock:
+            keys = [key for key in self._written if self._is_foreign(key, items, revision, lease)]
+            for key in keys:
+                log.info("%s is not as this node wrote it, so it is written again.", key)
+                del self._written[key]
+            if not keys or now - self._repaired < _CALM:
+                return False
+            self._repaired = now
+            return True
+
+    def _is_foreign(
+        self, key: str, items: Mapping[str, KeyValue], revision: int, lease: int
+    ) -> bool:
+        value, written = self._written[key]
+        if revision <= written:
+            return False  # the snapshot is older than the write
+        found = items.get(key)
+        if found is None or found.lease != lease:
+            return True
+        return found.value != value and (key, found.value) != self._writing
+
+    def _next_unwritten(self) -> tuple[str, bytes] | None:
+        for key, value in self._wanted.items():
+            if self._written.get(key, (None, 0))[0] != value:
+                return key, value
+        return None
+
+    def _write(self, etcd: Etcd, key: str, value: bytes, lease: int) -> None:
+        with self._lock:
+            known = key in self._written
+        revision = etcd.put(key, value, lease)
+        with self._lock:
+            self._writing = None
+            # Found to be foreign meanwhile, or removed: then what is there now is not known.
+            if key in self._wanted and known == (key in self._written):
+                self._written[key] = (value, revision)

@@ -1,0 +1,237 @@
+"""The engine-core client over the cluster: to vLLM's frontend, all instances are one engine.
+
+It stands where vLLM's own data-parallel client stands. A request is dispatched to an instance,
+entered into the ledger, and whatever comes back passes the ledger before the frontend sees it.
+"""
+
+import asyncio
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine.core_client import AsyncMPClient, EngineCoreClient
+from vllm.v1.metrics.stats import SchedulerStats
+
+from llumnix.cluster import InstanceId, NodeId
+from llumnix.engine.base import EngineDead, EngineError
+from llumnix.engine.exchange import Exchange
+from llumnix.engine.frames import Cancel, Lost, Outputs, Submit
+from llumnix.engine.ledger import Ledger, Verdict
+
+logger = logging.getLogger(__name__)
+
+CALL_SECONDS = 30.0  # the longest that a utility call may take
+ATTEMPTS = 5  # instances tried for a request that has not produced a token yet
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where the dispatcher sends a request."""
+
+    instance: InstanceId
+    node: NodeId
+    sequence: int
+
+
+class NoInstance(EngineError):
+    """No instance of the cluster is ready to take a request."""
+
+
+# Decides for a request of so many prompt tokens and this priority; raises EngineError if it can't.
+Dispatch = Callable[[int, int], Awaitable[Route]]
+
+
+class Resources:
+    """What AsyncLLM asks of its client's resources: no single engine's death is the end."""
+
+    engine_dead = False
+
+
+class ClusterClient(EngineCoreClient):
+    """vLLM's `EngineCoreClient` over all instances of the cluster, for one API server."""
+
+    def __init__(self, exchange: Exchange, dispatch: Dispatch, slots: int) -> None:
+        self.resources = Resources()
+        # One engine label for each slot of this node in vLLM's metrics, the last for other nodes.
+        self.engine_ranks_managed = list(range(slots + 1))
+        self.ledger = Ledger()
+        self._elsewhere = slots
+        self._exchange = exchange
+        self._dispatch = dispatch
+        self.dispatched: Counter[InstanceId] = Counter()
+        self._nodes: dict[InstanceId, NodeId] = {}
+        self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.instances: Callable[[], Mapping[InstanceId, NodeId]] = dict
+        exchange.on_outputs = self.deliver
+        exchange.on_node_lost = self._on_node_lost
+
+    @property
+    def node(self) -> NodeId:
+        """The node of this API server."""
+        return self._exchange.node
+
+    # ---- what vLLM's frontend calls ----
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        """Dispatch a request. Raises EngineError if no instance can take it."""
+        await self._place(request)
+
+    async def get_output_async(self) -> EngineCoreOutputs:
+        """The next batch of accepted outputs, or an instance's statistics."""
+        return await self._outputs.get()
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        """End requests wherever they run; a node that is gone has ended them already."""
+        by_owner: dict[InstanceId, list[str]] = {}
+        for request_id in request_ids:
+            if entry := self.ledger.close(request_id):
+                by_owner.setdefault(entry.owner, []).append(request_id)
+        for instance, ids in by_owner.items():
+            try:
+                await self._exchange.cancel(self._nodes[instance], Cancel(instance, ids))
+            except EngineDead as error:
+                logger.info("nothing to cancel at %s: %s", instance, error)
+
+    async def get_supported_tasks_async(self) -> tuple[Any, ...]:
+        """What the model can do, as the first instance that answers says."""
+        for instance, node in self.instances().items():
+            try:
+                answer = await self._exchange.call(
+                    node, instance, "get_supported_tasks", (), CALL_SECONDS
+                )
+                return tuple(answer)
+            except (EngineError, TimeoutError) as error:
+                logger.warning("instance %s did not tell its tasks: %s", instance, error)
+        raise EngineError("no instance is ready")
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Nothing to end here: engines and links have other owners."""
+        for task in self._tasks:
+            task.cancel()
+
+    def dp_engines_running(self) -> bool:
+        """Whether any request is open."""
+        return bool(len(self.ledger))
+
+    # ---- what comes back ----
+
+    def deliver(self, frame: Outputs | Lost, stats: SchedulerStats | None = None) -> None:
+        """Take a frame from an instance: pass on what the ledger accepts."""
+        if isinstance(frame, Lost):
+            for request_id, epoch in zip(frame.request_ids, frame.epochs, strict=True):
+                self._lost(request_id, epoch, frame.reason)
+            return
+        accepted = []
+        for output, epoch, position in zip(
+            frame.outputs, frame.epochs, frame.positions, strict=True
+        ):
+            request_id = output.request_id
+            verdict = self.ledger.accept(request_id, epoch, position, output.new_token_ids)
+            if verdict is Verdict.ACCEPTED:
+                accepted.append(output)
+                if output.finish_reason is not None:
+                    self.ledger.close(request_id)
+        if accepted or stats is not None:
+            hosted = self._exchange.hosted.get(frame.instance)
+            self._outputs.put_nowait(
+                EngineCoreOutputs(
+                    engine_index=self._elsewhere if hosted is None else hosted.slot,
+                    outputs=accepted,
+                    scheduler_stats=stats,
+                    timestamp=frame.timestamp,
+                )
+            )
+
+    # ---- placing and replacing ----
+
+    async def _place(self, request: EngineCoreRequest) -> None:
+        """Send a request to an instance, trying others while nodes don't answer."""
+        length = len(request.prompt_token_ids or ())
+        for attempt in range(1, ATTEMPTS + 1):
+            route = await self._dispatch(length, request.priority)
+            self._nodes[route.instance] = route.node
+            entry = self.ledger.get(request.request_id)
+            if entry is None:
+                entry = self.ledger.open(request.request_id, request, route.instance)
+            else:
+                entry = self.ledger.move(request.request_id, route.instance)
+            frame = Submit(route.instance, entry.epoch, route.sequence, request)
+            try:
+                await self._exchange.submit(route.node, self, frame)
+                self.dispatched[route.instance] += 1
+                return
+            except EngineDead as error:
+                logger.warning("could not place request %s: %s", request.request_id, error)
+                if attempt == ATTEMPTS:
+                    self.ledger.close(request.request_id)
+                    raise
+            except asyncio.CancelledError:
+                await self.abort_requests_async([request.request_id])
+                raise
+
+    def _on_node_lost(self, node: NodeId, reason: str) -> None:
+        for instance in [i for i, n in self._nodes.items() if n == node]:
+            for request_id, entry in self.ledger.owned_by(instance):
+                self._lost(request_id, entry.epoch, reason)
+
+    def _lost(self, request_id: str, epoch: int, reason: str) -> None:
+        """An owner lost a request: start over elsewhere if nothing was sent, else end it."""
+        entry = self.ledger.get(request_id)
+        if entry is None or entry.epoch != epoch:
+            return
+        if entry.tokens or entry.epoch >= ATTEMPTS:
+            logger.error("request %s ended: %s", request_id, reason)
+            self._fail(request_id)
+            return
+        logger.warning("request %s is dispatched again: %s", request_id, reason)
+        task = asyncio.create_task(self._place_again(request_id, entry.request))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _place_again(self, request_id: str, request: EngineCoreRequest) -> None:
+        try:
+            await self._place(request)
+        except EngineError as error:
+            logger.error("request %s ended: %s", request_id, error)
+            self._fail(request_id)
+
+    def _fail(self, request_id: str) -> None:
+        self.ledger.close(request_id)
+        output = EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)
+        self._outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
+
+    async def _broadcast(self, method: str, *args: Any) -> Any:
+        """Call a utility method everywhere; booleans are and-ed, else the first answer counts."""
+        targets = dict(self.instances())
+        if not targets:
+            raise EngineError("no instance is ready")
+        answers = await asyncio.gather(
+            *(
+                self._exchange.call(node, instance, method, args, CALL_SECONDS)
+                for instance, node in targets.items()
+            )
+        )
+        return all(answers) if isinstance(answers[0], bool) else answers[0]
+
+
+def _utility(name: str) -> Callable[..., Awaitable[Any]]:
+    signature = inspect.signature(getattr(AsyncMPClient, name))
+
+    async def call(self: ClusterClient, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        return await self._broadcast(name.removesuffix("_async"), *bound.args[1:])
+
+    return call
+
+
+# Every other coroutine of vLLM's own client is a utility call, and goes to all instances.
+for _name in dir(AsyncMPClient):
+    if _name.endswith("_async") and not _name.startswith(("_", "call_utility")):
+        if _name not in ClusterClient.__dict__:
+            setattr(ClusterClient, _name, _utility(_name))

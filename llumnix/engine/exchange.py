@@ -1,0 +1,112 @@
+"""The exchange: gets a frame to the node that hosts an instance, and serves those that arrive.
+
+An instance of this node is called directly, any other one over the peer link to its node.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from llumnix.cluster import InstanceId, NodeId
+from llumnix.engine.base import EngineDead, EngineError
+from llumnix.engine.frames import Call, Cancel, Frame, Lost, Outputs, Reply, Submit
+from llumnix.engine.hosted import HostedInstance, Origin
+from llumnix.engine.peer import Link, Peers
+
+logger = logging.getLogger(__name__)
+
+
+class Exchange:
+    """Carries requests to instances, near and far; lives on the node's event loop."""
+
+    def __init__(self, node: NodeId, peers: Peers) -> None:
+        self.node = node
+        self.hosted: dict[InstanceId, HostedInstance] = {}
+        self.on_outputs: Callable[[Outputs | Lost], None] = lambda frame: None
+        self.on_node_lost: Callable[[NodeId, str], None] = lambda node, reason: None
+        self._peers = peers
+        self._tasks: set[asyncio.Task[Any]] = set()
+        peers.on_frame = self._on_frame
+        peers.on_close = self._on_close
+
+    async def submit(self, node: NodeId, home: Origin, frame: Submit) -> None:
+        """Have a request run. Raises EngineDead if its node can't be reached."""
+        if node == self.node:
+            await self._submit(home, frame)
+        else:
+            (await self._peers.link(node)).send(frame)
+
+    async def cancel(self, node: NodeId, frame: Cancel) -> None:
+        """End requests. Raises EngineDead if the node can't be reached: then they ended anyway."""
+        if node == self.node:
+            await self._cancel(frame)
+        else:
+            (await self._peers.link(node)).send(frame)
+
+    async def call(
+        self, node: NodeId, instance: InstanceId, method: str, args: tuple[Any, ...], within: float
+    ) -> Any:
+        """Call a utility method of an instance's engine. Raises EngineError, TimeoutError."""
+        async with asyncio.timeout(within):
+            if node == self.node:
+                return await self._call(instance, method, args)
+            return await (await self._peers.link(node)).call(instance, method, args)
+
+    async def close(self) -> None:
+        """End all links and tasks; the hosted instances are stopped by their owners."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._peers.close()
+
+    async def _on_frame(self, link: Link, frame: Frame) -> None:
+        match frame:
+            case Outputs() | Lost():
+                self.on_outputs(frame)
+            case Submit():
+                await self._submit(link, frame)
+            case Cancel():
+                await self._cancel(frame)
+            case Call():
+                # In a task of its own: a slow call must not hold up the frames behind it.
+                self._spawn(self._reply(link, frame))
+            case _:
+                logger.warning("ignored a %s from node %s", type(frame).__name__, link.node)
+
+    async def _on_close(self, link: Link) -> None:
+        for hosted in list(self.hosted.values()):
+            await hosted.evict(link)
+        self.on_node_lost(link.node, f"lost the connection to node {link.node}")
+
+    async def _submit(self, origin: Origin, frame: Submit) -> None:
+        hosted = self.hosted.get(frame.instance)
+        if hosted is None:
+            ids = [frame.request.request_id]
+            origin.deliver(Lost(frame.instance, [frame.epoch], ids, f"{frame.instance} is gone"))
+        else:
+            await hosted.submit(origin, frame)
+
+    async def _cancel(self, frame: Cancel) -> None:
+        if hosted := self.hosted.get(frame.instance):
+            await hosted.cancel(frame.request_ids)
+
+    async def _call(self, instance: InstanceId, method: str, args: tuple[Any, ...]) -> Any:
+        hosted = self.hosted.get(instance)
+        if hosted is None:
+            raise EngineDead(f"instance {instance} is not on node {self.node}")
+        return await hosted.engine.call(method, *args)
+
+    async def _reply(self, link: Link, frame: Call) -> None:
+        try:
+            result = await self._call(frame.instance, frame.method, tuple(frame.args))
+            reply = Reply(frame.id, result)
+        except EngineError as error:
+            reply = Reply(frame.id, error=str(error))
+        if not link.closed:
+            link.send(reply)
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

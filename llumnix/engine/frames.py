@@ -1,0 +1,130 @@
+"""The messages of the peer channel, and their encoding: msgpack all the way down, never pickle.
+
+A frame is one WebSocket message: the msgpack part, and behind it the tensors and arrays that
+vLLM's encoder keeps out of band. Grouped by who receives them.
+"""
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, bytestr
+
+from llumnix.cluster import InstanceId, NodeId
+
+
+class FrameError(Exception):
+    """What arrived is not a frame of this protocol."""
+
+
+class Frame(msgspec.Struct, array_like=True, tag=True, gc=False):
+    """The base of all frames."""
+
+
+# ---- to the node that hosts an instance ----
+
+
+class Submit(Frame, array_like=True, gc=False):
+    """Run this request on `instance`; its outputs go back over the same connection."""
+
+    instance: InstanceId
+    epoch: int
+    sequence: int  # number of the dispatch, see InstanceLoad.received
+    request: EngineCoreRequest
+
+
+class Cancel(Frame, array_like=True, gc=False):
+    """The client is gone, or has all it wanted: end these requests."""
+
+    instance: InstanceId
+    request_ids: list[str]
+
+
+class Call(Frame, array_like=True, gc=False):
+    """Call a utility method of an instance's engine; a Reply of the same id answers."""
+
+    id: int
+    instance: InstanceId
+    method: str
+    args: list[Any]
+
+
+# ---- to the node that holds the client's connection ----
+
+
+class Outputs(Frame, array_like=True, gc=False):
+    """Everything that one step of an instance produced for one API server."""
+
+    instance: InstanceId
+    timestamp: float  # seconds, the engine's monotonic clock
+    epochs: list[int]  # one for each output
+    positions: list[int]  # of each output's first token
+    outputs: list[EngineCoreOutput]
+
+
+class Lost(Frame, array_like=True, gc=False):
+    """The instance no longer runs these requests and never will: it is dead or never had them."""
+
+    instance: InstanceId
+    epochs: list[int]
+    request_ids: list[str]
+    reason: str
+
+
+class Reply(Frame, array_like=True, gc=False):
+    """The answer to a Call: a result, or one sentence that tells why there is none."""
+
+    id: int
+    result: Any = None
+    error: str | None = None
+
+
+# ---- to both ----
+
+
+class Hello(Frame, array_like=True, gc=False):
+    """The first frame in each direction: who speaks."""
+
+    node: NodeId
+    version: str
+
+
+AnyFrame = Submit | Cancel | Call | Outputs | Lost | Reply | Hello
+
+_LENGTH = struct.Struct("<I")
+
+
+class Codec:
+    """Encodes and decodes frames; one for each connection (the encoder keeps state)."""
+
+    def __init__(self) -> None:
+        self._encoder = MsgpackEncoder()
+        self._decoder = MsgpackDecoder(AnyFrame)
+
+    def encode(self, frame: Frame) -> bytes:
+        """One WebSocket message: count of parts, their lengths, then the parts."""
+        parts: Sequence[bytestr] = self._encoder.encode(frame)
+        head = [_LENGTH.pack(len(parts))]
+        sizes = [p.nbytes if isinstance(p, memoryview) else len(p) for p in parts]
+        head += [_LENGTH.pack(size) for size in sizes]
+        return b"".join([*head, *parts])
+
+    def decode(self, message: bytes) -> Frame:
+        """The frame of a message. Raises FrameError on anything that encode() did not make."""
+        try:
+            (count,) = _LENGTH.unpack_from(message)
+            view = memoryview(message)
+            start = _LENGTH.size * (count + 1)
+            parts = []
+            for n in range(count):
+                (size,) = _LENGTH.unpack_from(message, _LENGTH.size * (n + 1))
+                parts.append(view[start : start + size])
+                start += size
+            frame = self._decoder.decode(parts)
+        except (struct.error, msgspec.MsgspecError, ValueError, IndexError, TypeError) as error:
+            raise FrameError(f"not a llumnix frame: {error}") from error
+        if not isinstance(frame, Frame):
+            raise FrameError(f"not a llumnix frame: {type(frame).__name__}")
+        return frame

@@ -1,0 +1,159 @@
+"""One instance as its node hosts it: whose requests its engine runs, and what load that makes.
+
+The engine knows nothing of origins, epochs and positions; they are added to its outputs here,
+once for each step. Everything runs on the node's event loop.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
+
+from llumnix.cluster import InstanceId, InstanceLoad, NodeId
+from llumnix.engine.base import Engine, EngineDead, EngineEvents, EngineFacts
+from llumnix.engine.frames import Lost, Outputs, Submit
+
+
+class Origin(Protocol):
+    """An API server that has requests here: this node's own, or one behind a peer link."""
+
+    @property
+    def node(self) -> NodeId:
+        """The node of that API server."""
+
+    def deliver(self, frame: Outputs | Lost, stats: SchedulerStats | None = None) -> None:
+        """Hand a frame over without waiting; `stats` only ever go to this node's own."""
+
+
+@dataclass(slots=True)
+class _Tenant:
+    origin: Origin
+    epoch: int
+    position: int  # of the next output token
+    blocks: int  # KV blocks its prompt asks for
+    started: bool = False
+
+
+class HostedInstance:
+    """An engine together with the requests it runs and the origins they came from."""
+
+    def __init__(self, engine: Engine, slot: int, home: Origin) -> None:
+        self.engine = engine
+        self.slot = slot  # 0, 1, … on this node; the `engine` label of vLLM's own metrics
+        self.facts: EngineFacts | None = None
+        self.on_load: Callable[[], None] = lambda: None
+        self.on_death: Callable[[str], None] = lambda reason: None
+        self._home = home  # the API server of this node: it gets the engine's statistics
+        self._tenants: dict[str, _Tenant] = {}
+        self._received: dict[NodeId, int] = {}
+        self._running = 0
+        self._usage = 0.0
+        self._preemptions = 0
+        self._dead: str | None = None
+
+    @property
+    def id(self) -> InstanceId:
+        """The instance's name in the cluster."""
+        return self.engine.id
+
+    @property
+    def requests(self) -> int:
+        """How many requests the instance has, running or queued."""
+        return len(self._tenants)
+
+    async def start(self) -> EngineFacts:
+        """Bring the engine up. Raises EngineError."""
+        self.facts = await self.engine.start(EngineEvents(self._on_outputs, self._on_death))
+        return self.facts
+
+    async def submit(self, origin: Origin, frame: Submit) -> None:
+        """Give a request to the engine. What cannot run here is answered with a Lost frame."""
+        request = frame.request
+        self._received[origin.node] = max(frame.sequence, self._received.get(origin.node, 0))
+        if self.facts is None or self._dead is not None:
+            self._lose(origin, frame.epoch, request.request_id, self._dead or "it is not up yet")
+            return
+        length = len(request.prompt_token_ids or ()) + 1
+        blocks = -(-length // self.facts.block_size)
+        self._tenants[request.request_id] = _Tenant(origin, frame.epoch, 0, blocks)
+        try:
+            await self.engine.add(request)
+        except EngineDead as error:
+            if self._tenants.pop(request.request_id, None) is not None:
+                self._lose(origin, frame.epoch, request.request_id, str(error))
+        self.on_load()
+
+    async def cancel(self, request_ids: Iterable[str]) -> None:
+        """End requests; unknown ids are no error."""
+        known = [i for i in request_ids if self._tenants.pop(i, None) is not None]
+        if known and self._dead is None:
+            await self.engine.abort(known)
+        self.on_load()
+
+    async def evict(self, origin: Origin) -> None:
+        """End everything that came from an origin which is gone."""
+        await self.cancel([i for i, t in self._tenants.items() if t.origin is origin])
+
+    def load(self) -> InstanceLoad:
+        """The load as of the last step, with every request that has arrived since as queued."""
+        waiting_count = max(len(self._tenants) - self._running, 0)
+        fresh = [t.blocks for t in self._tenants.values() if not t.started]
+        waiting = fresh[len(fresh) - min(waiting_count, len(fresh)) :]
+        total = self.facts.total_blocks if self.facts else 0
+        busy = bool(self._tenants)
+        return InstanceLoad(
+            self.id,
+            running=min(self._running, len(self._tenants)),
+            waiting=waiting_count,
+            used_blocks=round(self._usage * total) if busy else 0,
+            waiting_blocks=sum(waiting),
+            head_blocks=waiting[0] if waiting else 0,
+            preemptions=self._preemptions,
+            received=dict(self._received),
+        )
+
+    def _on_outputs(self, step: EngineCoreOutputs) -> None:
+        """Split one step by origin and send each its part in one frame."""
+        frames: dict[Origin, Outputs] = {}
+        tenants = self._tenants
+        for output in step.outputs:
+            tenant = tenants.get(output.request_id)
+            if tenant is None:  # cancelled while the step ran
+                continue
+            frame = frames.get(tenant.origin)
+            if frame is None:
+                frame = frames[tenant.origin] = Outputs(self.id, step.timestamp, [], [], [])
+            frame.epochs.append(tenant.epoch)
+            frame.positions.append(tenant.position)
+            frame.outputs.append(output)
+            tenant.position += len(output.new_token_ids)
+            tenant.started = True
+            if output.events is not None:
+                self._preemptions += sum(
+                    event.type == EngineCoreEventType.PREEMPTED for event in output.events
+                )
+            if output.finish_reason is not None:
+                del tenants[output.request_id]
+        self._deliver(frames, step)
+
+    def _deliver(self, frames: dict[Origin, Outputs], step: EngineCoreOutputs) -> None:
+        stats = step.scheduler_stats
+        if stats is not None:
+            self._running, self._usage = stats.num_running_reqs, stats.kv_cache_usage
+            if self._home not in frames:
+                frames[self._home] = Outputs(self.id, step.timestamp, [], [], [])
+        for origin, frame in frames.items():
+            origin.deliver(frame, stats if origin is self._home else None)
+        self.on_load()
+
+    def _on_death(self, reason: str) -> None:
+        self._dead = reason
+        tenants, self._tenants = self._tenants, {}
+        for request_id, tenant in tenants.items():
+            self._lose(tenant.origin, tenant.epoch, request_id, reason)
+        self.on_death(reason)
+
+    def _lose(self, origin: Origin, epoch: int, request_id: str, reason: str) -> None:
+        origin.deliver(Lost(self.id, [epoch], [request_id], reason))

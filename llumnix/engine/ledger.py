@@ -1,0 +1,101 @@
+"""The ledger: who owns each request, and which of its tokens have been accepted.
+
+The API server that holds the client's connection keeps it. Positions make each token reach the
+client once; epochs make a late owner harmless. No I/O, no threads, no clock.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from llumnix.cluster import InstanceId
+
+
+class Verdict(StrEnum):
+    """What became of an output that was offered to the ledger."""
+
+    ACCEPTED = "accepted"
+    UNKNOWN = "unknown_request"  # never opened here, finished or cancelled
+    STALE = "stale_epoch"  # from an owner that lost the request meanwhile
+    REPEATED = "repeated_position"  # the client has these tokens already
+    GAP = "missing_position"  # tokens before these never arrived
+
+
+@dataclass(slots=True)
+class Entry:
+    """One open request: as it was dispatched, and everything accepted so far."""
+
+    request: Any  # the engine's own request object, sent again whenever the request moves
+    owner: InstanceId
+    epoch: int = 1
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def position(self) -> int:
+        """The position of the next output token, counted from 0."""
+        return len(self.tokens)
+
+
+class Ledger:
+    """All open requests of one API server."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Entry] = {}
+        self.dropped: Counter[Verdict] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._entries
+
+    def open(self, request_id: str, request: Any, owner: InstanceId) -> Entry:
+        """Begin a request with its first owner, in epoch 1.
+
+        Raises ValueError if a request of that id is open already.
+        """
+        if request_id in self._entries:
+            raise ValueError(f"request {request_id} is open already")
+        entry = self._entries[request_id] = Entry(request, owner)
+        return entry
+
+    def get(self, request_id: str) -> Entry | None:
+        """The open request of that id, if any."""
+        return self._entries.get(request_id)
+
+    def move(self, request_id: str, owner: InstanceId) -> Entry:
+        """Give the request to `owner` in a new epoch; the old owner's outputs are stale from now.
+
+        Raises KeyError if the request is not open.
+        """
+        entry = self._entries[request_id]
+        entry.owner = owner
+        entry.epoch += 1
+        return entry
+
+    def accept(self, request_id: str, epoch: int, position: int, tokens: list[int]) -> Verdict:
+        """Offer an output whose first token stands at `position`; take it, or count why not."""
+        entry = self._entries.get(request_id)
+        if entry is None:
+            verdict = Verdict.UNKNOWN
+        elif entry.epoch != epoch:
+            verdict = Verdict.STALE
+        elif position < len(entry.tokens):
+            verdict = Verdict.REPEATED
+        elif position > len(entry.tokens):
+            verdict = Verdict.GAP
+        else:
+            entry.tokens += tokens
+            return Verdict.ACCEPTED
+        self.dropped[verdict] += 1
+        return verdict
+
+    def close(self, request_id: str) -> Entry | None:
+        """End a request, finished or cancelled; whatever still arrives for it is dropped."""
+        return self._entries.pop(request_id, None)
+
+    def owned_by(self, instance: InstanceId) -> Iterator[tuple[str, Entry]]:
+        """The open requests of one instance; the ledger may change while iterating."""
+        return iter([(i, e) for i, e in self._entries.items() if e.owner == instance])

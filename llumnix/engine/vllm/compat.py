@@ -1,0 +1,60 @@
+"""All differences between the supported versions of vLLM, and the one seam that has no plug-in.
+
+Accepted: vLLM 0.26 to 0.33. Whatever moved between them is looked up here by its old and new name.
+"""
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import vllm
+from vllm.v1.engine.core_client import EngineCoreClient
+
+OLDEST, NEWEST = (0, 26), (0, 33)
+
+_SERVER_MODULES = (
+    "vllm.entrypoints.launchers.app",  # 0.32
+    "vllm.entrypoints.launchers.api_server.app_state",
+    "vllm.entrypoints.common.cli_args",  # 0.33
+    "vllm.entrypoints.launchers.cli_args",
+    "vllm.entrypoints.openai.cli_args",  # 0.26
+    "vllm.entrypoints.openai.api_server",
+)
+
+
+def supported(version: str = vllm.__version__) -> bool:
+    """Whether this version of vLLM is one that llumnix was written for."""
+    numbers = version.split(".")[:2]
+    if not all(n.isdigit() for n in numbers):
+        return True  # a build from source: let it try
+    major, minor = (int(n) for n in numbers)
+    return OLDEST <= (major, minor) <= NEWEST
+
+
+def server_symbol(name: str) -> Any:
+    """A function of vLLM's OpenAI server, wherever this version keeps it.
+
+    Raises ImportError if no known module has it.
+    """
+    for module in _SERVER_MODULES:
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            continue
+    raise ImportError(f"vLLM {vllm.__version__} has no {name} where llumnix looks for it")
+
+
+@contextlib.contextmanager
+def engine_core_client(client: EngineCoreClient) -> Iterator[None]:
+    """While this is open, an AsyncLLM that is made takes `client` instead of starting an engine.
+
+    AsyncLLM calls this static method in its constructor and has no argument for a client of
+    one's own; it is the same in all supported versions.
+    """
+    original = EngineCoreClient.__dict__["make_async_mp_client"]
+    EngineCoreClient.make_async_mp_client = staticmethod(lambda *a, **k: client)
+    try:
+        yield
+    finally:
+        EngineCoreClient.make_async_mp_client = original

@@ -1,0 +1,63 @@
+"""vLLM's frontend, unchanged, above llumnix's client: tokenising, sampling parameters, OpenAI API.
+
+Its FastAPI application is handed out as a plain ASGI application.
+"""
+
+import argparse
+import contextlib
+import logging
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.executor import Executor
+
+from llumnix.engine.base import EngineFacts
+from llumnix.engine.client import ClusterClient
+from llumnix.engine.vllm import compat
+
+logger = logging.getLogger(__name__)
+
+
+class Frontend:
+    """vLLM's server application for this node's clients."""
+
+    def __init__(
+        self, arguments: argparse.Namespace, config: VllmConfig, client: ClusterClient
+    ) -> None:
+        self._arguments = arguments
+        self._config = config
+        self._client = client
+        self._stack = contextlib.AsyncExitStack()
+        self.llm: AsyncLLM | None = None
+        self.app: Any = None  # an ASGI application, once open
+
+    async def open(self, facts: EngineFacts) -> None:
+        """Build the application; `facts` are those of the first instance that is ready."""
+        self._learn(facts)
+        with compat.engine_core_client(self._client):
+            self.llm = llm = AsyncLLM(
+                vllm_config=self._config,
+                executor_class=Executor.get_class(self._config),
+                log_stats=not self._arguments.disable_log_stats,
+                log_requests=self._arguments.enable_log_requests,
+                aggregate_engine_logging=self._arguments.aggregate_engine_logging,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+            )
+        self._stack.callback(llm.shutdown)
+        tasks = facts.tasks
+        app = compat.server_symbol("build_app")(self._arguments, tasks, llm.model_config)
+        await compat.server_symbol("init_app_state")(llm, app.state, self._arguments, tasks)
+        await self._stack.enter_async_context(app.router.lifespan_context(app))
+        self.app = app
+
+    async def close(self) -> None:
+        """End vLLM's background tasks."""
+        await self._stack.aclose()
+
+    def _learn(self, facts: EngineFacts) -> None:
+        """What vLLM's own client would have written into the configuration at engine start."""
+        self._config.cache_config.num_gpu_blocks = facts.total_blocks
+        self._config.cache_config.block_size = facts.block_size
+        self._config.model_config.max_model_len = facts.max_model_len

@@ -1,0 +1,155 @@
+"""Starts EngineCore processes out of a fork server that has already imported vLLM.
+
+Importing vLLM costs seconds of one core; a process forked from one that has done it starts at
+once. The fork server touches no device, so its children may.
+"""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+from dataclasses import dataclass, field
+from multiprocessing import connection, forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+# What an EngineCore and its worker import; whatever is missing in a version is imported later.
+_PRELOAD = [
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.executor.uniproc_executor",
+    "llumnix.engine.vllm.preload",
+]
+
+# An exception's own line at the end of a traceback in an engine's log.
+_ERROR_LINE = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception)): (.+)$")
+# Exceptions that only say that another one happened elsewhere.
+_SECONDARY = ("See stack trace", "See root cause", "initialization failed")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which share of the machine an instance gets, as environment and as CPU cores."""
+
+    environment: dict[str, str] = field(default_factory=dict)
+    cores: frozenset[int] = frozenset()  # empty: not bound
+
+
+def start_fork_server() -> ForkServerContext:
+    """Start the fork server if it is not running, and let it import vLLM meanwhile.
+
+    Call it as early as possible: it imports on another core while the caller goes on.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    forkserver.ensure_running()
+    return context
+
+
+class EngineProcess:
+    """One EngineCore process, owned by this node: it dies with the node, whatever happens."""
+
+    def __init__(self, name: str, log_file: Path) -> None:
+        self.name = name
+        self.log_file = log_file
+        self._process: ForkServerProcess | None = None
+
+    def start(self, placement: Placement, **kwargs: Any) -> None:
+        """Fork the process. Blocks until the fork server has finished importing."""
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        context = start_fork_server()
+        arguments = (str(self.log_file), placement, kwargs)
+        self._process = context.Process(target=_engine_core, args=arguments, name=self.name)
+        self._process.start()
+
+    @property
+    def sentinel(self) -> int:
+        """A descriptor that becomes readable when the process ends."""
+        assert self._process is not None
+        return self._process.sentinel
+
+    @property
+    def pid(self) -> int | None:
+        """The process id, None before start."""
+        return self._process.pid if self._process else None
+
+    def failure(self) -> str:
+        """One line that tells why the process ended, from its log if that says anything."""
+        code = self._process.exitcode if self._process else None
+        status = f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"exit {code}"
+        return f"{_last_error(self.log_file) or 'the engine process ended'} ({status})"
+
+    def stop(self, timeout: float) -> None:
+        """SIGTERM, then SIGKILL after `timeout` seconds; blocks until the process is gone."""
+        process = self._process
+        if process is None:
+            return
+        if process.is_alive():
+            process.terminate()
+            process.join(timeout)
+        if process.is_alive():
+            logger.warning("engine process %s did not end in %.0f s; killing it", self.name, timeout)
+            process.kill()
+            process.join()
+        process.close()
+        self._process = None
+
+
+def _last_error(log_file: Path) -> str | None:
+    """The most telling exception line in the tail of an engine's log."""
+    try:
+        lines = log_file.read_text(errors="replace").splitlines()[-400:]
+    except OSError:
+        return None
+    found = [m for line in lines if (m := _ERROR_LINE.search(line))]
+    primary = [m for m in found if not any(s in m[2] for s in _SECONDARY)]
+    best = (primary or found or [None])[-1]
+    return f"{best[1]}: {best[2]}" if best else None
+
+
+def _engine_core(log_file: str, placement: Placement, kwargs: dict[str, Any]) -> None:
+    """The main function of an engine process (in the child)."""
+    log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    os.close(log)
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)  # a Ctrl-C at the terminal is the node's business
+    threading.Thread(target=_die_with_parent, name="parent-watch", daemon=True).start()
+
+    # Workers are forked from here, where vLLM is imported already. (On a GPU nothing has touched
+    # the device yet; vLLM itself falls back to spawn where fork would not be safe.)
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+    os.environ.update(placement.environment)
+    if placement.cores:
+        _bind_workers(placement.cores)
+
+    from vllm.v1.engine.core import EngineCoreProc
+
+    EngineCoreProc.run_engine_core(**kwargs)
+
+
+def _bind_workers(cores: frozenset[int]) -> None:
+    """Bind this engine's workers, not its scheduler, to their cores.
+
+    vLLM does it with OpenMP's environment, which a forked worker has already read.
+    """
+    import torch
+
+    torch.set_num_threads(len(cores))
+    os.register_at_fork(after_in_child=lambda: os.sched_setaffinity(0, cores))
+
+
+def _die_with_parent() -> None:
+    """An engine must not outlive its node: nobody would own it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,81 @@
+"""A node's side of the control plane, opened in order and closed in reverse."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from llumnix.cluster import ClusterView, NodeInfo
+from llumnix.config import Config
+from llumnix.control.election import Election
+from llumnix.control.embedded import EmbeddedEtcd
+from llumnix.control.etcd import Etcd
+from llumnix.control.keys import Keys
+from llumnix.control.registry import Registry
+from llumnix.control.session import Session
+from llumnix.control.token import cluster_token
+from llumnix.version import VERSION
+
+logger = logging.getLogger(__name__)
+
+FIRST_ANSWER = 15.0  # seconds that etcd has for its first answers
+
+
+class ControlPlane:
+    """The etcd client, the lease, the registry and the election of one node. All calls block."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._embedded: EmbeddedEtcd | None = None
+        self._etcd: Etcd | None = None
+        self.token = ""
+        self.session: Session
+        self.registry: Registry
+        self.election: Election
+
+    def open(self, on_view: Callable[[ClusterView], None]) -> None:
+        """Join the cluster. Raises EtcdError with one sentence if that is not possible."""
+        config = self._config
+        endpoints = config.etcd_endpoints
+        if not endpoints:
+            self._embedded = EmbeddedEtcd(Path(config.state_dir) / "etcd" / config.cluster)
+            self._embedded.start()
+            endpoints = list(self._embedded.endpoints)
+        self._etcd = etcd = Etcd(
+            endpoints,
+            user=config.etcd_user or None,
+            password=config.etcd_password or None,
+            ca=config.etcd_ca or None,
+            cert=config.etcd_cert or None,
+            key=config.etcd_key or None,
+        )
+        keys = Keys(config.cluster)
+        self.token = cluster_token(etcd, keys, config.cluster_token or None)
+        self.session = Session(etcd, config.lease_ttl)
+        self.registry = Registry(etcd, self.session, keys)
+        self.election = Election(etcd, self.session, keys, config.node)
+        self.registry.subscribe(on_view)
+        self.registry.subscribe(self.election.observe)
+        self.session.start()
+        self.registry.start()
+        self.registry.wait_view(FIRST_ANSWER)
+
+    def join(self) -> None:
+        """Make this node known to the others and stand for leader."""
+        config = self._config
+        epoch = time.time_ns() // 1000
+        self.registry.announce_node(
+            NodeInfo(config.node, config.advertise_address, VERSION, epoch)
+        )
+        self.election.start()
+
+    def close(self) -> None:
+        """Leave the cluster: keys vanish at once; the embedded etcd ends last."""
+        if self._etcd is not None:
+            if hasattr(self, "election"):
+                self.election.stop()
+                self.registry.stop()
+                self.session.stop()
+            self._etcd.close()
+        if self._embedded is not None:
+            self._embedded.stop()

@@ -1,0 +1,59 @@
+"""Which engine a node runs: vLLM, or the modelled one; both from vLLM's own arguments."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from vllm.config import VllmConfig
+
+from llumnix.cluster import InstanceId
+from llumnix.config import Config, ConfigError
+from llumnix.engine.base import Engine
+from llumnix.engine.sim.instance import SimEngine
+from llumnix.engine.sim.model import ModelConfig
+from llumnix.engine.sim.profile import PROFILES
+from llumnix.engine.vllm.instance import VllmEngine
+from llumnix.engine.vllm.placement import place
+
+MakeEngine = Callable[[InstanceId, int], Engine]
+
+SIM_BLOCKS = 4096  # KV blocks of a modelled engine, unless --num-gpu-blocks-override says
+
+
+def engine_maker(config: Config, vllm_config: VllmConfig) -> MakeEngine:
+    """The function that makes the engine of an instance in a slot of this node.
+
+    Raises ConfigError if the modelled engine cannot be what is asked for.
+    """
+    if config.engine == "sim":
+        model = model_config(config, vllm_config)
+        return lambda instance, slot: SimEngine(instance, model)
+
+    logs = Path(config.state_dir) / "logs"
+
+    def make(instance: InstanceId, slot: int) -> Engine:
+        placement = place(vllm_config, slot, config.initial_instances)
+        log_file = logs / f"{instance}.log"
+        return VllmEngine(instance, vllm_config, placement, log_file, config.start_timeout)
+
+    return make
+
+
+def model_config(config: Config, vllm_config: VllmConfig) -> ModelConfig:
+    """The modelled engine with the limits of vLLM's configuration. Raises ConfigError."""
+    if config.sim_profile not in PROFILES:
+        names = ", ".join(PROFILES)
+        raise ConfigError(f"--sim-profile {config.sim_profile} is not one of {names}")
+    cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
+    try:
+        return ModelConfig(
+            total_blocks=cache.num_gpu_blocks_override or SIM_BLOCKS,
+            block_size=cache.block_size or 16,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            max_model_len=vllm_config.model_config.max_model_len,
+            vocab_size=vllm_config.model_config.get_vocab_size(),
+            priority=scheduler.policy == "priority",
+            profile=PROFILES[config.sim_profile],
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -1,0 +1,253 @@
+"""One node, wired: control plane, actors, engines, frontend and server.
+
+Everything is started in order and stopped in reverse; this file only connects the rooms.
+"""
+
+import argparse
+import asyncio
+import logging
+import time
+from functools import partial
+from typing import Any
+
+from prometheus_client import REGISTRY
+from vllm.config import VllmConfig
+
+from llumnix.actors.base import ASK_SECONDS
+from llumnix.actors.dispatcher import Dispatched, DispatcherActor
+from llumnix.actors.node import NodeActor, Surroundings
+from llumnix.actors.reporter import LoadReporter
+from llumnix.cluster import ClusterView, InstanceId, InstanceState, NodeId
+from llumnix.config import Config
+from llumnix.engine.base import EngineError, EngineFacts
+from llumnix.engine.client import ClusterClient, NoInstance, Route
+from llumnix.engine.exchange import Exchange
+from llumnix.engine.hosted import HostedInstance
+from llumnix.engine.peer import PATH, Peers
+from llumnix.engine.vllm.frontend import Frontend
+from llumnix.entrypoints.control import ControlPlane
+from llumnix.entrypoints.engines import engine_maker
+from llumnix.entrypoints.server.admin import Admin, Standing
+from llumnix.entrypoints.server.app import Gateway, make_app
+from llumnix.entrypoints.server.listener import Listener
+from llumnix.metrics import DISPATCH_SECONDS, NodeCollector, Snapshot
+from llumnix.version import VERSION
+
+logger = logging.getLogger(__name__)
+
+POLL = 0.05  # seconds between looks while something ends
+
+
+class Node:
+    """A node of the cluster, from its start to its end, on one event loop."""
+
+    def __init__(
+        self, config: Config, arguments: argparse.Namespace, vllm_config: VllmConfig
+    ) -> None:
+        self._config = config
+        self._arguments = arguments
+        self._vllm_config = vllm_config
+        self._make_engine = engine_maker(config, vllm_config)
+        self.standing = Standing()
+        self._control = ControlPlane(config)
+        self._collector = NodeCollector(self._snapshot)
+        self._opening: asyncio.Task[None] | None = None
+        self._frontend: Frontend | None = None
+        self._stopping = False
+
+    @property
+    def view(self) -> ClusterView:
+        """The cluster as this node sees it."""
+        return self._control.registry.view
+
+    async def start(self) -> None:
+        """Join the cluster and begin to serve. Raises EtcdError, OSError, with one sentence."""
+        self._loop = asyncio.get_running_loop()
+        await asyncio.to_thread(self._control.open, self._on_view)
+        self._connect()
+        await self._listener.open()
+        self._start_actors()
+        await asyncio.to_thread(self._control.join)
+        self._on_view(self.view)
+        REGISTRY.register(self._collector)
+        desired = self.view.desired.get(self._config.node, self._config.initial_instances)
+        self._supervisor.proxy().want.defer(desired)
+
+    async def stop(self) -> None:
+        """Let what runs end, within --drain-timeout; then leave, in reverse order of start."""
+        deadline = self._loop.time() + self._config.drain_timeout
+        self._stopping = True
+        self.standing.serving, self.standing.sentence = False, "the node is stopping"
+        await self._listener.refuse_new()
+        await self._supervisor.proxy().leave()
+        await self._drained(deadline)
+        await self._close()
+
+    def _connect(self) -> None:
+        """Make the way of a request: server, frontend's client, exchange, peers."""
+        config = self._config
+        self._peers = Peers(
+            config.node, VERSION, self._control.token, self._address_of, self._listener_ssl()
+        )
+        self._exchange = Exchange(config.node, self._peers)
+        self._client = ClusterClient(self._exchange, self._route, config.max_instances)
+        self._client.instances = self._ready
+        self._reporter = LoadReporter(
+            self._exchange.hosted.values, self._control.registry.report_loads
+        )
+        self._gateway = Gateway(self._application, self.standing)
+        admin = Admin(config.node, self.standing, self._view_and_age)
+        app = make_app(self._gateway, admin, (PATH, self._peers.accept), config.max_body_bytes)
+        self._listener = Listener(app, self._arguments)
+
+    def _listener_ssl(self) -> Any:
+        return Listener.client_ssl(self._arguments)
+
+    def _start_actors(self) -> None:
+        config = self._config
+        self._dispatcher = DispatcherActor.start(
+            config.node, config.dispatch_policy, config.dispatch_top_k
+        )
+        self._dispatch = self._dispatcher.proxy()
+        around = Surroundings(
+            loop=self._loop,
+            make=self._host,
+            requests=self._requests_of,
+            announce=self._control.registry.announce_instance,
+            withdraw=self._withdraw,
+        )
+        self._supervisor = NodeActor.start(
+            config.node, self._model, config.max_instances, config.drain_timeout, around
+        )
+        self._supervise = self._supervisor.proxy()
+        for actor in (self._dispatch, self._supervise):
+            actor.ping().get(timeout=ASK_SECONDS)
+
+    @property
+    def _model(self) -> str:
+        names = self._arguments.served_model_name
+        return str(names[0] if names else self._arguments.model)
+
+    # ---- what the rooms ask of one another ----
+
+    def _on_view(self, view: ClusterView) -> None:
+        """A new view of the cluster; called on the registry's thread."""
+        if hasattr(self, "_supervise"):
+            self._dispatch.update_view.defer(view)
+            self._supervise.update_view.defer(view)
+            self._loop.call_soon_threadsafe(self._look, view)
+
+    def _look(self, view: ClusterView) -> None:
+        """See on the loop whether requests can be served."""
+        if self._stopping:
+            return
+        ready = bool(self._ready())
+        if ready and self._opening is None:
+            self._opening = self._loop.create_task(self._open_frontend(), name="frontend")
+        if self._frontend is not None:
+            self.standing.serving = ready
+            self.standing.sentence = "no instance is ready"
+
+    async def _open_frontend(self) -> None:
+        frontend = Frontend(self._arguments, self._vllm_config, self._client)
+        try:
+            await frontend.open(await self._facts())
+        except (EngineError, TimeoutError) as error:
+            logger.warning("the frontend could not be opened yet: %s", error)
+            self._opening = None
+            self._loop.call_later(1.0, self._look, self.view)
+            return
+        self._frontend = frontend
+        self._look(self.view)
+        logger.info("serving %s at http://%s", self._model, self._config.advertise_address)
+
+    async def _facts(self) -> EngineFacts:
+        """Facts of an instance of this node if one is up, else of any other."""
+        for hosted in self._exchange.hosted.values():
+            if hosted.facts is not None:
+                return hosted.facts
+        infos = [self.view.instances[i] for i in self._ready()]
+        if not infos:
+            raise EngineError("no instance is ready")
+        tasks = await self._client.get_supported_tasks_async()
+        length = self._vllm_config.model_config.max_model_len
+        return EngineFacts(infos[0].total_blocks, infos[0].block_size, length, tasks)
+
+    async def _route(self, tokens: int, priority: int) -> Route:
+        began = time.perf_counter()
+        decision: Dispatched | None = await self._dispatch.decide(tokens)
+        DISPATCH_SECONDS.observe(time.perf_counter() - began)
+        if decision is None:
+            raise NoInstance("no instance is ready; try again in a few seconds")
+        return Route(decision.instance, decision.node, decision.sequence)
+
+    def _host(self, instance: InstanceId, slot: int) -> HostedInstance:
+        hosted = HostedInstance(self._make_engine(instance, slot), slot, self._client)
+        hosted.on_load = self._reporter.changed
+        self._exchange.hosted[instance] = hosted
+        return hosted
+
+    def _withdraw(self, instance: InstanceId) -> None:
+        self._control.registry.withdraw_instance(instance)
+        self._loop.call_soon_threadsafe(partial(self._exchange.hosted.pop, instance, None))
+
+    def _requests_of(self, instance: InstanceId) -> int:
+        hosted = self._exchange.hosted.get(instance)
+        return hosted.requests if hosted else 0
+
+    def _address_of(self, node: NodeId) -> str | None:
+        info = self.view.nodes.get(node)
+        return info.address if info else None
+
+    def _ready(self) -> dict[InstanceId, NodeId]:
+        instances = self.view.instances.values()
+        return {i.id: i.node for i in instances if i.state is InstanceState.READY}
+
+    def _application(self) -> Any:
+        return self._frontend.app if self._frontend else None
+
+    def _view_and_age(self) -> tuple[ClusterView, float]:
+        return self.view, self._control.registry.age
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(
+            node=self._config.node,
+            view=self.view,
+            view_age=self._control.registry.age,
+            loads=tuple(h.load() for h in self._exchange.hosted.values() if h.facts),
+            open_requests=len(self._client.ledger),
+            dispatched=dict(self._client.dispatched),
+            dropped={str(k): v for k, v in self._client.ledger.dropped.items()},
+            peers=self._peers.open,
+        )
+
+    # ---- the end ----
+
+    async def _drained(self, deadline: float) -> None:
+        """Wait until nothing runs here any more, neither for own clients nor for other nodes."""
+        while self._busy():
+            if self._loop.time() >= deadline:
+                logger.warning("the drain timeout ends %d requests", self._busy())
+                return
+            await asyncio.sleep(POLL)
+
+    def _busy(self) -> int:
+        return self._gateway.running + sum(h.requests for h in self._exchange.hosted.values())
+
+    async def _close(self) -> None:
+        await self._supervise.halt()
+        deadline = self._loop.time() + 30.0
+        while await self._supervise.left() and self._loop.time() < deadline:
+            await asyncio.sleep(POLL)
+        if self._opening is not None:
+            await asyncio.gather(self._opening, return_exceptions=True)
+        if self._frontend is not None:
+            await self._frontend.close()
+        self._client.shutdown()
+        await self._exchange.close()
+        await self._listener.close()
+        self._reporter.stop()
+        for actor in (self._supervisor, self._dispatcher):
+            actor.stop(timeout=ASK_SECONDS)
+        REGISTRY.unregister(self._collector)
+        await asyncio.to_thread(self._control.close)

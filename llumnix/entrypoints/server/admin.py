@@ -1,0 +1,87 @@
+"""The routes by which operators and probes look at a node."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import orjson
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from llumnix.cluster import ClusterView, NodeId
+from llumnix.version import VERSION
+
+
+@dataclass
+class Standing:
+    """Whether this node answers requests, and the sentence that says why not."""
+
+    serving: bool = False
+    sentence: str = "the node is starting: no instance is ready yet"
+
+
+class Admin:
+    """Probes, the status page and the metrics of one node."""
+
+    def __init__(
+        self, node: NodeId, standing: Standing, view: Callable[[], tuple[ClusterView, float]]
+    ) -> None:
+        self._node = node
+        self._standing = standing
+        self._view = view  # and its age in seconds
+
+    async def livez(self, request: web.Request) -> web.Response:
+        """200 while the node's event loop runs."""
+        return web.Response(text="ok\n")
+
+    async def readyz(self, request: web.Request) -> web.Response:
+        """200 while this node should get traffic."""
+        if self._standing.serving:
+            return web.Response(text="ok\n")
+        return web.Response(text=self._standing.sentence + "\n", status=503)
+
+    async def health(self, request: web.Request) -> web.Response:
+        """vLLM's own health route: 200 with an empty body when requests can be answered."""
+        return web.Response(status=200 if self._standing.serving else 503)
+
+    async def status(self, request: web.Request) -> web.Response:
+        """The cluster as this node sees it."""
+        view, age = self._view()
+        return json_response(describe(self._node, view, age))
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """vLLM's metrics and llumnix's, for Prometheus."""
+        return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def json_response(value: Any) -> web.Response:
+    """An indented JSON answer, for people and jq alike."""
+    body = orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    return web.Response(body=body, content_type="application/json")
+
+
+def describe(node: NodeId, view: ClusterView, age: float) -> dict[str, Any]:
+    """The view of the cluster as plain data."""
+    return {
+        "node": node,
+        "version": VERSION,
+        "leader": view.leader,
+        "leader_epoch": view.leader_epoch,
+        "revision": view.revision,
+        "view_age_seconds": round(age, 3) if age != float("inf") else None,
+        "nodes": [asdict(n) for _, n in sorted(view.nodes.items())],
+        "instances": [
+            asdict(instance) | {"load": _load(view, name)}
+            for name, instance in sorted(view.instances.items())
+        ],
+        "desired": dict(view.desired),
+        "draining": sorted(view.draining),
+    }
+
+
+def _load(view: ClusterView, instance: str) -> dict[str, Any] | None:
+    load = view.loads.get(instance)
+    if load is None:
+        return None
+    fields = ("running", "waiting", "used_blocks", "waiting_blocks", "preemptions")
+    return {name: getattr(load, name) for name in fields}

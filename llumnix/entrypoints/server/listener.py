@@ -1,0 +1,62 @@
+"""The listening socket of a node: plain or TLS, by vLLM's own arguments."""
+
+import argparse
+import logging
+import ssl
+
+from aiohttp import web
+
+ACCESS_FORMAT = '%a "%r" %s %b %Tfs'
+
+access_log = logging.getLogger("llumnix.access")
+
+
+class Listener:
+    """Runs the application on --host and --port (or --uds)."""
+
+    def __init__(self, app: web.Application, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        quiet = getattr(arguments, "disable_uvicorn_access_log", False)
+        self._runner = web.AppRunner(
+            app,
+            handler_cancellation=True,  # a client that goes away ends its request
+            access_log=None if quiet else access_log,
+            access_log_format=ACCESS_FORMAT,
+            shutdown_timeout=2.0,
+        )
+
+    async def open(self) -> None:
+        """Begin to listen. Raises OSError if the address is taken."""
+        await self._runner.setup()
+        arguments = self._arguments
+        context = _server_ssl(arguments)
+        site: web.BaseSite
+        if getattr(arguments, "uds", None):
+            site = web.UnixSite(self._runner, arguments.uds, ssl_context=context)
+        else:
+            site = web.TCPSite(self._runner, arguments.host, arguments.port, ssl_context=context)
+        await site.start()
+
+    async def refuse_new(self) -> None:
+        """Close the listening socket; open connections go on."""
+        for site in list(self._runner.sites):
+            await site.stop()
+
+    async def close(self) -> None:
+        """Close everything."""
+        await self._runner.cleanup()
+
+    @staticmethod
+    def client_ssl(arguments: argparse.Namespace) -> ssl.SSLContext | None:
+        """How this node's peers are to be verified; None without TLS."""
+        if not arguments.ssl_certfile:
+            return None
+        return ssl.create_default_context(cafile=arguments.ssl_ca_certs or arguments.ssl_certfile)
+
+
+def _server_ssl(arguments: argparse.Namespace) -> ssl.SSLContext | None:
+    if not arguments.ssl_certfile:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(arguments.ssl_certfile, arguments.ssl_keyfile)
+    return context

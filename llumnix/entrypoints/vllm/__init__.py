@@ -1,0 +1,1 @@
+"""Entry points that take the place of vLLM's own."""

@@ -1,0 +1,94 @@
+"""The command that takes the place of `python -m vllm.entrypoints.openai.api_server`."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
+
+    from vllm.config import VllmConfig
+
+    from llumnix.config import Config
+
+logger = logging.getLogger("llumnix")
+
+_ONLY_LOOKS = ("-h", "--help", "--print-config", "--validate-config")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a node until SIGTERM or SIGINT; the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    # Actors' threads run beside a busy event loop: hand the interpreter over more often.
+    sys.setswitchinterval(0.001)
+    looks = any(word.partition("=")[0] in _ONLY_LOOKS for word in argv)
+    if not looks and "sim" not in argv:
+        from llumnix.engine.vllm.launcher import start_fork_server
+
+        start_fork_server()  # it imports vLLM on another core while this process does the same
+    if not looks:
+        logger.info("loading vLLM")
+
+    from llumnix.engine.vllm import arguments
+
+    parser = arguments.make_parser(arguments.main_program())
+    parsed = parser.parse_args(argv)
+    config = arguments.check(parser, parsed)
+    if parsed.print_config:
+        print(arguments.show(parser, parsed), end="")
+        return 0
+    if parsed.validate_config:
+        print("the configuration is valid")
+        return 0
+    return _run(config, parsed, arguments.engine_config(parser, parsed))
+
+
+def _run(config: "Config", parsed: "argparse.Namespace", engines: "VllmConfig") -> int:
+    import uvloop
+
+    from llumnix.config import ConfigError
+    from llumnix.control.errors import EtcdError
+
+    try:
+        return uvloop.run(_serve(config, parsed, engines))
+    except ConfigError as error:
+        logger.error("%s", error)
+        return 2
+    except (EtcdError, OSError) as error:
+        logger.error("the node cannot start: %s", error)
+        return 1
+
+
+async def _serve(config: "Config", parsed: "argparse.Namespace", engines: "VllmConfig") -> int:
+    from llumnix.entrypoints.node import Node
+
+    node = Node(config, parsed, engines)
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: int) -> None:
+        name = signal.Signals(number).name
+        if ended.is_set():
+            logger.warning("a second %s: ending at once", name)
+            # Engines and the embedded etcd die with this process; nothing else has to be done.
+            os._exit(128 + number)
+        logger.info("%s: finishing what runs, for at most %.0f s", name, config.drain_timeout)
+        ended.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        await node.start()
+        await ended.wait()
+    finally:
+        await node.stop()
+    logger.info("the node has left the cluster")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""llumnix's own metrics, read from the node's state when Prometheus asks.
+
+Nothing is counted on the path of a token: a scrape reads what the objects keep anyway.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from prometheus_client import Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from llumnix.cluster import ClusterView, InstanceLoad, NodeId
+
+DISPATCH_SECONDS = Histogram(
+    "llumnix_dispatch_seconds",
+    "Time from a request's arrival at the dispatcher to its decision",
+    buckets=(1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2, 0.1, 1.0),
+)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one scrape shows."""
+
+    node: NodeId
+    view: ClusterView
+    view_age: float  # seconds
+    loads: tuple[InstanceLoad, ...]  # of this node's instances
+    open_requests: int
+    dispatched: Mapping[str, int] = field(default_factory=dict)  # by instance
+    dropped: Mapping[str, int] = field(default_factory=dict)  # outputs refused, by reason
+    peers: int = 0
+
+
+class NodeCollector(Collector):
+    """Turns a snapshot into metrics."""
+
+    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
+        self._snapshot = snapshot
+
+    def describe(self) -> Iterable[Metric]:
+        """No metric is known before the first scrape."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by prometheus_client for each scrape."""
+        now = self._snapshot()
+        yield from _of_cluster(now)
+        yield from _of_instances(now.loads)
+        yield _counter("llumnix_dispatches", "Requests dispatched", "instance", now.dispatched)
+        yield _counter("llumnix_dropped_outputs", "Refused by the ledger", "reason", now.dropped)
+
+
+def _of_cluster(now: Snapshot) -> Iterator[Metric]:
+    yield GaugeMetricFamily("llumnix_nodes", "Nodes in the cluster", len(now.view.nodes))
+    states: dict[str, int] = {}
+    for instance in now.view.instances.values():
+        states[instance.state] = states.get(instance.state, 0) + 1
+    instances = GaugeMetricFamily(
+        "llumnix_instances", "Instances in the cluster", labels=["state"]
+    )
+    for state, number in states.items():
+        instances.add_metric([state], number)
+    yield instances
+    leads = float(now.view.leader == now.node)
+    yield GaugeMetricFamily("llumnix_leader", "1 on the node that leads the cluster", leads)
+    yield GaugeMetricFamily(
+        "llumnix_view_age_seconds", "Since the view was last proven current", now.view_age
+    )
+    yield GaugeMetricFamily("llumnix_peers", "Open links to other nodes", now.peers)
+    yield GaugeMetricFamily("llumnix_open_requests", "In this node's ledger", now.open_requests)
+
+
+def _of_instances(loads: Iterable[InstanceLoad]) -> Iterator[Metric]:
+    fields = {
+        "running": "Requests in the batch",
+        "waiting": "Requests queued",
+        "used_blocks": "KV blocks held by running requests",
+        "waiting_blocks": "KV blocks asked for by queued requests",
+    }
+    loads = tuple(loads)
+    for name, text in fields.items():
+        gauge = GaugeMetricFamily(f"llumnix_instance_{name}", text, labels=["instance"])
+        for load in loads:
+            gauge.add_metric([load.instance], getattr(load, name))
+        yield gauge
+    preempted = {load.instance: load.preemptions for load in loads}
+    yield _counter("llumnix_preemptions", "Requests preempted", "instance", preempted)
+
+
+def _counter(name: str, text: str, label: str, values: Mapping[str, int]) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, text, labels=[label])
+    for value, number in values.items():
+        family.add_metric([value], number)
+    return family

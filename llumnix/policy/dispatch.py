@@ -1,0 +1,96 @@
+"""Dispatch policies: how good an instance is for the next request, and the choice among scores.
+
+A policy is one function from a candidate to a score (greater is better) and one line in
+`POLICIES`. Equal scores are settled at random by `choose`, so a policy need not do it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from heapq import nlargest
+from math import inf
+from random import Random
+from types import MappingProxyType
+
+from llumnix.cluster import InstanceId, InstanceInfo, InstanceLoad
+from llumnix.policy.load import NOTHING, InFlight, dispatch_freeness
+
+# Above any finite freeness (blocks a request), and small enough that adding a number of blocks to
+# it is exact in a float.
+_EMPTY = 2.0**40
+
+
+@dataclass(slots=True)
+class Candidate:
+    """What a policy may know of an instance: its last report, and what this node sent it."""
+
+    info: InstanceInfo
+    load: InstanceLoad
+    sent: InFlight = NOTHING
+    dispatched: int = 0  # requests this node sent to it so far
+    last: int = 0  # sequence number of the latest of them; 0: none yet
+
+
+Score = Callable[[Candidate], float]
+
+
+def by_freeness(candidate: Candidate) -> float:
+    """The instance with the most room (`dispatch_freeness`, blocks a request).
+
+    Instances without any request come first, and of these the one with the most free blocks.
+    """
+    free = dispatch_freeness(candidate.info, candidate.load, candidate.sent)
+    if free == inf:
+        return _EMPTY + candidate.info.total_blocks - candidate.load.used_blocks
+    return free
+
+
+def by_queue(candidate: Candidate) -> float:
+    """The instance with the fewest requests waiting, those in flight included."""
+    return -(candidate.load.waiting + candidate.sent.requests)
+
+
+def by_count(candidate: Candidate) -> float:
+    """The instance that this node has sent the fewest requests (the artifact's `balanced`)."""
+    return -candidate.dispatched
+
+
+def by_turn(candidate: Candidate) -> float:
+    """The instance that this node used the longest time ago: round robin."""
+    return -candidate.last
+
+
+def by_chance(candidate: Candidate) -> float:
+    """Any instance: all are equal, and `choose` settles that at random."""
+    return 0.0
+
+
+POLICIES: Mapping[str, Score] = MappingProxyType(
+    {
+        "load": by_freeness,
+        "queue": by_queue,
+        "balanced": by_count,
+        "rr": by_turn,
+        "random": by_chance,
+    }
+)
+
+
+def choose(scores: Mapping[InstanceId, float], top_k: int, rng: Random) -> InstanceId:
+    """Pick uniformly among the `top_k` best scores; equal scores compete at random.
+
+    With several dispatchers, `top_k` > 1 keeps them from all running to the same best instance.
+
+    Raises:
+        ValueError: `scores` is empty or `top_k` is less than 1.
+    """
+    if not scores or top_k < 1:
+        raise ValueError(f"cannot choose the best {top_k} of {len(scores)} instances")
+    places = min(top_k, len(scores))
+    last = max(scores.values()) if places == 1 else nlargest(places, scores.values())[-1]
+    place = rng.randrange(places)
+    if places > 1:
+        better = [instance for instance, score in scores.items() if score > last]
+        if place < len(better):
+            return better[place]
+    # The remaining places belong to all those with the last score that still counts.
+    return rng.choice([instance for instance, score in scores.items() if score == last])

@@ -1,0 +1,76 @@
+"""How much room an instance has: virtual usage and freeness, in KV blocks.
+
+Source: Llumnix (OSDI'24), Algorithm 1. With M the KV blocks of an instance, V the virtual usage
+of its requests and B its batch size, freeness is F = (M - sum of V) / B: how many more blocks
+each request can take before memory runs out, so about how many more block-lengths of decoding
+the batch has left. It is negative on an overloaded instance.
+
+Two questions are asked of it, and they count the queue differently:
+
+- `dispatch_freeness`: where does a new request go? V is what is used, queued and in flight;
+  B is running + waiting + in flight.
+- `freeness`: who gives a running request away, and who takes it? V is what is used, and what the
+  head of the queue asks for (which de-fragments); B is running + 1 if any request waits.
+"""
+
+from dataclasses import dataclass
+from math import inf
+
+from llumnix.cluster import InstanceInfo, InstanceLoad, InstanceState
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """What one node has sent to an instance that no report of the instance counts yet."""
+
+    requests: int = 0
+    blocks: int = 0  # KV blocks that these requests will ask for
+    tokens: int = 0  # tokens that these requests have to prefill
+
+    def plus(self, blocks: int, tokens: int) -> "InFlight":
+        """This, with one more request in flight."""
+        return InFlight(self.requests + 1, self.blocks + blocks, self.tokens + tokens)
+
+    def minus(self, blocks: int, tokens: int) -> "InFlight":
+        """This, with one request less in flight."""
+        return InFlight(self.requests - 1, self.blocks - blocks, self.tokens - tokens)
+
+
+NOTHING = InFlight()
+
+
+def dispatch_usage(load: InstanceLoad, sent: InFlight = NOTHING) -> int:
+    """Blocks held, queued for, and on their way (V for dispatch).
+
+    Algorithm 1 counts the head of the queue only; for dispatch all of the queue counts, as in the
+    artifact (`compute_instance_load_dispatch`): a request that queues behind others waits for all
+    of them.
+    """
+    return load.used_blocks + load.waiting_blocks + sent.blocks
+
+
+def dispatch_freeness(info: InstanceInfo, load: InstanceLoad, sent: InFlight = NOTHING) -> float:
+    """F for dispatch, in blocks a request; +inf for an instance with no request at all."""
+    requests = load.running + load.waiting + sent.requests
+    if requests == 0:
+        return inf
+    return (info.total_blocks - dispatch_usage(load, sent)) / requests
+
+
+def virtual_usage(load: InstanceLoad) -> int:
+    """Blocks held, and asked for by the head of the queue (V for rescheduling)."""
+    return load.used_blocks + load.head_blocks
+
+
+def freeness(info: InstanceInfo, load: InstanceLoad) -> float:
+    """F for rescheduling, in blocks a request.
+
+    +inf for an instance with no request, -inf for one that is being emptied (the paper's stand-in
+    request of infinite usage), whatever it holds.
+    """
+    if info.state is InstanceState.DRAINING:
+        return -inf
+    batch = load.running + (1 if load.waiting else 0)
+    if batch == 0:
+        return inf
+    return (info.total_blocks - virtual_usage(load)) / batch

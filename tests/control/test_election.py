@@ -1,0 +1,112 @@
+"""One leader at a time, and soon another when it goes."""
+
+from collections.abc import Callable
+
+import pytest
+
+from llumnix.control.election import Election
+from llumnix.control.etcd import Etcd
+from llumnix.control.keys import Keys
+from llumnix.control.registry import Registry
+from llumnix.control.session import Session
+from llumnix.control.token import cluster_token
+from tests.kit.etcd import EtcdCluster
+from tests.kit.wait import eventually
+
+Closing = Callable[[Callable[[], object]], None]
+
+
+class Candidate:
+    """A node, as far as elections go."""
+
+    def __init__(self, endpoints: list[str], keys: Keys, name: str, ttl: float = 3) -> None:
+        self.etcd = Etcd(endpoints, call_timeout=0.5)
+        self.session = Session(self.etcd, ttl)
+        self.told: list[tuple[bool, int]] = []
+        self.election = Election(
+            self.etcd, self.session, keys, name, lambda *change: self.told.append(change)
+        )
+        self.registry = Registry(self.etcd, self.session, keys)
+        self.registry.subscribe(self.election.observe)
+
+    def start(self) -> None:
+        self.session.start()
+        assert self.session.wait_held(5)
+        self.registry.start()
+        self.election.start()
+
+    def stop(self) -> None:
+        self.election.stop()
+        self.registry.stop()
+        self.session.stop()
+        self.etcd.close()
+
+
+@pytest.fixture
+def candidates(single: EtcdCluster, keys: Keys, closing: Closing) -> list[Candidate]:
+    both = [Candidate(single.endpoints, keys, name) for name in ("a", "b")]
+    for candidate in both:
+        closing(candidate.stop)
+        candidate.start()
+    eventually(lambda: _leaders(both) == 1, within=4)
+    return sorted(both, key=lambda c: not c.election.is_leader)
+
+
+def _leaders(candidates: list[Candidate]) -> int:
+    return sum(c.election.is_leader for c in candidates)
+
+
+def test_one_leads_and_all_know(candidates: list[Candidate]) -> None:
+    leader, other = candidates
+    eventually(lambda: other.registry.view.leader is not None)
+    assert other.registry.view.leader_epoch == leader.election.epoch > 0
+    assert other.election.epoch == 0
+    eventually(lambda: leader.told == [(True, leader.election.epoch)])
+    assert other.told == []
+
+
+def test_resigning_hands_over_at_once(candidates: list[Candidate]) -> None:
+    leader, other = candidates
+    epoch = leader.election.epoch
+    assert not other.election.resign(aside=0), "only the leader's key goes when it resigns"
+    assert leader.election.resign()
+    assert not leader.election.is_leader
+    took = eventually(lambda: other.election.is_leader, within=1)
+    assert took < 0.5 and other.election.epoch > epoch
+    eventually(lambda: [lead for lead, _ in leader.told] == [True, False], within=3)
+
+
+def test_takeover_when_the_lease_ends(candidates: list[Candidate]) -> None:
+    leader, other = candidates
+    lease = leader.session.lease
+    leader.session.stop()
+    assert not leader.election.is_leader
+    other.etcd.lease_revoke(lease)
+    took = eventually(lambda: other.election.is_leader, within=2)
+    assert took < 0.5
+
+
+def test_a_leader_cut_off_from_etcd_stops_leading_and_takes_up_again(
+    keys: Keys, closing: Closing
+) -> None:
+    with EtcdCluster(1) as cluster:
+        alone = Candidate(cluster.endpoints, keys, "a", ttl=2)
+        alone.start()
+        eventually(lambda: alone.election.is_leader, within=3)
+        cluster.kill(0)
+        eventually(lambda: not alone.election.is_leader, within=3)
+        eventually(lambda: alone.told[-1][0] is False, within=3)
+        assert alone.registry.view.leader == "a", "the last view stays"
+        cluster.restart(0)
+        cluster.wait_ready()
+        eventually(lambda: alone.election.is_leader, within=4)
+        alone.stop()
+
+
+def test_token_is_agreed_on(single: EtcdCluster, etcd: Etcd, keys: Keys) -> None:
+    assert cluster_token(etcd, keys, "given") == "given"
+    token = cluster_token(etcd, keys, None)
+    assert len(token) > 30
+    assert cluster_token(etcd, keys, None) == token
+    single.ctl("put", keys.token, "by hand")
+    assert cluster_token(etcd, keys, None) == "by hand"

@@ -1,0 +1,168 @@
+"""What a node announces is what the others see; and it costs little."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import pytest
+
+from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState, NodeInfo
+from llumnix.control import wire
+from llumnix.control.etcd import Etcd
+from llumnix.control.keys import Keys
+from llumnix.control.registry import Registry
+from llumnix.control.session import Session
+from tests.kit.etcd import EtcdCluster
+from tests.kit.wait import eventually
+
+NODE = NodeInfo("a", "10.0.0.1:8000", "1.0", 7)
+INSTANCE = InstanceInfo("a-0", "a", "opt", InstanceState.READY, 1000, 16)
+LOAD = InstanceLoad("a-0", running=3, used_blocks=40, received={"b": 12})
+
+
+@pytest.fixture
+def registry(
+    etcd: Etcd, session: Session, keys: Keys, closing: Callable[[Callable[[], object]], None]
+) -> Registry:
+    registry = Registry(etcd, session, keys)
+    registry.start()
+    closing(registry.stop)
+    assert registry.wait_view(5)
+    return registry
+
+
+def test_everything_is_in_the_view(single: EtcdCluster, registry: Registry, keys: Keys) -> None:
+    registry.announce_node(NODE)
+    registry.announce_instance(INSTANCE)
+    registry.report_loads([LOAD])
+    single.ctl("put", keys.desired("a"), "3")
+    single.ctl("put", keys.drain("b-1"), "please")
+    eventually(lambda: registry.view.loads and registry.view.draining and registry.view.instances)
+    view = registry.view
+    assert view.nodes == {"a": NODE}
+    assert view.instances == {"a-0": INSTANCE}
+    assert view.loads == {"a-0": LOAD}
+    assert view.desired == {"a": 3}
+    assert view.draining == {"b-1"}
+    assert view.leader is None and registry.alive
+    starting = replace(INSTANCE, state=InstanceState.STARTING)
+    registry.announce_instance(starting)
+    eventually(lambda: registry.view.instances == {"a-0": starting})
+    single.ctl("del", keys.drain("b-1"))
+    registry.withdraw_instance("a-0")
+    eventually(lambda: not registry.view.instances and not registry.view.draining)
+
+
+def test_an_operator_can_read_it(single: EtcdCluster, registry: Registry, keys: Keys) -> None:
+    registry.announce_node(NODE)
+    registry.report_loads([LOAD])
+    eventually(lambda: registry.view.loads and registry.view.nodes)
+    shown = single.ctl("get", "--prefix", keys.prefix)
+    assert shown.splitlines() == [
+        keys.load("a"),
+        '{"sequence":1,"loads":{"a-0":{"running":3,"waiting":0,"used_blocks":40,'
+        '"waiting_blocks":0,"head_blocks":0,"preemptions":0,"received":{"b":12}}}}',
+        keys.node("a"),
+        '{"address":"10.0.0.1:8000","version":"1.0","epoch":7}',
+    ]
+
+
+def test_bad_values_are_skipped(
+    single: EtcdCluster, registry: Registry, keys: Keys, caplog: pytest.LogCaptureFixture
+) -> None:
+    single.ctl("put", keys.desired("a"), "many")
+    single.ctl("put", keys.desired("b"), "--", "-1")
+    single.ctl("put", keys.node("x"), "{")
+    single.ctl("put", keys.instance("x"), '{"node": 5}')
+    single.ctl("put", keys.desired("c"), "2")
+    eventually(lambda: registry.view.desired == {"c": 2})
+    single.ctl("put", keys.desired("c"), "3")
+    eventually(lambda: registry.view.desired == {"c": 3})
+    assert not registry.view.nodes and not registry.view.instances
+    ignored = [r.getMessage() for r in caplog.records if "is ignored" in r.getMessage()]
+    assert len(ignored) == 4, "each is told once"
+
+
+def test_load_writes_are_few(etcd: Etcd, registry: Registry, keys: Keys) -> None:
+    registry.announce_node(NODE)
+    registry.report_loads([LOAD])
+    eventually(lambda: registry.view.loads)
+    before = _writes(etcd, keys)
+    until = time.monotonic() + 1.0
+    n = 0
+    while time.monotonic() < until:
+        n += 1
+        registry.report_loads([replace(LOAD, running=n)])
+        time.sleep(0.002)
+    eventually(lambda: registry.view.loads["a-0"].running == n, within=1)
+    assert 3 <= _writes(etcd, keys) - before <= 7
+    at_rest = _writes(etcd, keys)
+    for _ in range(100):
+        registry.report_loads([replace(LOAD, running=n)])
+        time.sleep(0.005)
+    assert _writes(etcd, keys) == at_rest
+
+
+def _writes(etcd: Etcd, keys: Keys) -> int:
+    response, _ = etcd._call("range", wire.read(keys.load("a")), "count writes")
+    return int(response.kvs[0].version)
+
+
+def test_unchanged_parts_are_shared(etcd: Etcd, registry: Registry, keys: Keys) -> None:
+    views: list[ClusterView] = []
+    registry.subscribe(views.append)
+    registry.announce_node(NODE)
+    eventually(lambda: views)
+    registry.report_loads([LOAD])
+    eventually(lambda: registry.view.loads)
+    assert views[-1].nodes is views[0].nodes
+    told = len(views)
+    revision = etcd.put(keys.c10d("pair") + "x", b"nothing of ours")
+    eventually(lambda: registry.view.revision >= revision)
+    assert len(views) == told, "nothing changed that a view tells"
+
+
+def test_a_key_that_somebody_deleted_comes_back(
+    single: EtcdCluster, registry: Registry, keys: Keys
+) -> None:
+    known: list[bool] = []
+    registry.subscribe(lambda view: known.append("a" in view.nodes))
+    registry.announce_node(NODE)
+    eventually(lambda: known == [True])
+    single.ctl("del", keys.node("a"))
+    eventually(lambda: known == [True, False, True], within=2)
+
+
+def test_a_frozen_members_late_write_does_not_stay(
+    three: EtcdCluster, keys: Keys, closing: Callable[[Callable[[], object]], None]
+) -> None:
+    """It thaws and carries out a write that was repeated elsewhere and has since been replaced."""
+    etcd = Etcd(three.endpoints, call_timeout=0.5)
+    session = Session(etcd)
+    registry = Registry(etcd, session, keys)
+    for stop in (etcd.close, session.stop, registry.stop):
+        closing(stop)
+    session.start()
+    registry.start()
+    registry.announce_node(NODE)
+    eventually(lambda: registry.view.nodes)
+    three.freeze(0)
+    for node in (replace(NODE, epoch=8), replace(NODE, epoch=9)):
+        registry.announce_node(node)
+        eventually(partial(_knows, registry, node), within=5)
+    three.thaw(0)
+    until = time.monotonic() + 1.5
+    while time.monotonic() < until:
+        latest = registry.view.nodes["a"].epoch
+        time.sleep(0.02)
+    assert latest == 9
+
+
+def _knows(registry: Registry, node: NodeInfo) -> bool:
+    return registry.view.nodes.get(node.id) == node
+
+
+def test_loads_need_a_node(registry: Registry) -> None:
+    with pytest.raises(RuntimeError):
+        registry.report_loads([LOAD])

@@ -1,0 +1,136 @@
+"""The lease: held, lost, unknown; and keys that come back."""
+
+from collections.abc import Callable
+
+from llumnix.control.etcd import Etcd
+from llumnix.control.keys import Keys
+from llumnix.control.kv import KeyValue
+from llumnix.control.session import LeaseState, Session
+from tests.kit.etcd import EtcdCluster
+from tests.kit.wait import eventually
+
+Closing = Callable[[Callable[[], object]], None]
+
+
+def _value(etcd: Etcd, key: str) -> bytes | None:
+    found = etcd.get(key)
+    return found.value if found else None
+
+
+def test_put_latest_and_remove(etcd: Etcd, session: Session, keys: Keys) -> None:
+    key = keys.node("a")
+    for i in range(10):
+        session.put(key, str(i).encode())
+    eventually(lambda: _value(etcd, key) == b"9")
+    found = etcd.get(key)
+    assert found is not None and found.lease == session.lease
+    session.remove(key)
+    eventually(lambda: etcd.get(key) is None)
+    session.put(key, b"9")
+    eventually(lambda: _value(etcd, key) == b"9")
+
+
+def test_remove_leaves_a_successors_key(etcd: Etcd, session: Session, keys: Keys) -> None:
+    key = keys.node("a")
+    session.put(key, b"1")
+    eventually(lambda: _value(etcd, key) == b"1")
+    etcd.put(key, b"successor")
+    session.remove(key)
+    session.put(keys.node("b"), b"2")
+    eventually(lambda: _value(etcd, keys.node("b")) == b"2")
+    assert _value(etcd, key) == b"successor"
+
+
+def test_stop_takes_the_keys_along(etcd: Etcd, keys: Keys) -> None:
+    session = Session(etcd)
+    session.start()
+    session.put(keys.node("a"), b"1")
+    eventually(lambda: etcd.get(keys.node("a")))
+    session.stop()
+    assert etcd.get(keys.node("a")) is None
+    assert session.remaining == 0 and session.lease == 0
+
+
+def test_registers_again_after_the_lease_was_revoked(etcd: Etcd, keys: Keys) -> None:
+    states: list[LeaseState] = []
+    session = Session(etcd, ttl=3, on_state=states.append)
+    session.start()
+    session.put(keys.node("a"), b"1")
+    eventually(lambda: etcd.get(keys.node("a")))
+    first = session.lease
+    etcd.lease_revoke(first)
+    assert etcd.get(keys.node("a")) is None
+    eventually(lambda: _value(etcd, keys.node("a")) == b"1", within=2)
+    assert session.lease != first
+    assert states == [LeaseState.HELD, LeaseState.LOST, LeaseState.HELD]
+    session.stop()
+
+
+def test_registers_again_after_the_data_was_wiped(keys: Keys, closing: Closing) -> None:
+    with EtcdCluster(1) as cluster:
+        etcd = Etcd(cluster.endpoints)
+        session = Session(etcd)
+        session.start()
+        session.put(keys.node("a"), b"1")
+        eventually(lambda: etcd.get(keys.node("a")))
+        cluster.restart(0, wipe=True)
+        cluster.wait_ready()
+        eventually(lambda: _value(etcd, keys.node("a")) == b"1", within=4)
+        session.stop()
+        etcd.close()
+
+
+def test_unknown_is_not_lost(three: EtcdCluster, keys: Keys, closing: Closing) -> None:
+    states: list[LeaseState] = []
+    etcd = Etcd(three.endpoints, call_timeout=0.5)
+    session = Session(etcd, ttl=6, on_state=states.append)
+    session.start()
+    closing(etcd.close)
+    closing(session.stop)
+    session.put(keys.node("a"), b"1")
+    eventually(lambda: etcd.get(keys.node("a")))
+    lease = session.lease
+    for i in range(3):
+        three.freeze(i)
+    eventually(lambda: session.state is LeaseState.UNKNOWN, within=5)
+    assert session.remaining > 0, "what was granted is held until it runs out"
+    for i in range(3):
+        three.thaw(i)
+    eventually(lambda: session.state is LeaseState.HELD, within=5)
+    assert session.lease == lease and LeaseState.LOST not in states
+    found = etcd.get(keys.node("a"))
+    assert found is not None and found.lease == lease
+
+
+def test_etcd_absent_at_the_start(keys: Keys, closing: Closing) -> None:
+    with EtcdCluster(1) as cluster:
+        cluster.kill(0)
+        etcd = Etcd(cluster.endpoints)
+        session = Session(etcd)
+        session.start()
+        session.put(keys.node("a"), b"1")
+        assert not session.wait_held(0.3)
+        assert session.state is LeaseState.UNKNOWN and session.remaining == 0
+        cluster.restart(0)
+        cluster.wait_ready()
+        eventually(lambda: _value(etcd, keys.node("a")) == b"1", within=4)
+        session.stop()
+        etcd.close()
+
+
+def test_observe_repairs_only_what_others_changed(etcd: Etcd, session: Session, keys: Keys) -> None:
+    key = keys.node("a")
+    session.put(key, b"1")
+    eventually(lambda: _value(etcd, key) == b"1")
+    written = etcd.get(key)
+    assert written is not None
+    eventually(lambda: session._owned._written)
+    session.observe({}, written.mod_revision - 1)  # from before the write
+    session.observe({key: written}, written.mod_revision + 10)
+    again = etcd.get(key)
+    assert again == written, "nothing was wrong, so nothing was to be written"
+    late = etcd.put(key, b"0")
+    session.observe({key: KeyValue(key, b"0", written.create_revision, late)}, late)
+    eventually(lambda: _value(etcd, key) == b"1", within=1)
+    found = etcd.get(key)
+    assert found is not None and found.lease == session.lease
