@@ -1,6 +1,7 @@
 """The facts that every room shares: nodes, instances, their loads, and the view of the cluster.
 
-Everything here is frozen: a view is replaced, never changed, so any thread may read the one it holds.
+Everything here is frozen: a view is replaced, never changed, so any thread may read the one it
+holds.
 """
 
 from collections.abc import Mapping

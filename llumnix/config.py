@@ -8,6 +8,7 @@ import dataclasses
 import os
 import re
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class Config:
     advertise_address: str = _knob(
         "", "host:port at which the other nodes reach this one (default: from --host and --port)"
     )
-    etcd_endpoints: list[str] = _knob(
+    etcd_endpoints: Sequence[str] | None = _knob(
         None,
         "etcd members as host:port; without any, the node starts an etcd of its own",
         nargs="+",

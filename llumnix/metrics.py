@@ -57,9 +57,7 @@ def _of_cluster(now: Snapshot) -> Iterator[Metric]:
     states: dict[str, int] = {}
     for instance in now.view.instances.values():
         states[instance.state] = states.get(instance.state, 0) + 1
-    instances = GaugeMetricFamily(
-        "llumnix_instances", "Instances in the cluster", labels=["state"]
-    )
+    instances = GaugeMetricFamily("llumnix_instances", "Instances in the cluster", labels=["state"])
     for state, number in states.items():
         instances.add_metric([state], number)
     yield instances

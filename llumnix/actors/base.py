@@ -14,6 +14,8 @@ import pykka
 
 logger = logging.getLogger(__name__)
 
+ExcInfo = tuple[type[BaseException] | None, BaseException | None, TracebackType | None]
+
 ASK_SECONDS = 5.0  # the longest that anyone waits for an actor
 
 
@@ -36,7 +38,7 @@ class LoopFuture(pykka.ThreadingFuture[Any]):
 
     def set_exception(
         self,
-        exc_info: tuple[type[BaseException], BaseException, TracebackType] | None = None,
+        exc_info: ExcInfo | None = None,
     ) -> None:
         """Give the exception that came instead of an answer."""
         super().set_exception(exc_info)

@@ -35,7 +35,9 @@ class DispatcherActor(Actor):
         self._block_size = min(sizes, default=1)
         self._board.update_view(view)
 
-    def decide(self, tokens: int, exclude: frozenset[InstanceId] = frozenset()) -> Dispatched | None:
+    def decide(
+        self, tokens: int, exclude: frozenset[InstanceId] = frozenset()
+    ) -> Dispatched | None:
         """The instance for a request with a prompt of `tokens`; None when no instance is ready."""
         blocks = -(-(tokens + 1) // self._block_size)
         instance = self._board.decide(blocks, exclude)

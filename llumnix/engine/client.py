@@ -8,11 +8,11 @@ import asyncio
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core_client import AsyncMPClient, EngineCoreClient
 from vllm.v1.metrics.stats import SchedulerStats
 
@@ -25,7 +25,7 @@ from llumnix.engine.ledger import Ledger, Verdict
 logger = logging.getLogger(__name__)
 
 CALL_SECONDS = 30.0  # the longest that a utility call may take
-ATTEMPTS = 5  # instances tried for a request that has not produced a token yet
+ATTEMPTS = 5  # owners that a request may have before its first token
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Resources:
     engine_dead = False
 
 
-class ClusterClient(EngineCoreClient):
+class ClusterClient(EngineCoreClient):  # type: ignore[misc]  # vLLM is not followed by mypy
     """vLLM's `EngineCoreClient` over all instances of the cluster, for one API server."""
 
     def __init__(self, exchange: Exchange, dispatch: Dispatch, slots: int) -> None:
@@ -67,6 +67,8 @@ class ClusterClient(EngineCoreClient):
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self.instances: Callable[[], Mapping[InstanceId, NodeId]] = dict
+        # Called with the id and one sentence for a request that can't be answered.
+        self.on_failure: Callable[[str, str], None] = lambda request_id, reason: None
         exchange.on_outputs = self.deliver
         exchange.on_node_lost = self._on_node_lost
 
@@ -78,8 +80,12 @@ class ClusterClient(EngineCoreClient):
     # ---- what vLLM's frontend calls ----
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
-        """Dispatch a request. Raises EngineError if no instance can take it."""
-        await self._place(request)
+        """Take a request. It is dispatched in a task: the frontend can't undo a half-made call.
+
+        Raises ValueError if a request of that id is open already.
+        """
+        self.ledger.open(request.request_id, request)
+        self._spawn(self._place(request.request_id))
 
     async def get_output_async(self) -> EngineCoreOutputs:
         """The next batch of accepted outputs, or an instance's statistics."""
@@ -89,13 +95,11 @@ class ClusterClient(EngineCoreClient):
         """End requests wherever they run; a node that is gone has ended them already."""
         by_owner: dict[InstanceId, list[str]] = {}
         for request_id in request_ids:
-            if entry := self.ledger.close(request_id):
+            entry = self.ledger.close(request_id)
+            if entry is not None and entry.owner is not None:
                 by_owner.setdefault(entry.owner, []).append(request_id)
         for instance, ids in by_owner.items():
-            try:
-                await self._exchange.cancel(self._nodes[instance], Cancel(instance, ids))
-            except EngineDead as error:
-                logger.info("nothing to cancel at %s: %s", instance, error)
+            await self._cancel(instance, ids)
 
     async def get_supported_tasks_async(self) -> tuple[Any, ...]:
         """What the model can do, as the first instance that answers says."""
@@ -124,7 +128,7 @@ class ClusterClient(EngineCoreClient):
         """Take a frame from an instance: pass on what the ledger accepts."""
         if isinstance(frame, Lost):
             for request_id, epoch in zip(frame.request_ids, frame.epochs, strict=True):
-                self._lost(request_id, epoch, frame.reason)
+                self._lost(request_id, epoch, frame.reason, frame.retry)
             return
         accepted = []
         for output, epoch, position in zip(
@@ -149,61 +153,66 @@ class ClusterClient(EngineCoreClient):
 
     # ---- placing and replacing ----
 
-    async def _place(self, request: EngineCoreRequest) -> None:
+    async def _place(self, request_id: str) -> None:
         """Send a request to an instance, trying others while nodes don't answer."""
-        length = len(request.prompt_token_ids or ())
-        for attempt in range(1, ATTEMPTS + 1):
-            route = await self._dispatch(length, request.priority)
+        entry = self.ledger.get(request_id)
+        reason = "it was lost too often"
+        while entry is not None and entry.epoch < ATTEMPTS:
+            request = entry.request
+            try:
+                route = await self._dispatch(len(request.prompt_token_ids or ()), request.priority)
+            except EngineError as error:
+                reason = str(error)
+                break
+            if request_id not in self.ledger:
+                return  # cancelled while it was being dispatched
             self._nodes[route.instance] = route.node
-            entry = self.ledger.get(request.request_id)
-            if entry is None:
-                entry = self.ledger.open(request.request_id, request, route.instance)
-            else:
-                entry = self.ledger.move(request.request_id, route.instance)
+            entry = self.ledger.move(request_id, route.instance)
             frame = Submit(route.instance, entry.epoch, route.sequence, request)
             try:
                 await self._exchange.submit(route.node, self, frame)
-                self.dispatched[route.instance] += 1
-                return
             except EngineDead as error:
-                logger.warning("could not place request %s: %s", request.request_id, error)
-                if attempt == ATTEMPTS:
-                    self.ledger.close(request.request_id)
-                    raise
-            except asyncio.CancelledError:
-                await self.abort_requests_async([request.request_id])
-                raise
+                reason = str(error)
+                logger.warning("could not place request %s: %s", request_id, reason)
+                continue
+            self.dispatched[route.instance] += 1
+            if request_id not in self.ledger:  # cancelled while it was on its way
+                await self._cancel(route.instance, [request_id])
+            return
+        if entry is not None:
+            self._fail(request_id, reason)
 
     def _on_node_lost(self, node: NodeId, reason: str) -> None:
         for instance in [i for i, n in self._nodes.items() if n == node]:
             for request_id, entry in self.ledger.owned_by(instance):
-                self._lost(request_id, entry.epoch, reason)
+                self._lost(request_id, entry.epoch, reason, retry=True)
 
-    def _lost(self, request_id: str, epoch: int, reason: str) -> None:
+    def _lost(self, request_id: str, epoch: int, reason: str, retry: bool) -> None:
         """An owner lost a request: start over elsewhere if nothing was sent, else end it."""
         entry = self.ledger.get(request_id)
         if entry is None or entry.epoch != epoch:
             return
-        if entry.tokens or entry.epoch >= ATTEMPTS:
-            logger.error("request %s ended: %s", request_id, reason)
-            self._fail(request_id)
+        if entry.tokens or not retry:
+            self._fail(request_id, reason)
             return
         logger.warning("request %s is dispatched again: %s", request_id, reason)
-        task = asyncio.create_task(self._place_again(request_id, entry.request))
+        self._spawn(self._place(request_id))
+
+    def _fail(self, request_id: str, reason: str) -> None:
+        if self.ledger.close(request_id) is not None:
+            logger.error("request %s ended: %s", request_id, reason)
+            self.on_failure(request_id, reason)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _place_again(self, request_id: str, request: EngineCoreRequest) -> None:
+    async def _cancel(self, instance: InstanceId, request_ids: list[str]) -> None:
         try:
-            await self._place(request)
-        except EngineError as error:
-            logger.error("request %s ended: %s", request_id, error)
-            self._fail(request_id)
-
-    def _fail(self, request_id: str) -> None:
-        self.ledger.close(request_id)
-        output = EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)
-        self._outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
+            await self._exchange.cancel(self._nodes[instance], Cancel(instance, request_ids))
+        except EngineDead as error:
+            logger.info("nothing to cancel at %s: %s", instance, error)
 
     async def _broadcast(self, method: str, *args: Any) -> Any:
         """Call a utility method everywhere; booleans are and-ed, else the first answer counts."""
@@ -231,7 +240,6 @@ def _utility(name: str) -> Callable[..., Awaitable[Any]]:
 
 
 # Every other coroutine of vLLM's own client is a utility call, and goes to all instances.
-for _name in dir(AsyncMPClient):
+for _name in set(dir(AsyncMPClient)) - set(ClusterClient.__dict__):
     if _name.endswith("_async") and not _name.startswith(("_", "call_utility")):
-        if _name not in ClusterClient.__dict__:
-            setattr(ClusterClient, _name, _utility(_name))
+        setattr(ClusterClient, _name, _utility(_name))

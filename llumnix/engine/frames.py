@@ -65,12 +65,13 @@ class Outputs(Frame, array_like=True, gc=False):
 
 
 class Lost(Frame, array_like=True, gc=False):
-    """The instance no longer runs these requests and never will: it is dead or never had them."""
+    """The instance does not run these requests and never will: it is dead or never had them."""
 
     instance: InstanceId
     epochs: list[int]
     request_ids: list[str]
     reason: str
+    retry: bool = True  # False: no other instance can run them either
 
 
 class Reply(Frame, array_like=True, gc=False):

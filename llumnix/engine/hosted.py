@@ -12,7 +12,7 @@ from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 
 from llumnix.cluster import InstanceId, InstanceLoad, NodeId
-from llumnix.engine.base import Engine, EngineDead, EngineEvents, EngineFacts
+from llumnix.engine.base import Engine, EngineDead, EngineError, EngineEvents, EngineFacts
 from llumnix.engine.frames import Lost, Outputs, Submit
 
 
@@ -80,9 +80,10 @@ class HostedInstance:
         self._tenants[request.request_id] = _Tenant(origin, frame.epoch, 0, blocks)
         try:
             await self.engine.add(request)
-        except EngineDead as error:
+        except EngineError as error:
             if self._tenants.pop(request.request_id, None) is not None:
-                self._lose(origin, frame.epoch, request.request_id, str(error))
+                retry = isinstance(error, EngineDead)
+                self._lose(origin, frame.epoch, request.request_id, str(error), retry)
         self.on_load()
 
     async def cancel(self, request_ids: Iterable[str]) -> None:
@@ -155,5 +156,7 @@ class HostedInstance:
             self._lose(tenant.origin, tenant.epoch, request_id, reason)
         self.on_death(reason)
 
-    def _lose(self, origin: Origin, epoch: int, request_id: str, reason: str) -> None:
-        origin.deliver(Lost(self.id, [epoch], [request_id], reason))
+    def _lose(
+        self, origin: Origin, epoch: int, request_id: str, reason: str, retry: bool = True
+    ) -> None:
+        origin.deliver(Lost(self.id, [epoch], [request_id], reason, retry))

@@ -28,8 +28,8 @@ class Entry:
     """One open request: as it was dispatched, and everything accepted so far."""
 
     request: Any  # the engine's own request object, sent again whenever the request moves
-    owner: InstanceId
-    epoch: int = 1
+    owner: InstanceId | None = None  # None until it is dispatched
+    epoch: int = 0
     tokens: list[int] = field(default_factory=list)
 
     @property
@@ -51,14 +51,14 @@ class Ledger:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._entries
 
-    def open(self, request_id: str, request: Any, owner: InstanceId) -> Entry:
-        """Begin a request with its first owner, in epoch 1.
+    def open(self, request_id: str, request: Any) -> Entry:
+        """Begin a request; its first owner gets it by `move`, in epoch 1.
 
         Raises ValueError if a request of that id is open already.
         """
         if request_id in self._entries:
             raise ValueError(f"request {request_id} is open already")
-        entry = self._entries[request_id] = Entry(request, owner)
+        entry = self._entries[request_id] = Entry(request)
         return entry
 
     def get(self, request_id: str) -> Entry | None:

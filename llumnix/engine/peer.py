@@ -19,8 +19,17 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from llumnix.cluster import InstanceId, NodeId
 from llumnix.engine.base import EngineDead, EngineError
-from llumnix.engine.frames import AnyFrame, Call, Codec, Frame, FrameError, Hello, Lost, Outputs
-from llumnix.engine.frames import Reply
+from llumnix.engine.frames import (
+    AnyFrame,
+    Call,
+    Codec,
+    Frame,
+    FrameError,
+    Hello,
+    Lost,
+    Outputs,
+    Reply,
+)
 
 logger = logging.getLogger(__name__)
 

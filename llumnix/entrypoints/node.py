@@ -29,6 +29,7 @@ from llumnix.entrypoints.control import ControlPlane
 from llumnix.entrypoints.engines import engine_maker
 from llumnix.entrypoints.server.admin import Admin, Standing
 from llumnix.entrypoints.server.app import Gateway, make_app
+from llumnix.entrypoints.server.generate import DemoRoute
 from llumnix.entrypoints.server.listener import Listener
 from llumnix.metrics import DISPATCH_SECONDS, NodeCollector, Snapshot
 from llumnix.version import VERSION
@@ -54,6 +55,7 @@ class Node:
         self._opening: asyncio.Task[None] | None = None
         self._frontend: Frontend | None = None
         self._stopping = False
+        self._closing = False
 
     @property
     def view(self) -> ClusterView:
@@ -86,9 +88,8 @@ class Node:
     def _connect(self) -> None:
         """Make the way of a request: server, frontend's client, exchange, peers."""
         config = self._config
-        self._peers = Peers(
-            config.node, VERSION, self._control.token, self._address_of, self._listener_ssl()
-        )
+        ssl = Listener.client_ssl(self._arguments)
+        self._peers = Peers(config.node, VERSION, self._control.token, self._address_of, ssl)
         self._exchange = Exchange(config.node, self._peers)
         self._client = ClusterClient(self._exchange, self._route, config.max_instances)
         self._client.instances = self._ready
@@ -97,11 +98,10 @@ class Node:
         )
         self._gateway = Gateway(self._application, self.standing)
         admin = Admin(config.node, self.standing, self._view_and_age)
-        app = make_app(self._gateway, admin, (PATH, self._peers.accept), config.max_body_bytes)
+        demo = DemoRoute(self._llm, self.standing)
+        peer = (PATH, self._peers.accept)
+        app = make_app(self._gateway, admin, demo.handle, peer, config.max_body_bytes)
         self._listener = Listener(app, self._arguments)
-
-    def _listener_ssl(self) -> Any:
-        return Listener.client_ssl(self._arguments)
 
     def _start_actors(self) -> None:
         config = self._config
@@ -132,7 +132,7 @@ class Node:
 
     def _on_view(self, view: ClusterView) -> None:
         """A new view of the cluster; called on the registry's thread."""
-        if hasattr(self, "_supervise"):
+        if hasattr(self, "_supervise") and not self._closing:
             self._dispatch.update_view.defer(view)
             self._supervise.update_view.defer(view)
             self._loop.call_soon_threadsafe(self._look, view)
@@ -206,6 +206,9 @@ class Node:
     def _application(self) -> Any:
         return self._frontend.app if self._frontend else None
 
+    def _llm(self) -> Any:
+        return self._frontend.llm if self._frontend else None
+
     def _view_and_age(self) -> tuple[ClusterView, float]:
         return self.view, self._control.registry.age
 
@@ -247,6 +250,7 @@ class Node:
         await self._exchange.close()
         await self._listener.close()
         self._reporter.stop()
+        self._closing = True
         for actor in (self._supervisor, self._dispatcher):
             actor.stop(timeout=ASK_SECONDS)
         REGISTRY.unregister(self._collector)

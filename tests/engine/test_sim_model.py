@@ -198,6 +198,20 @@ def test_the_least_urgent_is_preempted_wherever_it_stands_and_the_step_goes_on()
     assert [output.request for output in result.outputs] == ["high", "higher"]
 
 
+def test_the_tokens_of_a_victim_go_to_those_who_stay() -> None:
+    profile = LatencyProfile(prefill_token=1.0)
+    config = replace(TINY, total_blocks=10, max_num_batched_tokens=4, priority=True)
+    client = Client(replace(config, profile=profile))
+    client.engine.add(SimRequest("low", prompt(4), max_tokens=30, priority=5))
+    client.step()
+    client.engine.add(SimRequest("high", prompt(30), max_tokens=2))
+    assert client.step().seconds == 3  # of the 4, one is for decoding "low"
+    result = client.step()
+    while not result.preempted:
+        result = client.step()
+    assert result.preempted == ["low"] and result.seconds == 4
+
+
 def test_a_preemption_loses_what_came_along() -> None:
     profile = LatencyProfile(prefill_token=0.1)
     client = Client(replace(TINY, max_num_batched_tokens=99, profile=profile))

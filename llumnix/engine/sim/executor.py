@@ -51,7 +51,7 @@ class _Scheduled:
     outputs: int  # of the request so far
 
 
-class ModelledExecutor(Executor):
+class ModelledExecutor(Executor):  # type: ignore[misc]  # vLLM is not followed by mypy
     """Answers the engine core as an executor does, from a `LatencyProfile` and token streams.
 
     Each request that has all its tokens computed in a step gets the token of `token_at` for its
@@ -102,11 +102,11 @@ class ModelledExecutor(Executor):
         """There is nothing to compile."""
 
     @property
-    def supported_tasks(self) -> tuple[str, ...]:  # type: ignore[override]
+    def supported_tasks(self) -> tuple[str, ...]:
         """Text generation only."""
         return ("generate",)
 
-    def execute_model(  # type: ignore[override]
+    def execute_model(
         self, scheduler_output: SchedulerOutput, non_block: bool = False
     ) -> ModelRunnerOutput | Future[ModelRunnerOutput]:
         """Take the time of the step, and sample for the requests that have all tokens computed."""
@@ -117,7 +117,7 @@ class ModelledExecutor(Executor):
         future.set_result(output)
         return future
 
-    def sample_tokens(  # type: ignore[override]
+    def sample_tokens(
         self, grammar_output: GrammarOutput | None, non_block: bool = False
     ) -> ModelRunnerOutput:
         """Never called: `execute_model` samples at once.
@@ -130,7 +130,7 @@ class ModelledExecutor(Executor):
     def execute_dummy_batch(self) -> None:
         """A step without requests takes no time."""
 
-    def collective_rpc(  # type: ignore[override]
+    def collective_rpc(
         self,
         method: str | Callable[..., Any],
         timeout: float | None = None,

@@ -68,6 +68,10 @@ class SimEngine:
         params = request.sampling_params
         if params is None or request.prompt_token_ids is None:
             raise EngineError("a modelled engine takes token prompts and sampling parameters only")
+        if params.logprobs is not None or params.prompt_logprobs is not None:
+            raise EngineError("a modelled engine has no logprobs")
+        if params.structured_outputs is not None:
+            raise EngineError("a modelled engine's tokens follow no grammar")
         try:
             self._model.add(
                 SimRequest(

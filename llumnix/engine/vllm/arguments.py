@@ -43,7 +43,8 @@ class NodeArgumentParser(configargparse.ArgumentParser, FlexibleArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One clear sentence and exit status 2."""
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+        sys.stderr.write(f"{self.prog}: {' '.join(message.split())}\n")
+        sys.exit(2)
 
 
 def make_parser(prog: str) -> NodeArgumentParser:
@@ -105,15 +106,20 @@ def _sentence(error: Exception) -> str:
 def show(parser: NodeArgumentParser, arguments: argparse.Namespace) -> str:
     """The configuration as YAML: llumnix's knobs, and what differs from vLLM's defaults."""
     values: dict[str, Any] = {}
-    own = {action.dest for group in parser._action_groups if group.title == "llumnix"
-           for action in group._group_actions}
+    own = {
+        action.dest
+        for group in parser._action_groups
+        if group.title == "llumnix"
+        for action in group._group_actions
+    }
     for name, value in sorted(vars(arguments).items()):
         if name in ("print_config", "validate_config", "config"):
             continue
         if name in own or value != parser.get_default(name):
             shown = "***" if value and config.is_secret(name) else value
             values[name.replace("_", "-")] = shown
-    return yaml.safe_dump(values, default_flow_style=False, sort_keys=True, allow_unicode=True)
+    text: str = yaml.safe_dump(values, default_flow_style=False, allow_unicode=True)
+    return text
 
 
 def main_program() -> str:

@@ -6,6 +6,7 @@ Accepted: vLLM 0.26 to 0.33. Whatever moved between them is looked up here by it
 import contextlib
 import importlib
 from collections.abc import Iterator
+from http import HTTPStatus
 from typing import Any
 
 import vllm
@@ -58,3 +59,24 @@ def engine_core_client(client: EngineCoreClient) -> Iterator[None]:
         yield
     finally:
         EngineCoreClient.make_async_mp_client = original
+
+
+def client_errors() -> tuple[type[Exception], ...]:
+    """What vLLM raises when the client has asked for something that can't be."""
+    try:
+        from vllm.exceptions import VLLMClientError
+    except ImportError:  # before 0.32
+        return (ValueError, TypeError)
+    return (ValueError, TypeError, VLLMClientError)
+
+
+def unavailable(message: str) -> Exception:
+    """The exception that this version of vLLM's server answers with 503 and the message.
+
+    Before 0.32 the server knows no such exception, and answers 500 to any.
+    """
+    try:
+        from vllm.exceptions import GracefulHTTPError
+    except ImportError:
+        return RuntimeError(message)
+    return GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE)  # type: ignore[no-any-return]

@@ -4,10 +4,13 @@ Its FastAPI application is handed out as a plain ASGI application.
 """
 
 import argparse
+import asyncio
 import contextlib
 import logging
 from typing import Any
 
+from fastapi import HTTPException as FastapiHTTPException
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from vllm.config import VllmConfig
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -32,6 +35,7 @@ class Frontend:
         self._stack = contextlib.AsyncExitStack()
         self.llm: AsyncLLM | None = None
         self.app: Any = None  # an ASGI application, once open
+        self._aborts: asyncio.Future[None] | None = None  # kept: a loop holds its tasks weakly
 
     async def open(self, facts: EngineFacts) -> None:
         """Build the application; `facts` are those of the first instance that is ready."""
@@ -46,15 +50,34 @@ class Frontend:
                 usage_context=UsageContext.OPENAI_API_SERVER,
             )
         self._stack.callback(llm.shutdown)
+        self._client.on_failure = self._fail
         tasks = facts.tasks
         app = compat.server_symbol("build_app")(self._arguments, tasks, llm.model_config)
         await compat.server_symbol("init_app_state")(llm, app.state, self._arguments, tasks)
+        # vLLM answers FastAPI's errors in OpenAI's shape; those of the router are Starlette's.
+        handlers = app.exception_handlers
+        handlers[StarletteHTTPException] = handlers[FastapiHTTPException]
+        app.middleware_stack = app.build_middleware_stack()
         await self._stack.enter_async_context(app.router.lifespan_context(app))
         self.app = app
 
     async def close(self) -> None:
         """End vLLM's background tasks."""
         await self._stack.aclose()
+
+    def _fail(self, request_id: str, reason: str) -> None:
+        """End a request whose outputs will never come: its client gets `reason` as an error."""
+        assert self.llm is not None
+        processor = self.llm.output_processor
+        state = processor.request_states.get(request_id)
+        if state is None:
+            return
+        parent = state.parent_req  # with n > 1, the other choices end too
+        whole = request_id if parent is None else parent.request_id
+        ended = processor.abort_requests([whole], internal=True)
+        self._aborts = asyncio.ensure_future(self._client.abort_requests_async(ended))
+        if state.queue is not None:
+            state.queue.put(compat.unavailable(reason))
 
     def _learn(self, facts: EngineFacts) -> None:
         """What vLLM's own client would have written into the configuration at engine start."""

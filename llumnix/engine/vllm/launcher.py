@@ -95,7 +95,9 @@ class EngineProcess:
             process.terminate()
             process.join(timeout)
         if process.is_alive():
-            logger.warning("engine process %s did not end in %.0f s; killing it", self.name, timeout)
+            logger.warning(
+                "engine process %s did not end in %.0f s; killing it", self.name, timeout
+            )
             process.kill()
             process.join()
         process.close()
@@ -110,8 +112,10 @@ def _last_error(log_file: Path) -> str | None:
         return None
     found = [m for line in lines if (m := _ERROR_LINE.search(line))]
     primary = [m for m in found if not any(s in m[2] for s in _SECONDARY)]
-    best = (primary or found or [None])[-1]
-    return f"{best[1]}: {best[2]}" if best else None
+    if not found:
+        return None
+    best = (primary or found)[-1]
+    return f"{best[1]}: {best[2]}"
 
 
 def _engine_core(log_file: str, placement: Placement, kwargs: dict[str, Any]) -> None:

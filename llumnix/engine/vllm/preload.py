@@ -1,4 +1,4 @@
-"""What the fork server imports besides vLLM's engine core: the worker of this machine's platform."""
+"""What the fork server imports besides the engine core: the worker of this machine's platform."""
 
 import importlib
 import logging

@@ -2,29 +2,18 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from aiohttp import web
 
 from llumnix.entrypoints.server import asgi
 from llumnix.entrypoints.server.admin import Admin, Standing
-from llumnix.entrypoints.server.errors import error_response, openai_errors
+from llumnix.entrypoints.server.errors import Handler, error_response, openai_errors
 
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER = {"Retry-After": "5"}
-
-
-class Backend(Protocol):
-    """What the application stands on."""
-
-    @property
-    def asgi_app(self) -> asgi.AsgiApp | None:
-        """vLLM's application, once an instance is up."""
-
-    async def generate(self, body: bytes) -> web.StreamResponse | None:
-        """The demo server's /generate."""
 
 
 class Gateway:
@@ -68,19 +57,30 @@ def refuse(request: web.Request, body: bytes) -> web.Response | None:
     return None
 
 
+async def _get_only(request: web.Request) -> web.StreamResponse:
+    raise web.HTTPMethodNotAllowed(request.method, ["GET"])
+
+
 def make_app(
     gateway: Gateway,
     admin: Admin,
-    peer: tuple[str, Callable[[web.Request], Awaitable[web.StreamResponse]]],
+    generate: Handler,
+    peer: tuple[str, Handler],
     max_body_bytes: int,
 ) -> web.Application:
     """The application, with every route in its place."""
     app = web.Application(client_max_size=max_body_bytes, middlewares=[openai_errors])
     app.router.add_get(*peer)
-    app.router.add_get("/livez", admin.livez)
-    app.router.add_get("/readyz", admin.readyz)
-    app.router.add_get("/health", admin.health)
-    app.router.add_get("/status", admin.status)
-    app.router.add_get("/metrics", admin.metrics)
+    looks = {
+        "/livez": admin.livez,
+        "/readyz": admin.readyz,
+        "/health": admin.health,
+        "/status": admin.status,
+        "/metrics": admin.metrics,
+    }
+    for path, handler in looks.items():
+        app.router.add_get(path, handler)
+        app.router.add_route("*", path, _get_only)
+    app.router.add_post("/generate", generate)
     app.router.add_route("*", "/{path:.*}", gateway.handle)
     return app

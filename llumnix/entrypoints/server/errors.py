@@ -17,7 +17,8 @@ def error_response(
 ) -> web.Response:
     """One clear sentence, the right status, and the body that OpenAI clients expect."""
     kind = "".join(word.capitalize() for word in HTTPStatus(status).phrase.split())
-    error = {"message": message, "type": f"{kind}Error", "param": None, "code": status}
+    kind = kind if kind.endswith("Error") else f"{kind}Error"
+    error = {"message": message, "type": kind, "param": None, "code": status}
     return web.Response(
         body=orjson.dumps({"error": error}),
         status=status,
