@@ -51,7 +51,7 @@ class Resources:
     engine_dead = False
 
 
-class ClusterClient(EngineCoreClient):  # type: ignore[misc]  # vLLM is not followed by mypy
+class ClusterClient(EngineCoreClient):
     """vLLM's `EngineCoreClient` over all instances of the cluster, for one API server."""
 
     def __init__(self, exchange: Exchange, dispatch: Dispatch, slots: int) -> None:

@@ -5,12 +5,14 @@ Everything is started in order and stopped in reverse; this file only connects t
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import time
 from functools import partial
 from typing import Any
 
 from prometheus_client import REGISTRY
+from pykka import ActorRef
 from vllm.config import VllmConfig
 
 from llumnix.actors.base import ASK_SECONDS
@@ -36,6 +38,7 @@ from llumnix.version import VERSION
 
 logger = logging.getLogger(__name__)
 
+HALT_SECONDS = 30.0  # for all engines to end
 POLL = 0.05  # seconds between looks while something ends
 
 
@@ -54,8 +57,10 @@ class Node:
         self._collector = NodeCollector(self._snapshot)
         self._opening: asyncio.Task[None] | None = None
         self._frontend: Frontend | None = None
-        self._stopping = False
-        self._closing = False
+        self._serving = False  # between a complete start and the beginning of the end
+        self._acting = False  # while there are actors to tell of a new view
+        self._actors: list[ActorRef[Any]] = []
+        self._ends = contextlib.AsyncExitStack()
 
     @property
     def view(self) -> ClusterView:
@@ -63,27 +68,39 @@ class Node:
         return self._control.registry.view
 
     async def start(self) -> None:
-        """Join the cluster and begin to serve. Raises EtcdError, OSError, with one sentence."""
+        """Join the cluster and begin to serve. Raises EtcdError, OSError, with one sentence.
+
+        What has been started is on the stack, for stop() to end in reverse.
+        """
         self._loop = asyncio.get_running_loop()
+        ends = self._ends
+        ends.push_async_callback(asyncio.to_thread, self._control.close)
         await asyncio.to_thread(self._control.open, self._on_view)
         self._connect()
+        ends.push_async_callback(self._listener.close)
         await self._listener.open()
+        ends.push_async_callback(self._exchange.close)
+        ends.callback(self._stop_actors)
         self._start_actors()
-        await asyncio.to_thread(self._control.join)
-        self._on_view(self.view)
+        ends.push_async_callback(self._halt)
         REGISTRY.register(self._collector)
+        ends.callback(REGISTRY.unregister, self._collector)
+        await asyncio.to_thread(self._control.join)
+        self._serving = True
+        self._on_view(self.view)
         desired = self.view.desired.get(self._config.node, self._config.initial_instances)
         self._supervisor.proxy().want.defer(desired)
 
     async def stop(self) -> None:
         """Let what runs end, within --drain-timeout; then leave, in reverse order of start."""
-        deadline = self._loop.time() + self._config.drain_timeout
-        self._stopping = True
         self.standing.serving, self.standing.sentence = False, "the node is stopping"
-        await self._listener.refuse_new()
-        await self._supervisor.proxy().leave()
-        await self._drained(deadline)
-        await self._close()
+        if self._serving:
+            self._serving = False
+            deadline = self._loop.time() + self._config.drain_timeout
+            await self._listener.refuse_new()
+            await self._supervise.leave()
+            await self._drained(deadline)
+        await self._ends.aclose()
 
     def _connect(self) -> None:
         """Make the way of a request: server, frontend's client, exchange, peers."""
@@ -120,8 +137,10 @@ class Node:
             config.node, self._model, config.max_instances, config.drain_timeout, around
         )
         self._supervise = self._supervisor.proxy()
+        self._actors = [self._supervisor, self._dispatcher]
         for actor in (self._dispatch, self._supervise):
             actor.ping().get(timeout=ASK_SECONDS)
+        self._acting = True
 
     @property
     def _model(self) -> str:
@@ -132,14 +151,14 @@ class Node:
 
     def _on_view(self, view: ClusterView) -> None:
         """A new view of the cluster; called on the registry's thread."""
-        if hasattr(self, "_supervise") and not self._closing:
+        if self._acting:
             self._dispatch.update_view.defer(view)
             self._supervise.update_view.defer(view)
             self._loop.call_soon_threadsafe(self._look, view)
 
     def _look(self, view: ClusterView) -> None:
         """See on the loop whether requests can be served."""
-        if self._stopping:
+        if not self._serving:
             return
         ready = bool(self._ready())
         if ready and self._opening is None:
@@ -237,21 +256,21 @@ class Node:
     def _busy(self) -> int:
         return self._gateway.running + sum(h.requests for h in self._exchange.hosted.values())
 
-    async def _close(self) -> None:
+    async def _halt(self) -> None:
+        """Stop the engines, then what stood on them."""
         await self._supervise.halt()
-        deadline = self._loop.time() + 30.0
+        deadline = self._loop.time() + HALT_SECONDS
         while await self._supervise.left() and self._loop.time() < deadline:
             await asyncio.sleep(POLL)
         if self._opening is not None:
+            self._opening.cancel()
             await asyncio.gather(self._opening, return_exceptions=True)
         if self._frontend is not None:
             await self._frontend.close()
         self._client.shutdown()
-        await self._exchange.close()
-        await self._listener.close()
         self._reporter.stop()
-        self._closing = True
-        for actor in (self._supervisor, self._dispatcher):
+
+    def _stop_actors(self) -> None:
+        self._acting = False
+        for actor in self._actors:
             actor.stop(timeout=ASK_SECONDS)
-        REGISTRY.unregister(self._collector)
-        await asyncio.to_thread(self._control.close)

@@ -51,7 +51,7 @@ class _Scheduled:
     outputs: int  # of the request so far
 
 
-class ModelledExecutor(Executor):  # type: ignore[misc]  # vLLM is not followed by mypy
+class ModelledExecutor(Executor):
     """Answers the engine core as an executor does, from a `LatencyProfile` and token streams.
 
     Each request that has all its tokens computed in a step gets the token of `token_at` for its

@@ -21,7 +21,7 @@ from llumnix.engine.vllm.compat import server_symbol
 ENVIRONMENT_PREFIX = "LLUMNIX_"
 
 
-class NodeArgumentParser(configargparse.ArgumentParser, FlexibleArgumentParser):  # type: ignore[misc]
+class NodeArgumentParser(configargparse.ArgumentParser, FlexibleArgumentParser):
     """vLLM's parser (dashes or underscores, dotted JSON keys) with ConfigArgParse's sources."""
 
     def __init__(self, **kwargs: Any) -> None:

@@ -25,7 +25,7 @@ from llumnix.engine.vllm.launcher import EngineProcess, Placement
 logger = logging.getLogger(__name__)
 
 
-class _Client(AsyncMPClient):  # type: ignore[misc]  # vLLM is not followed by mypy
+class _Client(AsyncMPClient):
     """vLLM's client to one engine core, which hands its outputs on at once, without a queue."""
 
     events: EngineEvents | None = None
@@ -161,7 +161,8 @@ class VllmEngine:
     async def _greet(self, socket: zmq.asyncio.Socket, ended: "asyncio.Future[None]") -> bool:
         """Answer one message of the starting engine; True once it is ready."""
         message: asyncio.Future[list[bytes]] = asyncio.ensure_future(socket.recv_multipart())
-        await asyncio.wait([message, ended], return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {message, ended}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not message.done():
             message.cancel()
             raise EngineError(f"instance {self._id} did not start: {self._process.failure()}")
