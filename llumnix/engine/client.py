@@ -41,8 +41,9 @@ class NoInstance(EngineError):
     """No instance of the cluster is ready to take a request."""
 
 
-# Decides for a request of so many prompt tokens and this priority; raises EngineError if it can't.
-Dispatch = Callable[[int, int], Awaitable[Route]]
+# Decides for a request of so many prompt tokens and this priority, if possible for none of these
+# instances; raises EngineError if it can't.
+Dispatch = Callable[[int, int, frozenset[InstanceId]], Awaitable[Route]]
 
 
 class Resources:
@@ -153,14 +154,15 @@ class ClusterClient(EngineCoreClient):
 
     # ---- placing and replacing ----
 
-    async def _place(self, request_id: str) -> None:
+    async def _place(self, request_id: str, reason: str = "") -> None:
         """Send a request to an instance, trying others while nodes don't answer."""
         entry = self.ledger.get(request_id)
-        reason = "it was lost too often"
         while entry is not None and entry.epoch < ATTEMPTS:
             request = entry.request
             try:
-                route = await self._dispatch(len(request.prompt_token_ids or ()), request.priority)
+                tokens = len(request.prompt_token_ids or ())
+                lost_by = frozenset(entry.lost_by)
+                route = await self._dispatch(tokens, request.priority, lost_by)
             except EngineError as error:
                 reason = str(error)
                 break
@@ -173,8 +175,12 @@ class ClusterClient(EngineCoreClient):
                 await self._exchange.submit(route.node, self, frame)
             except EngineDead as error:
                 reason = str(error)
+                entry.lost_by.add(route.instance)
                 logger.warning("could not place request %s: %s", request_id, reason)
                 continue
+            except EngineError as error:
+                reason = str(error)
+                break
             self.dispatched[route.instance] += 1
             if request_id not in self.ledger:  # cancelled while it was on its way
                 await self._cancel(route.instance, [request_id])
@@ -196,7 +202,9 @@ class ClusterClient(EngineCoreClient):
             self._fail(request_id, reason)
             return
         logger.warning("request %s is dispatched again: %s", request_id, reason)
-        self._spawn(self._place(request_id))
+        if entry.owner is not None:
+            entry.lost_by.add(entry.owner)
+        self._spawn(self._place(request_id, reason))
 
     def _fail(self, request_id: str, reason: str) -> None:
         if self.ledger.close(request_id) is not None:

@@ -103,8 +103,12 @@ class Exchange:
             reply = Reply(frame.id, result)
         except EngineError as error:
             reply = Reply(frame.id, error=str(error))
-        if not link.closed:
+        if link.closed:
+            return
+        try:
             link.send(reply)
+        except EngineError as error:
+            link.send(Reply(frame.id, error=str(error)))
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)

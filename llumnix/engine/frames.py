@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
-from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, bytestr
+from vllm.v1.serial_utils import CUSTOM_TYPE_RAW_VIEW, MsgpackDecoder, MsgpackEncoder, bytestr
 
 from llumnix.cluster import InstanceId, NodeId
 
@@ -97,12 +97,20 @@ AnyFrame = Submit | Cancel | Call | Outputs | Lost | Reply | Hello
 _LENGTH = struct.Struct("<I")
 
 
+class _Decoder(MsgpackDecoder):
+    def ext_hook(self, code: int, data: memoryview) -> Any:
+        """Arrays only: no pickle, whatever VLLM_ALLOW_INSECURE_SERIALIZATION says."""
+        if code != CUSTOM_TYPE_RAW_VIEW:
+            raise NotImplementedError(f"there is no extension type {code} in a frame")
+        return data
+
+
 class Codec:
     """Encodes and decodes frames; one for each connection (the encoder keeps state)."""
 
     def __init__(self) -> None:
         self._encoder = MsgpackEncoder()
-        self._decoder = MsgpackDecoder(AnyFrame)
+        self._decoder = _Decoder(AnyFrame)
 
     def encode(self, frame: Frame) -> bytes:
         """One WebSocket message: count of parts, their lengths, then the parts."""
@@ -115,17 +123,23 @@ class Codec:
     def decode(self, message: bytes) -> Frame:
         """The frame of a message. Raises FrameError on anything that encode() did not make."""
         try:
-            (count,) = _LENGTH.unpack_from(message)
-            view = memoryview(message)
-            start = _LENGTH.size * (count + 1)
-            parts = []
-            for n in range(count):
-                (size,) = _LENGTH.unpack_from(message, _LENGTH.size * (n + 1))
-                parts.append(view[start : start + size])
-                start += size
-            frame = self._decoder.decode(parts)
-        except (struct.error, msgspec.MsgspecError, ValueError, IndexError, TypeError) as error:
-            raise FrameError(f"not a llumnix frame: {error}") from error
+            frame = self._decoder.decode(_parts(message))
+        except Exception as error:  # vLLM's hooks for arrays raise whatever comes, even asserts
+            raise FrameError(f"not a llumnix frame: {error or type(error).__name__}") from error
         if not isinstance(frame, Frame):
             raise FrameError(f"not a llumnix frame: {type(frame).__name__}")
         return frame
+
+
+def _parts(message: bytes) -> list[memoryview]:
+    (count,) = _LENGTH.unpack_from(message)
+    view = memoryview(message)
+    start = _LENGTH.size * (count + 1)
+    parts = []
+    for n in range(count):
+        (size,) = _LENGTH.unpack_from(message, _LENGTH.size * (n + 1))
+        parts.append(view[start : start + size])
+        start += size
+    if start != len(message):
+        raise ValueError(f"{len(message)} bytes came, but its parts make {start}")
+    return parts

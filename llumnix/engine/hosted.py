@@ -75,6 +75,10 @@ class HostedInstance:
         if self.facts is None or self._dead is not None:
             self._lose(origin, frame.epoch, request.request_id, self._dead or "it is not up yet")
             return
+        if (held := self._tenants.get(request.request_id)) is not None:
+            if held.epoch > frame.epoch:
+                return  # an echo: its origin has sent it again meanwhile, over another link
+            await self.cancel([request.request_id])
         length = len(request.prompt_token_ids or ()) + 1
         blocks = -(-length // self.facts.block_size)
         self._tenants[request.request_id] = _Tenant(origin, frame.epoch, 0, blocks)

@@ -31,6 +31,7 @@ class Entry:
     owner: InstanceId | None = None  # None until it is dispatched
     epoch: int = 0
     tokens: list[int] = field(default_factory=list)
+    lost_by: set[InstanceId] = field(default_factory=set)  # owners not to be tried again
 
     @property
     def position(self) -> int:

@@ -66,14 +66,18 @@ class Link:
             self.send(frame)
 
     def send(self, frame: Frame) -> None:
-        """Queue a frame. Raises EngineDead if the link is closed."""
+        """Queue a frame. Raises EngineDead if the link is closed, EngineError if it can't travel."""
         if self.closed:
             raise EngineDead(f"the connection to node {self._node} is closed")
+        try:
+            message = self._codec.encode(frame)
+        except TypeError as error:
+            raise EngineError(f"this cannot be sent to node {self._node}: {error}") from error
         if len(self._queue) >= QUEUE_FRAMES:
             logger.error("node %s is %d frames behind; cutting it off", self._node, QUEUE_FRAMES)
             self.closed = True
         else:
-            self._queue.append(self._codec.encode(frame))
+            self._queue.append(message)
         self._wake.set()
 
     async def call(self, instance: InstanceId, method: str, args: tuple[Any, ...]) -> Any:
@@ -155,6 +159,7 @@ class Peers:
         self._address_of = address_of
         self._ssl = ssl
         self._links: dict[NodeId, Link] = {}
+        self._running: set[Link] = set()  # with those beside: two nodes may dial at the same time
         self._dialling: dict[NodeId, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._session: aiohttp.ClientSession | None = None
@@ -175,7 +180,7 @@ class Peers:
             try:
                 async with asyncio.timeout(timeout):
                     socket = await self._dial(node)
-            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            except (aiohttp.ClientError, OSError, TimeoutError, FrameError) as error:
                 detail = str(error) or type(error).__name__
                 raise EngineDead(f"node {node} does not answer: {detail}") from error
             link = Link(socket, node)
@@ -188,14 +193,18 @@ class Peers:
     async def accept(self, request: web.Request) -> web.StreamResponse:
         """The HTTP handler of PATH: refuse who does not know the cluster's token."""
         given = request.headers.get("Authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
+        expected = f"Bearer {self._token}".encode()
+        if not hmac.compare_digest(given.encode(errors="surrogateescape"), expected):
             logger.warning("refused a peer connection from %s: wrong token", request.remote)
             raise web.HTTPUnauthorized(text="wrong or missing cluster token")
         socket = web.WebSocketResponse(heartbeat=HEARTBEAT, max_msg_size=MAX_FRAME, compress=False)
         await socket.prepare(request)
-        hello = Codec().decode(await socket.receive_bytes(timeout=3.0))
-        if not isinstance(hello, Hello):
-            raise FrameError("the first frame must be a Hello")
+        try:
+            hello = await _greeting(socket)
+        except (FrameError, TimeoutError) as error:
+            logger.warning("refused a peer connection from %s: %r", request.remote, error)
+            await socket.close()
+            return socket
         link = Link(socket, hello.node)
         link.send(self._hello)
         self._keep(link)
@@ -204,7 +213,7 @@ class Peers:
 
     async def close(self) -> None:
         """Close every link and end every task."""
-        await asyncio.gather(*(link.close() for link in self._links.values()))
+        await asyncio.gather(*(link.close() for link in self._running))
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._session is not None:
             await self._session.close()
@@ -223,8 +232,12 @@ class Peers:
             max_msg_size=MAX_FRAME,
             ssl=self._ssl or True,
         )
-        await socket.send_bytes(Codec().encode(self._hello))
-        await socket.receive_bytes()  # its Hello: the token was right and it is up
+        try:
+            await socket.send_bytes(Codec().encode(self._hello))
+            await _greeting(socket)  # the token was right and it is up
+        except BaseException:
+            await socket.close()
+            raise
         return socket
 
     def _keep(self, link: Link) -> None:
@@ -234,13 +247,26 @@ class Peers:
 
     async def _serve(self, link: Link) -> None:
         logger.info("connected to node %s", link.node)
+        self._running.add(link)
         try:
             await link.run(self.on_frame)
         finally:
+            self._running.discard(link)
             if self._links.get(link.node) is link:
                 del self._links[link.node]
             await self.on_close(link)
             logger.info("the connection to node %s ended", link.node)
+
+
+async def _greeting(socket: Socket) -> Hello:
+    """The first frame of the other end. Raises FrameError, TimeoutError."""
+    message = await socket.receive(timeout=3.0)
+    if message.type is not aiohttp.WSMsgType.BINARY:
+        raise FrameError("it hung up without a greeting")
+    hello = Codec().decode(message.data)
+    if not isinstance(hello, Hello):
+        raise FrameError("the first frame must be a Hello")
+    return hello
 
 
 __all__ = ["PATH", "AnyFrame", "Link", "Peers"]

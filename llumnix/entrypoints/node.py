@@ -113,7 +113,7 @@ class Node:
         self._reporter = LoadReporter(
             self._exchange.hosted.values, self._control.registry.report_loads
         )
-        self._gateway = Gateway(self._application, self.standing)
+        self._gateway = Gateway(lambda: self._frontend, self.standing)
         admin = Admin(config.node, self.standing, self._view_and_age)
         demo = DemoRoute(self._llm, self.standing)
         peer = (PATH, self._peers.accept)
@@ -192,9 +192,11 @@ class Node:
         length = self._vllm_config.model_config.max_model_len
         return EngineFacts(infos[0].total_blocks, infos[0].block_size, length, tasks)
 
-    async def _route(self, tokens: int, priority: int) -> Route:
+    async def _route(self, tokens: int, priority: int, avoid: frozenset[InstanceId]) -> Route:
         began = time.perf_counter()
-        decision: Dispatched | None = await self._dispatch.decide(tokens)
+        decision: Dispatched | None = await self._dispatch.decide(tokens, avoid)
+        if decision is None and avoid:  # there is no other: it may be back
+            decision = await self._dispatch.decide(tokens)
         DISPATCH_SECONDS.observe(time.perf_counter() - began)
         if decision is None:
             raise NoInstance("no instance is ready; try again in a few seconds")
@@ -221,9 +223,6 @@ class Node:
     def _ready(self) -> dict[InstanceId, NodeId]:
         instances = self.view.instances.values()
         return {i.id: i.node for i in instances if i.state is InstanceState.READY}
-
-    def _application(self) -> Any:
-        return self._frontend.app if self._frontend else None
 
     def _llm(self) -> Any:
         return self._frontend.llm if self._frontend else None

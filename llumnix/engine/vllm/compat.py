@@ -5,7 +5,7 @@ Accepted: vLLM 0.26 to 0.33. Whatever moved between them is looked up here by it
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Any
 
@@ -59,6 +59,27 @@ def engine_core_client(client: EngineCoreClient) -> Iterator[None]:
         yield
     finally:
         EngineCoreClient.make_async_mp_client = original
+
+
+def stream_handlers(state: Any) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
+    """For each route that streams tokens: how to parse a request, and vLLM's handler of it."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    chat = getattr(state, "openai_serving_chat", None)
+    completion = getattr(state, "openai_serving_completion", None)
+    handlers = {}
+    if chat is not None:
+        handlers["/v1/chat/completions"] = (
+            ChatCompletionRequest.model_validate,
+            chat.create_chat_completion,
+        )
+    if completion is not None:
+        handlers["/v1/completions"] = (
+            CompletionRequest.model_validate,
+            completion.create_completion,
+        )
+    return handlers
 
 
 def client_errors() -> tuple[type[Exception], ...]:

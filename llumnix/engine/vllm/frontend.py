@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import HTTPException as FastapiHTTPException
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -19,6 +20,7 @@ from vllm.v1.executor import Executor
 from llumnix.engine.base import EngineFacts
 from llumnix.engine.client import ClusterClient
 from llumnix.engine.vllm import compat
+from llumnix.engine.vllm.streams import Streams
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class Frontend:
         self._stack = contextlib.AsyncExitStack()
         self.llm: AsyncLLM | None = None
         self.app: Any = None  # an ASGI application, once open
+        self.streams: Streams | None = None
         self._aborts: asyncio.Future[None] | None = None  # kept: a loop holds its tasks weakly
 
     async def open(self, facts: EngineFacts) -> None:
@@ -59,7 +62,10 @@ class Frontend:
         handlers[StarletteHTTPException] = handlers[FastapiHTTPException]
         app.middleware_stack = app.build_middleware_stack()
         await self._stack.enter_async_context(app.router.lifespan_context(app))
+        self.streams = Streams(app, self._arguments)
         self.app = app
+        # vLLM looks environment variables up for every token; none changes from here on.
+        envs.enable_envs_cache()
 
     async def close(self) -> None:
         """End vLLM's background tasks."""

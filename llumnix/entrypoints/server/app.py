@@ -1,12 +1,14 @@
 """The aiohttp application of a node: its own routes, and vLLM's application behind all others."""
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from aiohttp import web
 
+from llumnix.engine.vllm.frontend import Frontend
 from llumnix.entrypoints.server import asgi
 from llumnix.entrypoints.server.admin import Admin, Standing
 from llumnix.entrypoints.server.errors import Handler, error_response, openai_errors
@@ -19,8 +21,8 @@ RETRY_AFTER = {"Retry-After": "5"}
 class Gateway:
     """Takes what is not the node's own business to vLLM's application."""
 
-    def __init__(self, backend: Callable[[], asgi.AsgiApp | None], standing: Standing) -> None:
-        self._backend = backend
+    def __init__(self, frontend: Callable[[], Frontend | None], standing: Standing) -> None:
+        self._frontend = frontend
         self._standing = standing
         self._running: set[asyncio.Task[Any]] = set()
 
@@ -32,8 +34,8 @@ class Gateway:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answer one request of a client."""
         body = await request.read()
-        app = self._backend()
-        if app is None or not self._standing.serving:
+        frontend = self._frontend()
+        if frontend is None or not self._standing.serving:
             return error_response(503, self._standing.sentence, RETRY_AFTER)
         if (problem := refuse(request, body)) is not None:
             return problem
@@ -41,9 +43,31 @@ class Gateway:
         assert task is not None
         self._running.add(task)
         try:
-            return await asgi.serve(app, request, body)
+            return await self._answer(frontend, request, body)
         finally:
             self._running.discard(task)
+
+    async def _answer(
+        self, frontend: Frontend, request: web.Request, body: bytes
+    ) -> web.StreamResponse:
+        scope = asgi.scope_of(request)
+        if frontend.streams is not None:
+            events = await frontend.streams.open(scope, body)
+            if events is not None:
+                return await stream(request, events)
+        return await asgi.serve(frontend.app, scope, request, body)
+
+
+async def stream(request: web.Request, events: AsyncGenerator[str, None]) -> web.StreamResponse:
+    """Send server-sent events as they come."""
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+    async with contextlib.aclosing(events):
+        writer = await response.prepare(request)
+        assert writer is not None
+        async for event in events:
+            await writer.write(event.encode())
+        await response.write_eof()
+    return response
 
 
 def refuse(request: web.Request, body: bytes) -> web.Response | None:

@@ -19,10 +19,12 @@ AsgiApp = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 _NOT_COPIED = frozenset({b"transfer-encoding", b"connection"})
 
 
-async def serve(app: AsgiApp, request: web.Request, body: bytes) -> web.StreamResponse:
+async def serve(
+    app: AsgiApp, scope: dict[str, Any], request: web.Request, body: bytes
+) -> web.StreamResponse:
     """Have the application answer a request whose body has been read."""
     exchange = _Exchange(request, body)
-    await app(scope_of(request), exchange.receive, exchange.send)
+    await app(scope, exchange.receive, exchange.send)
     if exchange.response is None:
         raise web.HTTPInternalServerError(text="the application gave no answer")
     return exchange.response
