@@ -59,7 +59,9 @@ def percentile(ordered: list[float], percent: float) -> float:
 
 def prompt(number: int, words: int = 24) -> str:
     """A prompt of its own for each request, so that no prefix cache helps."""
-    return f"Request {number}: " + " ".join(f"{(number * 7919 + i * 104729) % 9973}" for i in range(words))
+    return f"Request {number}: " + " ".join(
+        f"{(number * 7919 + i * 104729) % 9973}" for i in range(words)
+    )
 
 
 async def _stream(session: aiohttp.ClientSession, url: str, body: dict[str, object]) -> Seen:

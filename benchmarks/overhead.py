@@ -30,11 +30,9 @@ ENGINES = {
 def measure(server: Server, args: argparse.Namespace, round_number: int) -> dict[str, float]:
     """One round of load on a running server."""
     before = server.cpu_seconds()
+    first = round_number * 1_000_000  # prompts of its own, for no prefix cache to help
     outcome = asyncio.run(
-        load.run(
-            server.url, "smol", args.requests, args.concurrency, args.tokens,
-            first=round_number * 1_000_000,
-        )  # fmt: skip
+        load.run(server.url, "smol", args.requests, args.concurrency, args.tokens, first)
     )
     cpu = server.cpu_seconds() - before
     return outcome.summary() | {

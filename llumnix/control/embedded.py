@@ -145,6 +145,7 @@ class EmbeddedEtcd:
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=out,
+                    process_group=0,  # a Ctrl-C at the terminal is the node's business
                 )
             except OSError as error:
                 self._failure = error

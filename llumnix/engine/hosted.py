@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 
@@ -29,6 +30,7 @@ class Origin(Protocol):
 
 @dataclass(slots=True)
 class _Tenant:
+    request_id: str
     origin: Origin
     epoch: int
     position: int  # of the next output token
@@ -46,7 +48,8 @@ class HostedInstance:
         self.on_load: Callable[[], None] = lambda: None
         self.on_death: Callable[[str], None] = lambda reason: None
         self._home = home  # the API server of this node: it gets the engine's statistics
-        self._tenants: dict[str, _Tenant] = {}
+        self._tenants: dict[str, _Tenant] = {}  # by the id that the engine knows them by
+        self._names: dict[str, str] = {}  # request id → that id
         self._received: dict[NodeId, int] = {}
         self._running = 0
         self._usage = 0.0
@@ -69,37 +72,50 @@ class HostedInstance:
         return self.facts
 
     async def submit(self, origin: Origin, frame: Submit) -> None:
-        """Give a request to the engine. What cannot run here is answered with a Lost frame."""
+        """Give a request to the engine. What cannot run here is answered with a Lost frame.
+
+        The engine knows each epoch of a request under a name of its own: what is left of an
+        earlier one, such as a step that was under way, is not taken for an output of this one.
+        """
         request = frame.request
+        request_id = request.request_id
         self._received[origin.node] = max(frame.sequence, self._received.get(origin.node, 0))
         if self.facts is None or self._dead is not None:
-            self._lose(origin, frame.epoch, request.request_id, self._dead or "it is not up yet")
+            self._lose(origin, frame.epoch, request_id, self._dead or "it is not up yet")
             return
-        if (held := self._tenants.get(request.request_id)) is not None:
-            if held.epoch > frame.epoch:
+        if (held := self._names.get(request_id)) is not None:
+            if self._tenants[held].epoch >= frame.epoch:
                 return  # an echo: its origin has sent it again meanwhile, over another link
-            await self.cancel([request.request_id])
+            await self.cancel([request_id])
+        name = request_id
+        if frame.epoch > 1:
+            name = f"{request_id}~{frame.epoch}"
+            request = msgspec.structs.replace(request, request_id=name)
         length = len(request.prompt_token_ids or ()) + 1
         blocks = -(-length // self.facts.block_size)
-        self._tenants[request.request_id] = _Tenant(origin, frame.epoch, 0, blocks)
+        self._names[request_id] = name
+        self._tenants[name] = _Tenant(request_id, origin, frame.epoch, 0, blocks)
         try:
             await self.engine.add(request)
         except EngineError as error:
-            if self._tenants.pop(request.request_id, None) is not None:
+            if self._tenants.pop(name, None) is not None:
+                del self._names[request_id]
                 retry = isinstance(error, EngineDead)
-                self._lose(origin, frame.epoch, request.request_id, str(error), retry)
+                self._lose(origin, frame.epoch, request_id, str(error), retry)
         self.on_load()
 
     async def cancel(self, request_ids: Iterable[str]) -> None:
         """End requests; unknown ids are no error."""
-        known = [i for i in request_ids if self._tenants.pop(i, None) is not None]
+        known = [name for i in request_ids if (name := self._names.pop(i, None)) is not None]
+        for name in known:
+            del self._tenants[name]
         if known and self._dead is None:
             await self.engine.abort(known)
         self.on_load()
 
     async def evict(self, origin: Origin) -> None:
         """End everything that came from an origin which is gone."""
-        await self.cancel([i for i, t in self._tenants.items() if t.origin is origin])
+        await self.cancel([t.request_id for t in self._tenants.values() if t.origin is origin])
 
     def load(self) -> InstanceLoad:
         """The load as of the last step, with every request that has arrived since as queued."""
@@ -124,9 +140,11 @@ class HostedInstance:
         frames: dict[Origin, Outputs] = {}
         tenants = self._tenants
         for output in step.outputs:
-            tenant = tenants.get(output.request_id)
+            name = output.request_id
+            tenant = tenants.get(name)
             if tenant is None:  # cancelled while the step ran
                 continue
+            output.request_id = tenant.request_id
             frame = frames.get(tenant.origin)
             if frame is None:
                 frame = frames[tenant.origin] = Outputs(self.id, step.timestamp, [], [], [])
@@ -140,7 +158,7 @@ class HostedInstance:
                     event.type == EngineCoreEventType.PREEMPTED for event in output.events
                 )
             if output.finish_reason is not None:
-                del tenants[output.request_id]
+                del tenants[name], self._names[tenant.request_id]
         self._deliver(frames, step)
 
     def _deliver(self, frames: dict[Origin, Outputs], step: EngineCoreOutputs) -> None:
@@ -155,9 +173,9 @@ class HostedInstance:
 
     def _on_death(self, reason: str) -> None:
         self._dead = reason
-        tenants, self._tenants = self._tenants, {}
-        for request_id, tenant in tenants.items():
-            self._lose(tenant.origin, tenant.epoch, request_id, reason)
+        tenants, self._tenants, self._names = self._tenants, {}, {}
+        for tenant in tenants.values():
+            self._lose(tenant.origin, tenant.epoch, tenant.request_id, reason)
         self.on_death(reason)
 
     def _lose(

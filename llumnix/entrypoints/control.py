@@ -4,11 +4,21 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
+
+from tenacity import (
+    before_sleep_log,
+    retry,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_random_exponential,
+)
 
 from llumnix.cluster import ClusterView, NodeInfo
 from llumnix.config import Config
 from llumnix.control.election import Election
 from llumnix.control.embedded import EmbeddedEtcd
+from llumnix.control.errors import EtcdUnavailable
 from llumnix.control.etcd import Etcd
 from llumnix.control.keys import Keys
 from llumnix.control.registry import Registry
@@ -18,7 +28,21 @@ from llumnix.version import VERSION
 
 logger = logging.getLogger(__name__)
 
-FIRST_ANSWER = 15.0  # seconds that etcd has for its first answers
+Answer = TypeVar("Answer")
+
+FIRST_ANSWER = 15.0  # seconds that etcd has for its first answers, at a start of everything
+
+
+@retry(
+    retry=retry_if_exception_type(EtcdUnavailable),
+    stop=stop_after_delay(FIRST_ANSWER),
+    wait=wait_random_exponential(multiplier=0.2, max=2.0),
+    before_sleep=before_sleep_log(logger, logging.WARNING),
+    reraise=True,
+)
+def _patiently(ask: Callable[..., Answer], *args: Any) -> Answer:
+    """Ask etcd something until it answers. Raises EtcdUnavailable after FIRST_ANSWER seconds."""
+    return ask(*args)
 
 
 class ControlPlane:
@@ -50,7 +74,7 @@ class ControlPlane:
             key=config.etcd_key or None,
         )
         keys = Keys(config.cluster)
-        self.token = cluster_token(etcd, keys, config.cluster_token or None)
+        self.token = _patiently(cluster_token, etcd, keys, config.cluster_token or None)
         self.session = Session(etcd, config.lease_ttl)
         self.registry = Registry(etcd, self.session, keys)
         self.election = Election(etcd, self.session, keys, config.node)
@@ -59,6 +83,9 @@ class ControlPlane:
         self.session.start()
         self.registry.start()
         self.registry.wait_view(FIRST_ANSWER)
+        # What an earlier process of this node left, if it was killed, lives until its lease ends.
+        for instance in self.registry.view.instances_of(config.node):
+            etcd.delete(keys.instance(instance.id))
 
     def join(self) -> None:
         """Make this node known to the others and stand for leader."""

@@ -17,6 +17,7 @@ from llumnix.engine.vllm.compat import client_errors, stream_handlers
 
 # Options of vLLM's server that its middleware implements.
 _MIDDLEWARE = ("api_key", "middleware", "enable_request_id_headers", "enable_server_load_tracking")
+_REFUSALS: tuple[type[Exception], ...] = (ValidationError, NotImplementedError, *client_errors())
 
 
 class Streams:
@@ -41,6 +42,6 @@ class Streams:
             request = parse(content)
             raw_request = Request(scope | {"app": self._app})
             events = await answer(request, raw_request)
-        except (json.JSONDecodeError, ValidationError, NotImplementedError, *client_errors()):
+        except _REFUSALS:
             return None  # the application finds out again, and words the answer
         return events if isinstance(events, AsyncGenerator) else None

@@ -22,7 +22,7 @@ _ONLY_LOOKS = ("-h", "--help", "--print-config", "--validate-config")
 def main(argv: list[str] | None = None) -> int:
     """Run a node until SIGTERM or SIGINT; the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    _log_to_stderr()
     # Actors' threads run beside a busy event loop: hand the interpreter over more often.
     sys.setswitchinterval(0.001)
     looks = any(word.partition("=")[0] in _ONLY_LOOKS for word in argv)
@@ -45,6 +45,15 @@ def main(argv: list[str] | None = None) -> int:
         print("the configuration is valid")
         return 0
     return _run(config, parsed, arguments.engine_config(parser, parsed))
+
+
+def _log_to_stderr() -> None:
+    """Show llumnix's own log, whatever the libraries do with the root logger."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def _run(config: "Config", parsed: "argparse.Namespace", engines: "VllmConfig") -> int:
