@@ -14,7 +14,9 @@ PYTHON    ?= $(shell for p in python3 python3.12 python3.13 python3.11; do \
   $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,13))' 2>/dev/null \
   && echo $$p && break; done)
 
-BENCHMARKS := dispatch
+BENCHMARKS := dispatch scale_out relay \
+  overhead:--engine:cpu:--requests:16:--concurrency:4:--tokens:64 \
+  overhead:--profile:cpu-smoke overhead:--profile:instant
 
 BIN := $(VENV)/bin
 export VLLM_NO_USAGE_STATS = 1
@@ -51,9 +53,9 @@ type: install ## mypy in strict mode
 	$(BIN)/mypy
 
 bench: install ## Run the benchmarks; JSON goes to build/bench/
-	@mkdir -p build/bench
-	@for name in $(BENCHMARKS); do \
-	  $(BIN)/python benchmarks/$$name.py --json build/bench/$$name.json || exit 1; done
+	@mkdir -p build/bench; for run in $(BENCHMARKS); do set -- $$(echo $$run | tr : ' '); name=$$1; shift; \
+	  file=$$(echo $$run | tr -d : | tr -s - _); echo "== $$name $$*"; \
+	  $(BIN)/python benchmarks/$$name.py "$$@" --json build/bench/$$file.json || exit 1; done
 
 docs: install ## Write docs/options.md out of the code
 	@$(BIN)/python deploy/options.py

@@ -4,6 +4,7 @@ Rules: every ask has a timeout; ask goes down, tell goes up; no blocking I/O in 
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Generator
@@ -63,7 +64,9 @@ class LoopFuture(pykka.ThreadingFuture[Any]):
             self._done = True
             waiter = self._waiter
         if waiter is not None:
-            waiter.get_loop().call_soon_threadsafe(_set, waiter)
+            # A loop that has been closed waits no more, and the actor must not die of that.
+            with contextlib.suppress(RuntimeError):
+                waiter.get_loop().call_soon_threadsafe(_set, waiter)
 
 
 def _set(waiter: "asyncio.Future[None]") -> None:

@@ -11,6 +11,8 @@ from concurrent.futures import Future
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from pykka import ActorDeadError
+
 from llumnix.actors.base import Actor
 from llumnix.cluster import InstanceId, InstanceState
 from llumnix.engine.base import EngineError, EngineFacts
@@ -163,5 +165,7 @@ class InstanceActor(Actor):
 
 def _complain(done: "Future[None]") -> None:
     """A bug in a coroutine must be seen: nobody waits for its result."""
-    if not done.cancelled() and (error := done.exception()) is not None:
+    if done.cancelled() or (error := done.exception()) is None:
+        return
+    if not isinstance(error, ActorDeadError):  # that one was stopped, and need not be told
         logger.error("an instance's task failed", exc_info=error)

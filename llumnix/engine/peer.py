@@ -66,7 +66,7 @@ class Link:
             self.send(frame)
 
     def send(self, frame: Frame) -> None:
-        """Queue a frame. Raises EngineDead if the link is closed, EngineError if it can't travel."""
+        """Queue a frame. Raises EngineDead if the link is closed, EngineError if it can't go."""
         if self.closed:
             raise EngineDead(f"the connection to node {self._node} is closed")
         try:

@@ -253,7 +253,8 @@ class Node:
             await asyncio.sleep(POLL)
 
     def _busy(self) -> int:
-        return self._gateway.running + sum(h.requests for h in self._exchange.hosted.values())
+        hosted = sum(h.requests for h in self._exchange.hosted.values())
+        return self._gateway.running + len(self._client.ledger) + hosted
 
     async def _halt(self) -> None:
         """Stop the engines, then what stood on them."""

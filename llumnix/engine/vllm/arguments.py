@@ -81,8 +81,6 @@ def check(parser: NodeArgumentParser, arguments: argparse.Namespace) -> config.C
             )
     except (config.ConfigError, ValueError, TypeError) as error:
         parser.error(_sentence(error))
-    if arguments.validate_config:
-        engine_config(parser, arguments)
     return node
 
 
@@ -99,8 +97,13 @@ def _sentence(error: Exception) -> str:
     """The part of an error message that a person needs; pydantic's has a heading and a footer."""
     errors = getattr(error, "errors", None)
     if callable(errors):
-        return "; ".join(str(e.get("msg", e)) for e in errors())
+        return "; ".join(_name(e.get("loc", ())) + str(e.get("msg", e)) for e in errors())
     return str(error)
+
+
+def _name(location: Sequence[Any]) -> str:
+    """The option that pydantic means, as it stands on the command line."""
+    return f"--{str(location[-1]).replace('_', '-')}: " if location else ""
 
 
 def show(parser: NodeArgumentParser, arguments: argparse.Namespace) -> str:

@@ -32,7 +32,7 @@ class Streams:
     async def open(self, scope: dict[str, Any], body: bytes) -> AsyncGenerator[str, None] | None:
         """The server-sent events that answer a request; None leaves it to the application."""
         found = self._handlers.get(scope["path"]) if scope["method"] == "POST" else None
-        if found is None or b'"stream"' not in body:
+        if found is None or b'"stream"' not in body or not _is_json(scope):
             return None
         parse, answer = found
         try:
@@ -45,3 +45,8 @@ class Streams:
         except _REFUSALS:
             return None  # the application finds out again, and words the answer
         return events if isinstance(events, AsyncGenerator) else None
+
+
+def _is_json(scope: dict[str, Any]) -> bool:
+    types = [value for name, value in scope["headers"] if name == b"content-type"]
+    return [kind.partition(b";")[0].strip().lower() for kind in types] == [b"application/json"]

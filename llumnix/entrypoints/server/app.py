@@ -85,6 +85,10 @@ async def _get_only(request: web.Request) -> web.StreamResponse:
     raise web.HTTPMethodNotAllowed(request.method, ["GET"])
 
 
+async def _post_only(request: web.Request) -> web.StreamResponse:
+    raise web.HTTPMethodNotAllowed(request.method, ["POST"])
+
+
 def make_app(
     gateway: Gateway,
     admin: Admin,
@@ -106,5 +110,6 @@ def make_app(
         app.router.add_get(path, handler)
         app.router.add_route("*", path, _get_only)
     app.router.add_post("/generate", generate)
+    app.router.add_route("*", "/generate", _post_only)
     app.router.add_route("*", "/{path:.*}", gateway.handle)
     return app

@@ -1,7 +1,7 @@
 """An ASGI application behind aiohttp.
 
-aiohttp cancels a handler when its client goes away, so the application is cancelled in the midst
-of whatever it does; it never needs to poll for a disconnect.
+aiohttp cancels a handler when its client goes away. The application is not simply cancelled then:
+vLLM's handlers work in tasks of their own, which only the message of a disconnect ends.
 """
 
 import asyncio
@@ -18,13 +18,25 @@ AsgiApp = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 # aiohttp frames the body itself.
 _NOT_COPIED = frozenset({b"transfer-encoding", b"connection"})
 
+LAST_SECONDS = 2.0  # for an application to end once it was told that its client is gone
+
 
 async def serve(
     app: AsgiApp, scope: dict[str, Any], request: web.Request, body: bytes
 ) -> web.StreamResponse:
     """Have the application answer a request whose body has been read."""
     exchange = _Exchange(request, body)
-    await app(scope, exchange.receive, exchange.send)
+    answering = asyncio.ensure_future(app(scope, exchange.receive, exchange.send))
+    try:
+        await asyncio.shield(answering)
+    except asyncio.CancelledError:
+        exchange.gone.set()
+        ended, _ = await asyncio.wait({answering}, timeout=LAST_SECONDS)
+        for task in ended:
+            task.cancelled() or task.exception()  # whatever it was, nobody waits for it
+        raise
+    finally:
+        answering.cancel()
     if exchange.response is None:
         raise web.HTTPInternalServerError(text="the application gave no answer")
     return exchange.response
@@ -59,15 +71,18 @@ class _Exchange:
         self._status = 200
         self._headers: list[tuple[bytes, bytes]] = []
         self.response: web.StreamResponse | None = None
+        self.gone = asyncio.Event()  # when the client is
 
     async def receive(self) -> Message:
         if self._body is None:
-            # Nothing more comes from this client; if it goes away, this task is cancelled.
-            await asyncio.get_running_loop().create_future()
+            await self.gone.wait()
+            return {"type": "http.disconnect"}
         body, self._body = self._body, None
         return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(self, message: Message) -> None:
+        if self.gone.is_set():
+            return
         if message["type"] == "http.response.start":
             self._status, self._headers = message["status"], list(message.get("headers", ()))
             return

@@ -40,7 +40,9 @@ async def openai_errors(request: web.Request, handler: Handler) -> web.StreamRes
         if error.status < 400:
             raise
         return error_response(error.status, error.text or error.reason)
-    except (ConnectionError, TimeoutError):
+    except ConnectionError:
+        return web.Response(status=499, reason="Client Closed Request")  # it never arrives
+    except TimeoutError:
         raise  # the client is gone
     except Exception:
         logger.exception("%s %s failed", request.method, request.path)

@@ -41,10 +41,23 @@ def main(argv: list[str] | None = None) -> int:
     if parsed.print_config:
         print(arguments.show(parser, parsed), end="")
         return 0
+    engines = arguments.engine_config(parser, parsed)
     if parsed.validate_config:
-        print("the configuration is valid")
-        return 0
-    return _run(config, parsed, arguments.engine_config(parser, parsed))
+        return _validate(config, engines)
+    return _run(config, parsed, engines)
+
+
+def _validate(config: "Config", engines: "VllmConfig") -> int:
+    from llumnix.config import ConfigError
+    from llumnix.entrypoints.engines import engine_maker
+
+    try:
+        engine_maker(config, engines)
+    except ConfigError as error:
+        logger.error("%s", error)
+        return 2
+    print("the configuration is valid")
+    return 0
 
 
 def _log_to_stderr() -> None:

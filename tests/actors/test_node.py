@@ -1,0 +1,201 @@
+"""The supervisor keeps as many instances running as are wanted, and says what it does."""
+
+from collections.abc import Callable, Iterator
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+
+from llumnix.actors import instance as instance_module
+from llumnix.actors.instance import Life
+from llumnix.actors.node import NodeActor, Surroundings
+from llumnix.cluster import ClusterView, InstanceInfo, InstanceState
+from llumnix.engine.hosted import HostedInstance
+from tests.actors.conftest import LoopThread
+from tests.actors.test_instance import Nobody
+from tests.kit.engines import FACTS, FailingEngine, IdleEngine
+from tests.kit.wait import eventually
+
+LIMIT = 4
+
+
+class Supervisor:
+    """A supervisor, and what it has made and announced."""
+
+    def __init__(self, side: LoopThread, make: Callable[[str], Any] = IdleEngine) -> None:
+        self.announced: dict[str, InstanceInfo] = {}
+        self.history: list[tuple[str, InstanceState | None]] = []
+        self.hosted: dict[str, HostedInstance] = {}
+        self.slots: dict[str, int] = {}
+        self.requests: dict[str, int] = {}
+        self._make = make
+        around = Surroundings(
+            loop=side.loop,
+            make=self._host,
+            requests=lambda instance: self.requests.get(instance, 0),
+            announce=self._announce,
+            withdraw=self._withdraw,
+        )
+        self.proxy: Any = NodeActor.start("a", "model", LIMIT, 5.0, around).proxy()
+
+    def _host(self, instance: str, slot: int) -> HostedInstance:
+        self.slots[instance] = slot
+        self.hosted[instance] = HostedInstance(self._make(instance), slot, Nobody())
+        return self.hosted[instance]
+
+    def _announce(self, info: InstanceInfo) -> None:
+        self.announced[info.id] = info
+        self.history.append((info.id, info.state))
+
+    def _withdraw(self, instance: str) -> None:
+        self.announced.pop(instance, None)
+        self.history.append((instance, None))
+
+    def ready(self) -> set[str]:
+        return {i.id for i in self.announced.values() if i.state is InstanceState.READY}
+
+    def wants(self, number: int, *ready: str) -> None:
+        self.proxy.want.defer(number)
+        eventually(lambda: set(self.announced) == self.ready() == set(ready))
+
+
+@pytest.fixture(autouse=True)
+def _short_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instance_module, "BACKOFF_FIRST", 0.05)
+    monkeypatch.setattr(instance_module, "DRAIN_POLL", 0.01)
+
+
+@pytest.fixture
+def node(side: LoopThread) -> Iterator[Supervisor]:
+    node = Supervisor(side)
+    yield node
+    node.proxy.halt.defer()
+    eventually(lambda: not node.announced)
+
+
+def seen(desired: dict[str, int]) -> ClusterView:
+    return ClusterView(desired=MappingProxyType(desired))
+
+
+def test_instances_come_and_go_as_wanted(node: Supervisor) -> None:
+    node.wants(3, "a-0", "a-1", "a-2")
+    assert node.slots == {"a-0": 0, "a-1": 1, "a-2": 2}
+    info = node.announced["a-1"]
+    assert (info.node, info.model) == ("a", "model")
+    assert (info.total_blocks, info.block_size) == (FACTS.total_blocks, FACTS.block_size)
+    node.wants(1, "a-0")
+    assert node.hosted["a-1"].engine.stops == node.hosted["a-2"].engine.stops == 1
+    node.wants(2, "a-0", "a-1")
+    node.wants(0)
+
+
+def test_each_is_announced_in_all_its_states(node: Supervisor) -> None:
+    node.wants(1, "a-0")
+    node.wants(0)
+    assert [state for _, state in node.history] == [
+        InstanceState.STARTING,
+        InstanceState.READY,
+        InstanceState.DRAINING,
+        None,
+    ]
+
+
+def test_the_emptiest_goes_first(node: Supervisor) -> None:
+    node.wants(3, "a-0", "a-1", "a-2")
+    node.requests = {"a-0": 1, "a-1": 5, "a-2": 3}
+    node.wants(2, "a-1", "a-2")
+    node.wants(1, "a-1")
+
+
+def test_a_draining_instance_holds_its_slot(node: Supervisor) -> None:
+    node.wants(LIMIT, "a-0", "a-1", "a-2", "a-3")
+    hosted = node.hosted["a-3"]
+    hosted._tenants["r"] = hosted._names["r"] = object()  # type: ignore[assignment]
+    node.proxy.want.defer(3)
+    eventually(lambda: node.announced["a-3"].state is InstanceState.DRAINING)
+    node.proxy.want.defer(LIMIT)
+    node.proxy.ping().get(timeout=5.0)
+    assert len(node.announced) == LIMIT
+    hosted._tenants.clear()
+    eventually(lambda: node.ready() == {"a-0", "a-1", "a-2", "a-3"})
+    assert node.hosted["a-3"] is not hosted, "it was made anew"
+
+
+def test_there_are_never_more_than_the_limit(
+    node: Supervisor, caplog: pytest.LogCaptureFixture
+) -> None:
+    node.wants(99, "a-0", "a-1", "a-2", "a-3")
+    assert "99 instances are wanted, but --max-instances is 4" in caplog.messages
+
+
+def test_desired_is_acted_on_when_it_changes(
+    node: Supervisor, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    node.wants(1, "a-0")
+    node.proxy.update_view.defer(seen({"b": 3}))
+    node.proxy.update_view.defer(seen({"a": 3}))
+    eventually(lambda: node.ready() == {"a-0", "a-1", "a-2"})
+    assert "3 instances are desired on this node, by its key in etcd" in caplog.messages
+    # The number here was changed since: an old value in a new view says nothing new.
+    node.wants(2, "a-0", "a-1")
+    node.proxy.update_view.defer(seen({"a": 3, "b": 1}))
+    node.proxy.ping().get(timeout=5.0)
+    assert len(node.proxy.reports().get(timeout=5.0)) == 2
+    node.proxy.update_view.defer(seen({}))
+    node.proxy.update_view.defer(seen({"a": 3}))
+    eventually(lambda: len(node.ready()) == 3)
+
+
+def test_one_that_does_not_start_leaves_the_others_alone(side: LoopThread) -> None:
+    def make(instance: str) -> Any:
+        return FailingEngine(instance) if instance == "a-1" else IdleEngine(instance)
+
+    node = Supervisor(side, make)
+    node.proxy.want.defer(3)
+    eventually(lambda: node.ready() == {"a-0", "a-2"})
+    assert node.announced["a-1"].state is InstanceState.STARTING
+    reports = node.proxy.reports().get(timeout=5.0)
+    assert [r.instance for r in reports] == ["a-0", "a-1", "a-2"]
+    node.wants(0)
+
+
+def test_leaving_keeps_instances_but_offers_none(node: Supervisor) -> None:
+    node.wants(2, "a-0", "a-1")
+    node.proxy.leave.defer()
+    eventually(lambda: not node.ready())
+    assert {i.state for i in node.announced.values()} == {InstanceState.DRAINING}
+    assert all(hosted.engine.stops == 0 for hosted in node.hosted.values())
+    node.proxy.update_view.defer(seen({"a": 4}))
+    node.proxy.ping().get(timeout=5.0)
+    assert len(node.announced) == 2, "a node that leaves starts nothing any more"
+    assert node.proxy.halt().get(timeout=5.0) == 2
+    eventually(lambda: node.proxy.left().get(timeout=5.0) == 0)
+
+
+def test_an_instance_that_comes_up_late_is_not_offered_by_a_node_that_leaves(
+    side: LoopThread,
+) -> None:
+    import asyncio
+
+    up = asyncio.Event()
+    node = Supervisor(side, lambda instance: IdleEngine(instance, up))
+    node.proxy.want.defer(1)
+    eventually(lambda: node.announced)
+    node.proxy.leave.defer()
+    node.proxy.ping().get(timeout=5.0)
+    side.loop.call_soon_threadsafe(up.set)
+    eventually(lambda: len(node.history) >= 2)
+    assert [state for _, state in node.history] == [InstanceState.STARTING, InstanceState.DRAINING]
+    node.proxy.halt.defer()
+    eventually(lambda: not node.announced)
+
+
+def test_stopping_the_supervisor_stops_its_actors(node: Supervisor) -> None:
+    import pykka
+
+    node.wants(2, "a-0", "a-1")
+    node.proxy.halt().get(timeout=5.0)
+    eventually(lambda: node.proxy.left().get(timeout=5.0) == 0)
+    eventually(lambda: len(pykka.ActorRegistry.get_all()) == 1)
+    assert Life.STOPPED not in {r.life for r in node.proxy.reports().get(timeout=5.0)}

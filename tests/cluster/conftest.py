@@ -1,0 +1,48 @@
+"""Node processes with modelled engines over one real etcd."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kit.etcd import EtcdCluster
+from tests.kit.node import Node, Nodes
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def etcd_member() -> Iterator[EtcdCluster]:
+    with EtcdCluster(1) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def nodes(tmp_path: Path, etcd_member: EtcdCluster, model: str) -> Iterator[Nodes]:
+    """Starts nodes of a cluster of their own."""
+    nodes = Nodes(tmp_path, etcd_member.endpoints, f"test{next(_numbers)}", model)
+    yield nodes
+    nodes.close()
+
+
+@pytest.fixture(scope="session")
+def one(
+    tmp_path_factory: pytest.TempPathFactory, etcd_member: EtcdCluster, model: str
+) -> Iterator[Node]:
+    """A node that tests share: they leave it as they found it."""
+    nodes = Nodes(tmp_path_factory.mktemp("one"), etcd_member.endpoints, "one", model)
+    yield nodes.start("one", "--initial-instances", "2", "--max-body-bytes", "100000").ready(60)
+    nodes.close()
+
+
+@pytest.fixture(scope="session")
+def two(
+    tmp_path_factory: pytest.TempPathFactory, etcd_member: EtcdCluster, model: str
+) -> Iterator[tuple[Node, Node]]:
+    """A node without instances, and one with one; tests share them."""
+    nodes = Nodes(tmp_path_factory.mktemp("two"), etcd_member.endpoints, "two", model)
+    near = nodes.start("near", "--initial-instances", "0")
+    far = nodes.start("far")
+    yield near.ready(60), far.ready(60)
+    nodes.close()

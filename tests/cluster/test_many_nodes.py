@@ -1,0 +1,318 @@
+"""Two and three nodes on one etcd: together they are one server."""
+
+import json
+import signal
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from tests.cluster.test_life import Reader
+from tests.kit.etcd import EtcdCluster
+from tests.kit.node import Node, Nodes
+from tests.kit.wait import eventually
+
+pytestmark = pytest.mark.cluster
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+LEASE = 6.0  # seconds: --lease-ttl
+
+
+def completion(**more: Any) -> dict[str, Any]:
+    return {"model": "small", "prompt": "Hello", "max_tokens": 20} | more
+
+
+def dispatches(node: Node) -> Counter[str]:
+    """How many requests the node has sent to each instance."""
+    found: Counter[str] = Counter()
+    for name, value in node.metrics().items():
+        if name.startswith("llumnix_dispatches_total"):
+            found[name.split('"')[1]] = int(value)
+    return found
+
+
+def test_each_sees_both(two: tuple[Node, Node]) -> None:
+    for node in two:
+        eventually(lambda node=node: {n["id"] for n in node.status["nodes"]} == {"near", "far"})
+        assert node.instances() == ["far-0"]
+    assert len({node.status["leader"] for node in two}) == 1
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        (COMPLETIONS, completion(max_tokens=100)),
+        (COMPLETIONS, completion(n=3)),
+        (COMPLETIONS, completion(echo=True)),
+        (COMPLETIONS, completion(prompt=["one", "two", "three"])),
+        (COMPLETIONS, completion(stop=["e"])),
+        (CHAT, {"model": "small", "messages": [{"role": "user", "content": "x"}], "seed": 1}),
+        ("/generate", {"prompt": "Hello", "max_tokens": 30}),
+    ],
+    ids=["long", "n", "echo", "prompts", "stop", "chat", "demo"],
+)
+def test_the_answer_is_the_same_bytes(two: tuple[Node, Node], path: str, body: Any) -> None:
+    if path == CHAT:
+        body = body | {"max_tokens": 50}
+    answers = [node.post(path, body) for node in two]
+    assert [answer.status for answer in answers] == [200, 200], answers[0].text
+    near, far = (_timeless(answer.json) for answer in answers)
+    assert near == far
+    eventually(two[1].idle, within=1)
+    assert two[0].idle()
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, "/generate"])
+def test_so_is_the_stream(two: tuple[Node, Node], path: str) -> None:
+    body = completion(max_tokens=100)
+    if path == "/generate":
+        del body["model"]
+    streams = []
+    for node in two:
+        with node.stream(path, body) as stream:
+            if path == "/generate":
+                streams.append(list(stream.response))
+            else:
+                streams.append([_timeless(event) for event in stream])
+    assert streams[0] == streams[1] and len(streams[0]) >= 100
+
+
+def _timeless(answer: Any) -> Any:
+    """Without what is new in each answer."""
+    return {k: v for k, v in answer.items() if k not in ("id", "created")}
+
+
+def test_a_cancellation_reaches_the_other_node(two: tuple[Node, Node]) -> None:
+    near, far = two
+    with near.stream(COMPLETIONS, completion(max_tokens=2000)) as stream:
+        next(iter(stream))
+        eventually(lambda: far.metric("llumnix_instance_used_blocks") > 0, within=2)
+    eventually(lambda: far.idle() and near.idle(), within=1)
+
+
+def test_bad_input_is_refused_where_it_arrives(two: tuple[Node, Node]) -> None:
+    near, far = two
+    sent = dispatches(near)
+    assert near.post(COMPLETIONS, completion(prompt=[1] * 3000)).status == 400
+    assert near.post(COMPLETIONS, completion(max_tokens=0)).status == 400
+    assert dispatches(near) == sent and far.idle()
+
+
+def test_what_the_far_engine_refuses_is_told(two: tuple[Node, Node]) -> None:
+    near, far = two
+    answer = near.post(COMPLETIONS, completion(logprobs=3))
+    assert answer.status >= 400 and "logprobs" in answer.error["message"]
+    assert near.idle() and far.idle()
+
+
+def test_peers_need_the_clusters_token(two: tuple[Node, Node]) -> None:
+    for header in ({}, {"Authorization": "Bearer guess"}):
+        answer = two[1].request("GET", "/llumnix/peer", headers=header)
+        assert answer.status == 401 and answer.error
+
+
+def test_a_given_token_that_is_not_the_others(nodes: Nodes) -> None:
+    near = nodes.start("near", "--initial-instances", "0", "--cluster-token", "one thing")
+    far = nodes.start("far", "--cluster-token", "another").ready()
+    eventually(lambda: near.answers("/livez") and near.instances() == ["far-0"], within=20)
+    assert near.get("/readyz").status == 503
+    eventually(lambda: "wrong token" in far.said, within=10)
+    assert "another" not in far.said and "one thing" not in near.said
+
+
+# ---- nodes that go and come ----
+
+
+def test_a_killed_node(nodes: Nodes) -> None:
+    """Running requests end with an error at once; new ones are refused, not hung."""
+    near, far = nodes.start("near", "--initial-instances", "0"), nodes.start("far")
+    near.ready(), far.ready()
+    reader = Reader(near, body=completion(max_tokens=2000)).begin()
+    waiting = Later(near, completion(max_tokens=2000))
+    eventually(lambda: near.metric("llumnix_open_requests") == 2)
+    far.kill()
+    reader.join(LEASE)
+    assert not reader.is_alive() and reader.refused
+    answer = waiting.answer(within=LEASE)
+    assert answer.status >= 500 and "node far" in answer.error["message"]
+    began = time.monotonic()
+    eventually(lambda: near.get("/readyz").status == 503, within=LEASE + 3)
+    assert near.get("/readyz").text == "no instance is ready\n"
+    refused = near.post(COMPLETIONS, completion())
+    assert refused.status == 503 and refused.error["message"] == "no instance is ready"
+    assert time.monotonic() - began < LEASE + 4
+    assert near.idle()
+    nodes.start("far").ready()
+    near.ready(within=10)
+    assert near.post(COMPLETIONS, completion()).status == 200
+
+
+def test_a_frozen_node(nodes: Nodes) -> None:
+    """It is cut off, and when it thaws it is one of them again."""
+    near, far = nodes.start("near", "--initial-instances", "0"), nodes.start("far")
+    near.ready(), far.ready()
+    reader = Reader(near, body=completion(max_tokens=2000)).begin()
+    far.signal(signal.SIGSTOP)
+    try:
+        reader.join(LEASE)
+        assert not reader.is_alive() and reader.refused
+    finally:
+        far.signal(signal.SIGCONT)
+    eventually(lambda: near.post(COMPLETIONS, completion()).status == 200, within=LEASE + 4)
+    eventually(far.idle, within=5)
+
+
+def test_a_death_that_two_instances_share_hits_only_what_had_begun(nodes: Nodes) -> None:
+    near = nodes.start("near").ready()
+    far = nodes.start("far").ready()
+    eventually(lambda: len(near.instances()) == 2)
+    # Each instance has eight long requests, and of four short ones about two have to wait there.
+    readers = [Reader(near, body=completion(prompt=str(n), max_tokens=1500)) for n in range(16)]
+    for reader in readers:
+        reader.begin()
+    assert min(dispatches(near).values()) >= 4
+    far.kill()
+    fresh = [Later(near, completion(prompt=f"new {n}")) for n in range(10)]
+    assert [later.answer(within=LEASE).status for later in fresh] == [200] * 10
+    eventually(lambda: sum(not reader.is_alive() for reader in readers) >= 4, within=LEASE)
+    for reader in readers:
+        reader.join(30.0)
+    lost = [reader for reader in readers if reader.refused]
+    assert 4 <= len(lost) <= 12
+    assert all(reader.lines[-2] == b"data: [DONE]\n" for reader in readers)
+    eventually(near.idle)
+
+
+def test_a_third_node_gets_its_share(nodes: Nodes) -> None:
+    a, b = nodes.start("a"), nodes.start("b")
+    a.ready(), b.ready()
+    eventually(lambda: len(a.instances()) == 2)
+    c = nodes.start("c").ready()
+    eventually(lambda: all(len(node.instances()) == 3 for node in (a, b, c)))
+    laters = [Later(a, completion(prompt=str(n), max_tokens=100)) for n in range(30)]
+    assert {later.answer(within=20).status for later in laters} == {200}
+    assert all(dispatches(a)[f"{name}-0"] >= 5 for name in "abc")
+    # It goes, and what it has left to do comes to its end.
+    readers = [Reader(a, body=completion(prompt=str(n), max_tokens=300)).begin() for n in range(9)]
+    assert c.stop() == 0
+    for reader in readers:
+        reader.join(20.0)
+        assert reader.done and not reader.refused
+    eventually(lambda: len(a.instances()) == 2)
+    assert a.post(COMPLETIONS, completion()).status == 200
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, "/generate"])
+def test_a_leaving_node_relays_to_the_end(nodes: Nodes, path: str) -> None:
+    """Its client's requests run elsewhere: they too are waited for."""
+    near, far = nodes.start("near", "--initial-instances", "0"), nodes.start("far")
+    near.ready(), far.ready()
+    body = completion(max_tokens=300)
+    if path == "/generate":
+        del body["model"]
+    reader = Reader(near, path, body).begin()
+    assert near.stop() == 0
+    reader.join(5.0)
+    assert reader.done, reader.broken
+    if path == "/generate":
+        assert json.loads(reader.lines[-1]) == far.post(path, body).json
+    else:
+        assert reader.lines[-2] == b"data: [DONE]\n"
+    eventually(far.idle, within=2)
+
+
+def test_instances_come_and_go_by_a_key(nodes: Nodes, etcd_member: EtcdCluster) -> None:
+    node = nodes.start("a").ready()
+    key = f"/llumnix/{nodes.cluster}/desired/a"
+    etcd_member.ctl("put", key, "3")
+    eventually(lambda: node.instances() == ["a-0", "a-1", "a-2"])
+    reader = Reader(node, body=completion(max_tokens=400)).begin()
+    etcd_member.ctl("put", key, "1")
+    eventually(lambda: len(node.status["instances"]) == 1, within=10)
+    reader.join(10.0)
+    assert reader.done and not reader.refused
+    assert node.post(COMPLETIONS, completion()).status == 200
+    etcd_member.ctl("put", key, "0")
+    eventually(lambda: node.get("/readyz").status == 503)
+    assert node.post(COMPLETIONS, completion()).status == 503
+    etcd_member.ctl("put", key, "many")
+    etcd_member.ctl("put", key, "2")
+    eventually(lambda: len(node.instances()) == 2)
+    assert node.post(COMPLETIONS, completion()).status == 200
+    etcd_member.ctl("del", key)
+    assert node.stop() == 0
+
+
+def test_a_drain_key_keeps_requests_away(nodes: Nodes, etcd_member: EtcdCluster) -> None:
+    node = nodes.start("a", "--initial-instances", "2").ready()
+    eventually(lambda: len(node.instances()) == 2)
+    key = f"/llumnix/{nodes.cluster}/drain/a-0"
+    etcd_member.ctl("put", key, "x")
+    eventually(lambda: node.status["draining"] == ["a-0"])
+    for n in range(10):
+        assert node.post(COMPLETIONS, completion(prompt=str(n))).status == 200
+    assert set(dispatches(node)) == {"a-1"}
+    etcd_member.ctl("del", key)
+    eventually(lambda: node.status["draining"] == [])
+    for n in range(10):
+        assert node.post(COMPLETIONS, completion(prompt=str(n))).status == 200
+    assert set(dispatches(node)) == {"a-0", "a-1"}
+
+
+class Later:
+    """A request that is answered while the test goes on."""
+
+    def __init__(self, node: Node, body: Any, path: str = COMPLETIONS) -> None:
+        self._answers: list[Any] = []
+        self._thread = threading.Thread(
+            target=lambda: self._answers.append(node.post(path, body)), daemon=True
+        )
+        self._thread.start()
+
+    def answer(self, within: float) -> Any:
+        self._thread.join(within)
+        assert self._answers, f"no answer after {within} s"
+        return self._answers[0]
+
+
+# ---- leaks ----
+
+
+def test_two_hundred_cancellations_leave_nothing(nodes: Nodes) -> None:
+    """Half of them across nodes, at every stage of a request."""
+    near, far = nodes.start("near", "--initial-instances", "0"), nodes.start("far")
+    near.ready(), far.ready()
+    _cancel(near, far, 40)  # what is made on first use is there by now
+    _quiet(near, far)
+    before = [(n.descriptors(), n.threads()) for n in (near, far)]
+    _cancel(near, far, 200)
+    _quiet(near, far)
+    for node, (descriptors, threads) in zip((near, far), before, strict=True):
+        eventually(lambda n=node, d=descriptors: n.descriptors() <= d + 1, within=5)
+        assert node.threads() <= threads + 2, "a few of a pool may come later"
+        assert "Traceback" not in node.said and "never retrieved" not in node.said
+    assert near.post(COMPLETIONS, completion()).json["usage"]["completion_tokens"] == 20
+
+
+def _cancel(near: Node, far: Node, number: int) -> None:
+    def one(n: int) -> None:
+        node = (near, far)[n % 2]
+        body = completion(prompt=f"No. {n}", max_tokens=2000)
+        with node.stream(COMPLETIONS, body) as stream:
+            for _ in range(n % 5):
+                stream.response.readline()
+
+    for start in range(0, number, 20):
+        threads = [threading.Thread(target=one, args=(n,)) for n in range(start, start + 20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20.0)
+            assert not thread.is_alive()
+
+
+def _quiet(*nodes: Node) -> None:
+    for node in nodes:
+        eventually(node.idle, within=3)

@@ -1,0 +1,236 @@
+"""One node with two modelled instances: its routes, and what it does with bad input."""
+
+import http.client
+import itertools
+import json
+import socket
+import time
+from typing import Any
+
+import pytest
+
+from tests.kit.node import Node
+from tests.kit.wait import eventually
+
+pytestmark = pytest.mark.cluster
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def completion(**more: Any) -> dict[str, Any]:
+    return {"model": "small", "prompt": "Hello", "max_tokens": 5} | more
+
+
+# ---- what it offers ----
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/health", "/version", "/ping"])
+def test_probes(one: Node, path: str) -> None:
+    assert one.get(path).status == 200
+
+
+def test_the_status_page(one: Node) -> None:
+    status = one.status
+    assert status["node"] == status["leader"] == "one"
+    assert [n["id"] for n in status["nodes"]] == ["one"]
+    assert [(i["id"], i["node"], i["state"]) for i in status["instances"]] == [
+        ("one-0", "one", "ready"),
+        ("one-1", "one", "ready"),
+    ]
+    assert status["view_age_seconds"] < 5
+
+
+def test_metrics_of_vllm_and_of_llumnix(one: Node) -> None:
+    assert one.post(COMPLETIONS, completion()).status == 200
+    metrics = one.metrics()
+    assert metrics["llumnix_nodes"] == metrics["llumnix_leader"] == 1
+    assert metrics['llumnix_instances{state="ready"}'] == 2
+    assert one.metric("llumnix_dispatches_total") >= 1
+    assert one.metric("vllm:generation_tokens_total") >= 5
+    assert one.metric("llumnix_dispatch_seconds_count") >= 1
+
+
+def test_models(one: Node) -> None:
+    answer = one.get("/v1/models").json
+    assert [model["id"] for model in answer["data"]] == ["small"]
+    assert answer["data"][0]["max_model_len"] == 2048
+
+
+def test_tokenize_and_back(one: Node) -> None:
+    tokens = one.post("/tokenize", {"model": "small", "prompt": "Hello, world"}).json["tokens"]
+    assert tokens
+    back = one.post("/detokenize", {"model": "small", "tokens": tokens}).json
+    assert back["prompt"] == "Hello, world"
+
+
+def test_a_completion_and_its_stream(one: Node) -> None:
+    whole = one.post(COMPLETIONS, completion(max_tokens=20)).json
+    assert whole["usage"]["completion_tokens"] == 20
+    assert whole["choices"][0]["finish_reason"] == "length"
+    with one.stream(COMPLETIONS, completion(max_tokens=20)) as events:
+        assert events.text() == whole["choices"][0]["text"]
+        assert events.done
+
+
+def test_a_chat_and_its_stream(one: Node) -> None:
+    body = {"model": "small", "messages": HELLO, "max_tokens": 20}
+    whole = one.post(CHAT, body).json["choices"][0]["message"]["content"]
+    body["stream_options"] = {"include_usage": True}
+    with one.stream(CHAT, body) as stream:
+        events = list(stream)
+    assert stream.done
+    deltas = [e["choices"][0]["delta"].get("content") or "" for e in events if e["choices"]]
+    assert "".join(deltas) == whole
+    assert events[-1]["usage"]["completion_tokens"] == 20
+
+
+def test_the_demo_route(one: Node) -> None:
+    body = {"prompt": "Hello", "max_tokens": 10}
+    whole = one.post("/generate", body).json["text"][0]
+    assert whole.startswith("Hello") and len(whole) > len("Hello")
+    lines = one.post("/generate", body | {"stream": True}).text.splitlines()
+    texts = [json.loads(line)["text"][0] for line in lines]
+    assert texts[-1] == whole
+    assert all(b.startswith(a) for a, b in itertools.pairwise(texts))
+
+
+def test_both_instances_get_work(one: Node) -> None:
+    for n in range(20):
+        assert one.post(COMPLETIONS, completion(prompt=f"No. {n}")).status == 200
+    dispatched = [v for k, v in one.metrics().items() if k.startswith("llumnix_dispatches_total")]
+    assert len(dispatched) == 2 and min(dispatched) >= 5
+
+
+# ---- bad input ----
+
+BAD: dict[str, tuple[str, str, Any, int]] = {
+    "malformed JSON": ("POST", COMPLETIONS, b'{"model": "small", "prompt": ', 400),
+    "no JSON": ("POST", CHAT, b"hello", 400),
+    "an empty body": ("POST", CHAT, b"", 400),
+    "a list": ("POST", COMPLETIONS, [1, 2], 400),
+    "null": ("POST", COMPLETIONS, b"null", 400),
+    "deep nesting": ("POST", COMPLETIONS, b"[" * 20_000, 400),
+    "invalid UTF-8": ("POST", COMPLETIONS, b'{"prompt": "\xff\xfe"}', 400),
+    "prompt of the wrong type": ("POST", COMPLETIONS, completion(prompt={"a": 1}), 400),
+    "prompt missing": ("POST", COMPLETIONS, {"model": "small"}, 400),
+    "messages of the wrong type": ("POST", CHAT, {"model": "small", "messages": 3}, 400),
+    "messages missing": ("POST", CHAT, {"model": "small"}, 400),
+    "a role that is none": (
+        "POST",
+        CHAT,
+        {"model": "small", "messages": [{"role": 1, "content": "x"}]},
+        400,
+    ),
+    "max_tokens of the wrong type": ("POST", COMPLETIONS, completion(max_tokens="many"), 400),
+    "max_tokens 0": ("POST", COMPLETIONS, completion(max_tokens=0), 400),
+    "max_tokens -1": ("POST", COMPLETIONS, completion(max_tokens=-1), 400),
+    "temperature -1": ("POST", COMPLETIONS, completion(temperature=-1), 400),
+    "top_p 2": ("POST", COMPLETIONS, completion(top_p=2), 400),
+    "n 0": ("POST", COMPLETIONS, completion(n=0), 400),
+    "an empty prompt": ("POST", COMPLETIONS, completion(prompt=""), 400),
+    "a token that is none": ("POST", COMPLETIONS, completion(prompt=[10**9]), 400),
+    "an unknown model": ("POST", COMPLETIONS, completion(model="large"), 404),
+    "a prompt too long": ("POST", COMPLETIONS, completion(prompt=[1] * 3000), 400),
+    "a chat too long": (
+        "POST",
+        CHAT,
+        {"model": "small", "messages": [{"role": "user", "content": "no " * 3000}]},
+        400,
+    ),
+    "max_tokens too large": ("POST", COMPLETIONS, completion(max_tokens=5000), 400),
+    "what this engine cannot do": ("POST", COMPLETIONS, completion(logprobs=3), 503),
+    "a body too large": ("POST", COMPLETIONS, completion(prompt="x" * 200_000), 413),
+    "an unknown route": ("GET", "/v1/nothing", None, 404),
+    "an unknown route with a body": ("POST", "/v2/completions", completion(), 404),
+    "the wrong method": ("GET", COMPLETIONS, None, 405),
+    "the wrong method on a page of ours": ("POST", "/status", {}, 405),
+    "another wrong method on one": ("DELETE", "/metrics", None, 405),
+    "a demo body that is a list": ("POST", "/generate", [1], 400),
+    "a demo body that is no JSON": ("POST", "/generate", b"{", 400),
+    "a demo prompt of the wrong type": ("POST", "/generate", {"prompt": 1}, 400),
+    "a demo parameter that is none": ("POST", "/generate", {"prompt": "x", "colour": 1}, 400),
+    "a demo max_tokens 0": ("POST", "/generate", {"prompt": "x", "max_tokens": 0}, 400),
+    "a demo prompt too long": ("POST", "/generate", {"prompt": "no " * 4000}, 400),
+    "a demo body too large": ("POST", "/generate", {"prompt": "x" * 200_000}, 413),
+    "a demo with the wrong method": ("GET", "/generate", None, 405),
+    "tokens of the wrong type": ("POST", "/detokenize", {"model": "small", "tokens": "x"}, 400),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input(one: Node, what: str) -> None:
+    method, path, body, status = BAD[what]
+    before = len(one.said)
+    answer = one.request(method, path, body)
+    assert answer.status == status, answer.text
+    assert answer.error["code"] in (status, None)
+    assert answer.seconds < 1.0
+    line = f'"{method} {path} HTTP/1.1" {status} '
+    eventually(lambda: line in one.said[before:], within=2)
+    assert "Traceback" not in one.said[before:]
+    eventually(one.idle, within=1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_the_wrong_content_type(one: Node, content_type: str, stream: bool) -> None:
+    answer = one.post(
+        COMPLETIONS, completion(stream=stream), headers={"Content-Type": content_type}
+    )
+    assert answer.status in (400, 415), answer.text
+    assert answer.error and answer.seconds < 1.0
+
+
+def test_it_answers_as_before_after_all_that(one: Node) -> None:
+    assert one.post(COMPLETIONS, completion()).json["usage"]["completion_tokens"] == 5
+
+
+def test_what_is_no_http_at_all(one: Node) -> None:
+    for junk in (b"\x16\x03\x01\x02\x00", b"GARBAGE\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", one.port), timeout=5) as connection:
+            connection.sendall(junk)
+            connection.shutdown(socket.SHUT_WR)
+            began = time.monotonic()
+            connection.recv(4096)
+            assert time.monotonic() - began < 2.0
+    assert one.get("/livez").status == 200
+
+
+def test_a_client_that_never_sends_its_body(one: Node) -> None:
+    with socket.create_connection(("127.0.0.1", one.port), timeout=5) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 100\r\n\r\n{"
+        )
+        assert one.post(COMPLETIONS, completion()).status == 200
+    assert one.get("/livez").status == 200
+
+
+# ---- cancellation ----
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/generate"])
+def test_a_client_that_goes_away_frees_its_blocks(one: Node, path: str) -> None:
+    body = completion(max_tokens=2000)
+    if path == CHAT:
+        body = {"model": "small", "messages": HELLO, "max_tokens": 1900}
+    elif path == "/generate":
+        del body["model"]
+    with one.stream(path, body) as stream:
+        assert stream.response.readline()
+        eventually(lambda: one.metric("llumnix_instance_used_blocks") > 0, within=2)
+    eventually(one.idle, within=1)
+
+
+def test_a_client_that_goes_away_while_it_waits_for_the_whole(one: Node) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", one.port)
+    connection.request(
+        "POST",
+        COMPLETIONS,
+        json.dumps(completion(max_tokens=2000, n=2)),
+        {"Content-Type": "application/json"},
+    )
+    eventually(lambda: one.metric("llumnix_open_requests") == 2, within=2)
+    connection.close()
+    eventually(one.idle, within=1)

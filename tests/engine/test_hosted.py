@@ -1,0 +1,243 @@
+"""One instance and the requests it runs: whose they are, where they stand, what load they make."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from vllm.v1.metrics.stats import SchedulerStats
+
+from llumnix.engine.base import EngineError, EngineEvents, EngineFacts
+from llumnix.engine.frames import Lost, Outputs, Submit
+from llumnix.engine.hosted import HostedInstance
+from llumnix.engine.sim.instance import SimEngine
+from tests.kit.loop import on_loop, soon
+from tests.kit.mesh import SMALL, Gate
+from tests.kit.requests import answer, core_request
+
+
+@dataclass(eq=False)
+class Recorder:
+    """An API server that writes down what it is handed."""
+
+    node: str
+    frames: list[Outputs | Lost] = field(default_factory=list)
+    stats: int = 0
+
+    def deliver(self, frame: Outputs | Lost, stats: SchedulerStats | None = None) -> None:
+        self.frames.append(frame)
+        self.stats += stats is not None
+
+    def got(self, name: str) -> list[tuple[int, int, list[int]]]:
+        """Epoch, position and tokens of each output for a request."""
+        return [
+            (epoch, position, output.new_token_ids)
+            for frame in self.frames
+            if isinstance(frame, Outputs)
+            for epoch, position, output in zip(
+                frame.epochs, frame.positions, frame.outputs, strict=True
+            )
+            if output.request_id == name
+        ]
+
+    @property
+    def lost(self) -> list[Lost]:
+        return [frame for frame in self.frames if isinstance(frame, Lost)]
+
+
+def submit(
+    name: str, prompt: list[int], max_tokens: int = 4, epoch: int = 1, sequence: int = 1
+) -> Submit:
+    return Submit("a-0", epoch, sequence, core_request(name, prompt, max_tokens))
+
+
+class Hosted:
+    """An instance whose engine steps when the test says so."""
+
+    def __init__(self) -> None:
+        self.gate = Gate()
+        self.home, self.away = Recorder("a"), Recorder("b")
+        self.engine = SimEngine("a-0", SMALL, self.gate.clock())
+        self.instance = HostedInstance(self.engine, 0, self.home)
+
+    async def __aenter__(self) -> "Hosted":
+        await self.instance.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.engine.stop(1.0)
+
+    async def steps(self, number: int) -> None:
+        """Let so many steps end, one after the other."""
+        for _ in range(number):
+            await soon(lambda: self.gate.waiting)
+            before = self.home.stats
+            self.gate.let(1)
+            await soon(lambda before=before: self.home.stats > before)
+
+
+@on_loop
+async def test_a_step_is_one_frame_for_each_origin() -> None:
+    async with Hosted() as hosted:
+        await hosted.instance.submit(hosted.home, submit("h1", [1, 2]))
+        await hosted.instance.submit(hosted.away, submit("f1", [3, 4], epoch=7))
+        await hosted.instance.submit(hosted.away, submit("f2", [5, 6], epoch=2))
+        await hosted.steps(4)
+        assert len(hosted.away.frames) == 4 and hosted.away.stats == 0
+        assert len(hosted.home.frames) == 4 and hosted.home.stats == 4
+        for origin, name, epoch, prompt in (
+            (hosted.home, "h1", 1, [1, 2]),
+            (hosted.away, "f1", 7, [3, 4]),
+            (hosted.away, "f2", 2, [5, 6]),
+        ):
+            tokens = answer(prompt, 4)
+            assert origin.got(name) == [(epoch, n, [tokens[n]]) for n in range(4)]
+        assert hosted.instance.requests == 0
+
+
+@on_loop
+async def test_its_own_node_gets_statistics_of_steps_for_others() -> None:
+    async with Hosted() as hosted:
+        await hosted.instance.submit(hosted.away, submit("f1", [3, 4]))
+        await hosted.steps(1)
+        assert hosted.home.stats == 1 and hosted.home.got("f1") == []
+
+
+@on_loop
+async def test_the_load_counts_what_came_since_the_last_step() -> None:
+    async with Hosted() as hosted:
+        told: list[int] = []
+        hosted.instance.on_load = lambda: told.append(1)
+        assert hosted.instance.load().used_blocks == 0
+        await hosted.instance.submit(hosted.home, submit("r1", [1] * 20, 64, sequence=5))
+        await hosted.steps(1)
+        await hosted.instance.submit(hosted.away, submit("r2", [2] * 40, 64, sequence=9))
+        await hosted.instance.submit(hosted.away, submit("r3", [3] * 10, 64, sequence=8))
+        load = hosted.instance.load()
+        assert (load.running, load.waiting) == (1, 2)
+        assert (load.used_blocks, load.waiting_blocks, load.head_blocks) == (2, 3 + 1, 3)
+        assert load.received == {"a": 5, "b": 9}
+        assert len(told) >= 4
+        await hosted.instance.cancel(["r1", "r2", "r3"])
+        load = hosted.instance.load()
+        assert (load.running, load.waiting, load.used_blocks, load.waiting_blocks) == (0, 0, 0, 0)
+
+
+@on_loop
+async def test_what_cannot_run_is_given_back() -> None:
+    hosted = Hosted()
+    await hosted.instance.submit(hosted.away, submit("early", [1]))
+    async with hosted:
+        await hosted.instance.submit(hosted.away, submit("long", [1] * 600))
+        early, long = hosted.away.lost
+        assert (early.request_ids, early.retry) == (["early"], True)
+        assert (long.request_ids, long.retry) == (["long"], False)
+        assert "512" in long.reason
+        assert hosted.instance.requests == 0
+        hosted.engine.model.check()
+
+
+@on_loop
+async def test_a_death_is_told_to_each_origin_once() -> None:
+    async with Hosted() as hosted:
+        reasons: list[str] = []
+        hosted.instance.on_death = reasons.append
+        await hosted.instance.submit(hosted.home, submit("r1", [1], epoch=3))
+        await hosted.instance.submit(hosted.away, submit("r2", [2], epoch=4))
+        await hosted.steps(1)
+        hosted.engine.die("instance a-0 died: out of memory")
+        assert [(f.request_ids, f.epochs, f.retry) for f in hosted.home.lost] == [
+            (["r1"], [3], True)
+        ]
+        assert [(f.request_ids, f.epochs) for f in hosted.away.lost] == [(["r2"], [4])]
+        assert reasons == ["instance a-0 died: out of memory"]
+        assert hosted.instance.requests == 0
+        await hosted.instance.submit(hosted.away, submit("r3", [3]))
+        assert hosted.away.lost[-1].request_ids == ["r3"]
+        assert hosted.away.lost[-1].reason == reasons[0]
+
+
+@on_loop
+async def test_evicting_one_origin_leaves_the_others() -> None:
+    async with Hosted() as hosted:
+        await hosted.instance.submit(hosted.home, submit("r1", [1]))
+        await hosted.instance.submit(hosted.away, submit("r2", [2] * 100))
+        await hosted.steps(1)
+        await hosted.instance.evict(hosted.away)
+        assert hosted.instance.requests == 1
+        assert list(hosted.engine.model.held()) == ["r1"]
+        await hosted.steps(3)
+        assert [p for _, p, _ in hosted.home.got("r1")] == [0, 1, 2, 3]
+        assert len(hosted.away.got("r2")) == 1
+
+
+@on_loop
+async def test_outputs_behind_a_cancellation_go_nowhere() -> None:
+    async with Hosted() as hosted:
+        await hosted.instance.submit(hosted.home, submit("r1", [1]))
+        await soon(lambda: hosted.gate.waiting)
+        await hosted.instance.cancel(["r1", "unknown"])
+        hosted.gate.open()
+        await soon(lambda: hosted.home.stats)
+        assert hosted.home.got("r1") == []
+
+
+@on_loop
+async def test_a_request_that_comes_again_in_a_newer_epoch_starts_over() -> None:
+    """Its API server has seen the link break and dialled again before this node noticed."""
+    async with Hosted() as hosted:
+        anew = Recorder("b")
+        await hosted.instance.submit(hosted.away, submit("r1", [1, 2], epoch=1))
+        await hosted.steps(2)
+        await hosted.instance.submit(anew, submit("r1", [1, 2], epoch=2))
+        await hosted.instance.evict(hosted.away)
+        assert anew.lost == [] and hosted.instance.requests == 1
+        hosted.gate.open()
+        await soon(lambda: not hosted.instance.requests)
+        tokens = answer([1, 2], 4)
+        assert anew.got("r1") == [(2, n, [tokens[n]]) for n in range(4)]
+        hosted.engine.model.check()
+        assert not hosted.engine.model.has_work
+
+
+class RefusingEngine:
+    """An engine that comes up and then takes nothing."""
+
+    id = "a-0"
+
+    async def start(self, events: EngineEvents) -> EngineFacts:
+        return EngineFacts(64, 16, 512, ("generate",))
+
+    async def add(self, request: Any) -> None:
+        raise EngineError("not today")
+
+    async def abort(self, request_ids: list[str]) -> None:
+        raise AssertionError("there is nothing to abort")
+
+    async def call(self, method: str, *args: Any) -> Any:
+        raise EngineError("not today")
+
+    async def stop(self, timeout: float) -> None:
+        pass
+
+
+@on_loop
+async def test_a_refused_request_leaves_no_tenant() -> None:
+    home = Recorder("a")
+    hosted = HostedInstance(RefusingEngine(), 0, home)
+    await hosted.start()
+    await hosted.submit(home, submit("r1", [1]))
+    assert hosted.requests == 0
+    assert [(f.reason, f.retry) for f in home.lost] == [("not today", False)]
+
+
+@pytest.mark.parametrize("tokens, blocks", [(15, 1), (16, 2), (1, 1)])
+def test_a_prompt_asks_for_the_blocks_of_its_first_step(tokens: int, blocks: int) -> None:
+    """The prompt, and the token that its prefill makes."""
+
+    @on_loop
+    async def check() -> None:
+        async with Hosted() as hosted:
+            await hosted.instance.submit(hosted.home, submit("r1", [1] * tokens))
+            assert hosted.instance.load().waiting_blocks == blocks
+
+    check()

@@ -1,0 +1,53 @@
+"""Tests that are coroutines, each on a loop of its own that it must leave clean."""
+
+import asyncio
+import functools
+import gc
+import os
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from tests.kit.wait import eventually
+
+LONGEST = 30.0  # seconds; a test that hangs fails
+
+
+def on_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Runs the test on a new loop, and fails it if tasks or descriptors are left behind."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        before = descriptors()
+        asyncio.run(_whole(test(*args, **kwargs)))
+        gc.collect()
+        eventually(lambda: not descriptors() - before, within=3)
+
+    return run
+
+
+async def _whole(test: Coroutine[Any, Any, None]) -> None:
+    async with asyncio.timeout(LONGEST):
+        await test
+    await soon(lambda: asyncio.all_tasks() == {asyncio.current_task()}, within=2)
+
+
+async def soon(predicate: Callable[[], object], within: float = 5.0) -> float:
+    """Lets the loop run until `predicate` is true, for `within` seconds; the seconds it took."""
+    began = time.monotonic()
+    while not predicate():
+        took = time.monotonic() - began
+        assert took < within, f"still not so after {took:.1f} s"
+        await asyncio.sleep(0.002)
+    return time.monotonic() - began
+
+
+def descriptors() -> set[tuple[str, str]]:
+    """This process's open descriptors, and what each of them is."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found.add((name, os.readlink(f"/proc/self/fd/{name}")))
+        except FileNotFoundError:
+            continue  # the one that lists them
+    return found

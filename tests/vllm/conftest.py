@@ -1,0 +1,59 @@
+"""One real node with two vLLM instances for all tests here; they leave it as they found it."""
+
+from collections.abc import Iterator
+
+import pytest
+from openai import OpenAI
+
+from tests.kit.etcd import EtcdCluster
+from tests.kit.node import Node, Nodes
+from tests.kit.wait import eventually
+
+OPTIONS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048")
+OPTIONS += ("--block-size", "32", "--max-instances", "3")
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+START = 180.0  # seconds that a first instance may take on a small machine
+
+
+@pytest.fixture(scope="session")
+def etcd_member() -> Iterator[EtcdCluster]:
+    with EtcdCluster(1) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def real(
+    tmp_path_factory: pytest.TempPathFactory, etcd_member: EtcdCluster, model: str
+) -> Iterator[Nodes]:
+    """Starts nodes with real engines, in one cluster."""
+    nodes = Nodes(tmp_path_factory.mktemp("vllm"), etcd_member.endpoints, "vllm", model)
+    yield nodes
+    nodes.close()
+
+
+@pytest.fixture(scope="session")
+def whole(real: Nodes) -> Node:
+    """The node with two instances."""
+    options = (*OPTIONS, "--initial-instances", "2")
+    node = real.start("a", *options, engine="vllm", environment=ENVIRONMENT)
+    node.ready(START)
+    eventually(lambda: node.instances() == ["a-0", "a-1"], within=START, every=0.2)
+    return node
+
+
+@pytest.fixture
+def node(whole: Node) -> Iterator[Node]:
+    """The same, with both instances up and idle before and after each test."""
+    eventually(lambda: node_is_whole(whole), within=60.0, every=0.1)
+    yield whole
+    eventually(lambda: node_is_whole(whole), within=60.0, every=0.1)
+
+
+def node_is_whole(node: Node) -> bool:
+    return node.instances() == ["a-0", "a-1"] and node.idle()
+
+
+@pytest.fixture
+def client(node: Node) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{node.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
