@@ -97,6 +97,8 @@ class HostedInstance:
         self._tenants[name] = _Tenant(request_id, origin, frame.epoch, 0, blocks)
         try:
             await self.engine.add(request)
+            if name not in self._tenants and self._dead is None:  # cancelled meanwhile
+                await self.engine.abort([name])
         except EngineError as error:
             if self._tenants.pop(name, None) is not None:
                 del self._names[request_id]

@@ -1,5 +1,6 @@
 """One instance and the requests it runs: whose they are, where they stand, what load they make."""
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from llumnix.engine.base import EngineError, EngineEvents, EngineFacts
 from llumnix.engine.frames import Lost, Outputs, Submit
 from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.sim.instance import SimEngine
+from tests.kit.engines import IdleEngine
 from tests.kit.loop import on_loop, soon
 from tests.kit.mesh import SMALL, Gate
 from tests.kit.requests import answer, core_request
@@ -228,6 +230,20 @@ async def test_a_refused_request_leaves_no_tenant() -> None:
     await hosted.submit(home, submit("r1", [1]))
     assert hosted.requests == 0
     assert [(f.reason, f.retry) for f in home.lost] == [("not today", False)]
+
+
+@on_loop
+async def test_a_cancellation_while_the_engine_takes_the_request() -> None:
+    home, adding = Recorder("a"), asyncio.Event()
+    engine = IdleEngine("a-0", adding=adding)
+    hosted = HostedInstance(engine, 0, home)
+    await hosted.start()
+    submitting = asyncio.create_task(hosted.submit(home, submit("r1", [1])))
+    await soon(lambda: hosted.requests)
+    await hosted.cancel(["r1"])
+    adding.set()
+    await submitting
+    assert engine.requests == [] and hosted.requests == 0 and home.frames == []
 
 
 @pytest.mark.parametrize("tokens, blocks", [(15, 1), (16, 2), (1, 1)])

@@ -13,9 +13,15 @@ FACTS = EngineFacts(total_blocks=64, block_size=16, max_model_len=512, tasks=("g
 class IdleEngine:
     """Comes up at once, or when it is let; takes requests and never answers them."""
 
-    def __init__(self, instance: str, up: asyncio.Event | None = None) -> None:
+    def __init__(
+        self,
+        instance: str,
+        up: asyncio.Event | None = None,
+        adding: asyncio.Event | None = None,  # requests are taken only after this
+    ) -> None:
         self._id = instance
         self._up = up
+        self._adding = adding
         self._ended = asyncio.Event()
         self.events: EngineEvents | None = None
         self.requests: list[str] = []
@@ -37,6 +43,8 @@ class IdleEngine:
         return FACTS
 
     async def add(self, request: EngineCoreRequest) -> None:
+        if self._adding is not None:
+            await self._adding.wait()
         self.requests.append(request.request_id)
 
     async def abort(self, request_ids: list[str]) -> None:

@@ -14,13 +14,18 @@ LONGEST = 30.0  # seconds; a test that hangs fails
 
 
 def on_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Runs the test on a new loop, and fails it if tasks or descriptors are left behind."""
+    """Runs the test on a new loop; fails it if tasks or descriptors are left behind, and if
+    anything failed that nobody waited for."""
 
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
         before = descriptors()
-        asyncio.run(_whole(test(*args, **kwargs)))
-        gc.collect()
+        failures: list[dict[str, Any]] = []
+        with asyncio.Runner() as runner:
+            runner.get_loop().set_exception_handler(lambda _, context: failures.append(context))
+            runner.run(_whole(test(*args, **kwargs)))
+            gc.collect()  # a task tells when it is collected that nobody has seen its exception
+        assert not failures
         eventually(lambda: not descriptors() - before, within=3)
 
     return run
