@@ -16,6 +16,14 @@ from llumnix.engine.peer import Link, Peers
 
 logger = logging.getLogger(__name__)
 
+# What a peer may call: nothing here takes code, or a function's name, as an argument.
+CALLABLE_BY_PEERS = frozenset(
+    {"get_supported_tasks", "add_lora", "remove_lora", "list_loras", "pin_lora", "profile"}
+    | {"reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache"}
+    | {"sleep", "wake_up", "is_sleeping"}
+    | {"pause_scheduler", "resume_scheduler", "is_scheduler_paused"}
+)
+
 
 class Exchange:
     """Carries requests to instances, near and far; lives on the node's event loop."""
@@ -99,6 +107,8 @@ class Exchange:
 
     async def _reply(self, link: Link, frame: Call) -> None:
         try:
+            if frame.method not in CALLABLE_BY_PEERS:
+                raise EngineError(f"a peer may not call {frame.method}")
             result = await self._call(frame.instance, frame.method, tuple(frame.args))
             reply = Reply(frame.id, result)
         except EngineError as error:

@@ -280,6 +280,27 @@ async def test_an_instance_that_has_left_its_node_is_asked_a_few_times() -> None
 
 
 @on_loop
+async def test_who_has_lost_a_request_is_not_asked_again() -> None:
+    """The dispatcher's view still shows it as ready, and now as the emptiest of all."""
+    async with mesh("a", "b") as (a, b):
+        gate = Gate()
+        first, second = await b.host(clock=gate.clock()), await a.host()
+        avoided: list[frozenset[str]] = []
+
+        async def prefer_the_first(tokens: int, priority: int, avoid: frozenset[str]) -> Route:
+            avoided.append(avoid)
+            return a.route(second if first in avoid else first)
+
+        a.dispatch = prefer_the_first
+        stream = await a.ask("r1", PROMPT)
+        await soon(lambda: gate.waiting)
+        b.engine(first).die("instance b-0 died: killed")
+        await soon(lambda: stream.ended)
+        assert stream.tokens == answer(PROMPT, 8)
+        assert avoided == [frozenset(), frozenset({first})]
+
+
+@on_loop
 async def test_a_node_without_an_address() -> None:
     async with mesh("a") as (a,):
         a.client.instances = lambda: {"b-0": "b"}
@@ -330,7 +351,15 @@ async def test_a_call_whose_answer_cannot_travel_fails_at_once() -> None:
 
         b.engine(instance).call = answer_with_an_object  # type: ignore[method-assign]
         with pytest.raises(EngineError):
-            await a.exchange.call("b", instance, "anything", (), 5.0)
+            await a.exchange.call("b", instance, "list_loras", (), 5.0)
+
+
+@on_loop
+async def test_a_peer_may_not_have_any_code_run() -> None:
+    async with mesh("a", "b") as (a, b):
+        instance = await b.host()
+        with pytest.raises(EngineError, match="a peer may not call collective_rpc"):
+            await a.exchange.call("b", instance, "collective_rpc", (b"code",), 5.0)
 
 
 @on_loop
@@ -344,11 +373,11 @@ async def test_a_slow_call_holds_up_nothing() -> None:
             return method
 
         b.engine(instance).call = slow  # type: ignore[method-assign]
-        call = asyncio.create_task(a.exchange.call("b", instance, "slow", (), 10.0))
+        call = asyncio.create_task(a.exchange.call("b", instance, "sleep", (), 10.0))
         assert await a.answered("r1", PROMPT) == answer(PROMPT, 8)
         assert not call.done()
         frozen.set()
-        assert await call == "slow"
+        assert await call == "sleep"
 
 
 @on_loop
@@ -361,7 +390,7 @@ async def test_a_call_that_is_cut_off() -> None:
             await frozen.wait()
 
         b.engine(instance).call = slow  # type: ignore[method-assign]
-        call = asyncio.create_task(a.exchange.call("b", instance, "slow", (), 10.0))
+        call = asyncio.create_task(a.exchange.call("b", instance, "sleep", (), 10.0))
         await soon(lambda: b.peers.open and b.exchange._tasks)
         for link in list(b.peers._links.values()):
             await link.close()

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import re
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     # Actors' threads run beside a busy event loop: hand the interpreter over more often.
     sys.setswitchinterval(0.001)
     looks = any(word.partition("=")[0] in _ONLY_LOOKS for word in argv)
-    if not looks and "sim" not in argv:
+    if not looks and not _modelled(argv):
         from llumnix.engine.vllm.launcher import start_fork_server
 
         start_fork_server()  # it imports vLLM on another core while this process does the same
@@ -45,6 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     if parsed.validate_config:
         return _validate(config, engines)
     return _run(config, parsed, engines)
+
+
+def _modelled(argv: list[str]) -> bool:
+    """Whether the modelled engine is asked for, as far as that shows before vLLM is imported."""
+    given: list[str] = re.findall(r"--engine[= ](\w+)", " ".join(argv))
+    return (given or [os.environ.get("LLUMNIX_ENGINE", "")])[-1] == "sim"
 
 
 def _validate(config: "Config", engines: "VllmConfig") -> int:
