@@ -5,6 +5,7 @@ vLLM's own arguments are not here; they are added beside these by the engine's p
 
 import argparse
 import dataclasses
+import math
 import os
 import re
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+_ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\s/:@\[\]]+):(?P<port>[0-9]{1,5})")
 
 
 class ConfigError(Exception):
@@ -81,7 +83,7 @@ class Config:
         filled = dataclasses.replace(
             self,
             node=self.node or f"{re.sub(r'[^A-Za-z0-9.-]', '-', name)}-{port}",
-            advertise_address=self.advertise_address or f"{reachable or '127.0.0.1'}:{port}",
+            advertise_address=self.advertise_address or _address(reachable or "127.0.0.1", port),
             state_dir=self.state_dir or _state_dir(),
             etcd_endpoints=[e for item in self.etcd_endpoints or [] for e in item.split(",") if e],
         )
@@ -89,7 +91,7 @@ class Config:
         if not filled.etcd_endpoints or self.advertise_address or reachable:
             return filled
         # Nodes on other machines must find this one, and it listens on all addresses.
-        return dataclasses.replace(filled, advertise_address=f"{_own_address()}:{port}")
+        return dataclasses.replace(filled, advertise_address=_address(_own_address(), port))
 
     def check(self) -> None:
         """Raise ConfigError for the first knob whose value cannot work."""
@@ -104,6 +106,12 @@ class Config:
                 f"--initial-instances is {self.initial_instances}, but must lie between 0 and "
                 f"--max-instances, which is {self.max_instances}"
             )
+        for knob in ("lease_ttl", "start_timeout", "drain_timeout"):
+            if not math.isfinite(getattr(self, knob)):
+                raise ConfigError(
+                    f"--{knob.replace('_', '-')} is {getattr(self, knob)}, but must be a number "
+                    "of seconds"
+                )
         if self.lease_ttl < 2:
             raise ConfigError(f"--lease-ttl is {self.lease_ttl}, but etcd grants 2 seconds or more")
         if self.dispatch_top_k < 1:
@@ -111,12 +119,36 @@ class Config:
         for knob in ("drain_timeout", "start_timeout", "max_body_bytes"):
             if getattr(self, knob) < 0:
                 raise ConfigError(f"--{knob.replace('_', '-')} must not be negative")
+        self._check_addresses()
         if bool(self.etcd_cert) != bool(self.etcd_key):
             raise ConfigError("--etcd-cert and --etcd-key go together")
         if bool(self.etcd_user) != bool(self.etcd_password):
             raise ConfigError("--etcd-user and --etcd-password go together")
         if (self.etcd_user or self.etcd_ca or self.etcd_cert) and not self.etcd_endpoints:
             raise ConfigError("--etcd-user and --etcd-ca need --etcd-endpoints")
+
+    def _check_addresses(self) -> None:
+        for endpoint in self.etcd_endpoints or ():
+            if not _is_address(re.sub("^https?://", "", endpoint).removesuffix("/")):
+                raise ConfigError(
+                    "--etcd-endpoints must be host:port, http://host:port or https://host:port, "
+                    f"not {endpoint!r}"
+                )
+        if self.advertise_address and not _is_address(self.advertise_address):
+            raise ConfigError(
+                "--advertise-address must be host:port, with an IPv6 address in brackets, not "
+                f"{self.advertise_address!r}"
+            )
+
+
+def _is_address(text: str) -> bool:
+    """Whether it is host:port, where an IPv6 address stands in brackets."""
+    found = _ADDRESS.fullmatch(text)
+    return found is not None and 0 < int(found["port"]) < 2**16
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _own_address() -> str:
@@ -148,10 +180,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def from_arguments(arguments: argparse.Namespace) -> Config:
     """The configuration that a parsed command line describes. Raises ConfigError."""
     values = {k.name: getattr(arguments, k.name) for k in dataclasses.fields(Config)}
-    return Config(**values).resolved(arguments.host, arguments.port)
+    config = Config(**values).resolved(arguments.host, arguments.port)
+    only_here = getattr(arguments, "uds", None) and not values["advertise_address"]
+    if only_here and config.etcd_endpoints:
+        raise ConfigError(
+            "--uds with --etcd-endpoints needs --advertise-address: no other node can reach a "
+            "socket file"
+        )
+    return config
 
 
 def is_secret(name: str) -> bool:
-    """Whether a knob of that name must not be printed."""
+    """Whether an option of that name, llumnix's or vLLM's, must not be printed."""
     secrets = {k.name for k in dataclasses.fields(Config) if k.metadata.get("secret")}
-    return name in secrets or name == "api_key"
+    words = name.lower().replace("-", "_")
+    # Not every token is a secret: max_num_batched_tokens, decode_token_threshold.
+    return name in secrets or re.search(r"(^|_)token$|password|secret|api_?key", words) is not None

@@ -35,6 +35,10 @@ class DispatcherActor(Actor):
         self._block_size = min(sizes, default=1)
         self._board.update_view(view)
 
+    def undo(self, instance: InstanceId, sequence: int) -> None:
+        """A dispatch came to nothing: it is not in flight."""
+        self._board.cancel(instance, sequence)
+
     def decide(
         self, tokens: int, exclude: frozenset[InstanceId] = frozenset()
     ) -> Dispatched | None:

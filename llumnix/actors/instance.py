@@ -6,9 +6,11 @@ what became of them.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from enum import StrEnum
+from types import TracebackType
 from typing import Any, NamedTuple
 
 from pykka import ActorDeadError
@@ -21,6 +23,8 @@ from llumnix.engine.hosted import HostedInstance
 logger = logging.getLogger(__name__)
 
 BACKOFF_FIRST, BACKOFF_LONGEST = 1.0, 30.0  # seconds before a restart, doubling
+BACKOFF_DOUBLINGS = 5  # at most
+STEADY_SECONDS = 30.0  # up for so long, an engine's earlier failures are forgotten
 DRAIN_POLL = 0.1  # seconds between looks at an instance that drains
 STOP_SECONDS = 10.0  # for an engine to end by itself
 
@@ -69,12 +73,24 @@ class InstanceActor(Actor):
         self._facts: EngineFacts | None = None
         self._hosted: HostedInstance | None = None
         self._failures = 0
+        self._up_since = 0.0  # monotonic
         self._proxy: Any = None  # of this actor, to tell it what happened on the loop
         self._begun = 0  # starts so far; what a former engine reports late is ignored
 
     def on_start(self) -> None:
         """Called by Pykka on the actor's own thread."""
         self._proxy = self.actor_ref.proxy()
+
+    def on_failure(
+        self,
+        exception_type: type[BaseException] | None,
+        exception_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Nobody would stop the engine any more."""
+        super().on_failure(exception_type, exception_value, traceback)
+        if self._hosted is not None and self._life is not Life.STOPPED:
+            self._send(self._hosted.stop(0.0))
 
     def begin(self) -> None:
         """Start the engine."""
@@ -98,14 +114,18 @@ class InstanceActor(Actor):
     def came_up(self, start: int, hosted: HostedInstance, facts: EngineFacts) -> None:
         """The engine is up."""
         if start == self._begun and self._life is Life.STARTING:
-            self._hosted, self._failures = hosted, 0
+            self._hosted, self._up_since = hosted, time.monotonic()
             self._become(Life.READY, facts)
 
     def went_down(self, start: int, reason: str) -> None:
         """The engine did not come up, or died."""
         if start != self._begun or self._life not in (Life.STARTING, Life.READY):
             return
-        delay = min(BACKOFF_FIRST * 2**self._failures, BACKOFF_LONGEST)
+        was_up = self._life is Life.READY
+        if was_up and time.monotonic() - self._up_since >= STEADY_SECONDS:
+            self._failures = 0
+        doublings = min(self._failures, BACKOFF_DOUBLINGS)
+        delay = min(BACKOFF_FIRST * 2**doublings, BACKOFF_LONGEST)
         self._failures += 1
         logger.error("%s; next start in %.0f s", reason, delay)
         self._become(Life.BACKING_OFF, None, reason)
@@ -123,17 +143,29 @@ class InstanceActor(Actor):
     # ---- on the loop ----
 
     async def _bring_up(self, start: int) -> None:
-        hosted = self._make()
+        try:
+            hosted = self._make()
+        except Exception as error:  # a slot that cannot be filled now is tried again later
+            self._proxy.went_down.defer(start, self._unexpected(error))
+            return
         self._hosted = hosted
         hosted.on_death = lambda reason: self._send(self._bury(hosted, start, reason))
         try:
             facts = await hosted.start()
-            self._proxy.came_up.defer(start, hosted, facts)
         except EngineError as error:
-            self._proxy.went_down.defer(start, str(error))
+            await self._bury(hosted, start, str(error))
+        except Exception as error:
+            await self._bury(hosted, start, self._unexpected(error))
+        else:
+            self._proxy.came_up.defer(start, hosted, facts)
+
+    def _unexpected(self, error: Exception) -> str:
+        logger.error("instance %s did not start", self._instance, exc_info=error)
+        text = " ".join(str(error).split())  # in one line
+        return f"instance {self._instance} did not start: {type(error).__name__}: {text}"
 
     async def _bury(self, hosted: HostedInstance, start: int, reason: str) -> None:
-        await hosted.engine.stop(0.0)
+        await hosted.stop(0.0)
         self._proxy.went_down.defer(start, reason)
 
     async def _drain_and_stop(self, within: float) -> None:
@@ -148,7 +180,7 @@ class InstanceActor(Actor):
                     logger.warning(
                         "instance %s stops with %d requests running", hosted.id, hosted.requests
                     )
-            await hosted.engine.stop(STOP_SECONDS)
+            await hosted.stop(STOP_SECONDS)
         self._proxy.stopped.defer()
 
     async def _later(self, delay: float) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pykka import ActorDeadError
+
 from llumnix.actors.base import Actor
 from llumnix.actors.instance import InstanceActor, Life, Report
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceState, NodeId
@@ -85,6 +87,8 @@ class NodeActor(Actor):
         held = self._slots.get(slot)
         if held is None:
             return
+        if not held.wanted and report.life not in (Life.DRAINING, Life.STOPPED):
+            return  # it was on its way when the instance was told to drain
         held.report = report
         if report.life is Life.STOPPED:
             del self._slots[slot]
@@ -108,8 +112,8 @@ class NodeActor(Actor):
         """Stop all instances now; the number that is still to report STOPPED."""
         self._leaving = True
         self._wanted = 0
-        for slot in self._slots.values():
-            slot.proxy.halt.defer()
+        for number in self._slots:
+            self._command(number, "halt")
         return len(self._slots)
 
     def left(self) -> int:
@@ -137,7 +141,7 @@ class NodeActor(Actor):
                 logger.info("instance %s drains: %d are wanted", slot.instance, self._wanted)
                 # Not chosen again while its actor's own report is on its way.
                 slot.report = slot.report._replace(life=Life.DRAINING)
-                slot.proxy.drain.defer(self._drain_timeout)
+                self._command(number, "drain", self._drain_timeout)
 
     def _open(self, number: int) -> None:
         instance = f"{self._node}-{number}"
@@ -149,7 +153,17 @@ class NodeActor(Actor):
         )
         report = Report(instance, Life.STARTING, None)
         self._slots[number] = _Slot(instance, reference.proxy(), report)
-        self._slots[number].proxy.begin.defer()
+        self._command(number, "begin")
+
+    def _command(self, number: int, method: str, *args: float) -> None:
+        """Tell an instance's actor what to do; one that has died counts as stopped."""
+        slot = self._slots[number]
+        try:
+            getattr(slot.proxy, method).defer(*args)
+        except ActorDeadError:
+            if slot.report.life is not Life.STOPPED:  # it is told only once
+                slot.report = Report(slot.instance, Life.STOPPED, None, "its actor has died")
+                self._proxy.changed.defer(number, slot.report)
 
     def _announce(self, report: Report) -> None:
         facts = report.facts

@@ -20,12 +20,13 @@ from llumnix.cluster import InstanceId, NodeId
 from llumnix.engine.base import EngineDead, EngineError
 from llumnix.engine.exchange import Exchange
 from llumnix.engine.frames import Cancel, Lost, Outputs, Submit
-from llumnix.engine.ledger import Ledger, Verdict
+from llumnix.engine.ledger import Entry, Ledger, Verdict
 
 logger = logging.getLogger(__name__)
 
 CALL_SECONDS = 30.0  # the longest that a utility call may take
-ATTEMPTS = 5  # owners that a request may have before its first token
+ATTEMPTS = 5  # instances tried for a request while their nodes don't answer
+DEATHS = 2  # owners that a request may survive: it may be what kills them
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +69,11 @@ class ClusterClient(EngineCoreClient):
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self.instances: Callable[[], Mapping[InstanceId, NodeId]] = dict
-        # Called with the id and one sentence for a request that can't be answered.
-        self.on_failure: Callable[[str, str], None] = lambda request_id, reason: None
+        # Called for a request that can't be answered: its id, one sentence, and whether it is
+        # the request itself that no engine can run.
+        self.on_failure: Callable[[str, str, bool], None] = lambda request_id, reason, refused: None
+        # Called for a dispatch that came to nothing.
+        self.on_undelivered: Callable[[Route], None] = lambda route: None
         exchange.on_outputs = self.deliver
         exchange.on_node_lost = self._on_node_lost
 
@@ -155,38 +159,55 @@ class ClusterClient(EngineCoreClient):
     # ---- placing and replacing ----
 
     async def _place(self, request_id: str, reason: str = "") -> None:
-        """Send a request to an instance, trying others while nodes don't answer."""
+        """Send a request to an instance; whatever goes wrong, its client hears of it."""
         entry = self.ledger.get(request_id)
-        while entry is not None and entry.epoch < ATTEMPTS:
-            request = entry.request
-            try:
-                tokens = len(request.prompt_token_ids or ())
-                lost_by = frozenset(entry.lost_by)
-                route = await self._dispatch(tokens, request.priority, lost_by)
-            except EngineError as error:
-                reason = str(error)
-                break
-            if request_id not in self.ledger:
-                return  # cancelled while it was being dispatched
+        if entry is None:
+            return
+        try:
+            failure = await self._try_places(request_id, entry, reason)
+        except EngineError as error:
+            failure = str(error)
+        except Exception as error:
+            logger.exception("request %s could not be placed", request_id)
+            failure = f"internal error: {type(error).__name__}"
+        if failure is not None:
+            self._fail(request_id, failure)
+
+    async def _try_places(self, request_id: str, entry: Entry, reason: str) -> str | None:
+        """Try instances while their nodes don't answer; what has kept it from all, or None.
+
+        Raises EngineError if there is no instance, or none can run it.
+        """
+        request = entry.request
+        tokens = len(request.prompt_token_ids or ())
+        for _ in range(ATTEMPTS):
+            epoch = entry.epoch
+            route = await self._dispatch(tokens, request.priority, frozenset(entry.lost_by))
+            if not self._stands(request_id, entry, epoch):
+                self.on_undelivered(route)
+                return None  # cancelled meanwhile
             self._nodes[route.instance] = route.node
-            entry = self.ledger.move(request_id, route.instance)
-            frame = Submit(route.instance, entry.epoch, route.sequence, request)
+            epoch = self.ledger.move(request_id, route.instance).epoch
             try:
+                frame = Submit(route.instance, epoch, route.sequence, request)
                 await self._exchange.submit(route.node, self, frame)
             except EngineDead as error:
+                self.on_undelivered(route)
+                if not self._stands(request_id, entry, epoch):
+                    return None  # cancelled, or given to another instance by now
                 reason = str(error)
-                entry.lost_by.add(route.instance)
                 logger.warning("could not place request %s: %s", request_id, reason)
+                self.ledger.release(request_id)
                 continue
-            except EngineError as error:
-                reason = str(error)
-                break
             self.dispatched[route.instance] += 1
-            if request_id not in self.ledger:  # cancelled while it was on its way
+            if not self._stands(request_id, entry, epoch) and entry.owner != route.instance:
                 await self._cancel(route.instance, [request_id])
-            return
-        if entry is not None:
-            self._fail(request_id, reason)
+            return None
+        return reason
+
+    def _stands(self, request_id: str, entry: Entry, epoch: int) -> bool:
+        """Whether a request is still open, and nobody has moved it since that epoch."""
+        return self.ledger.get(request_id) is entry and entry.epoch == epoch
 
     def _on_node_lost(self, node: NodeId, reason: str) -> None:
         for instance in [i for i, n in self._nodes.items() if n == node]:
@@ -196,20 +217,20 @@ class ClusterClient(EngineCoreClient):
     def _lost(self, request_id: str, epoch: int, reason: str, retry: bool) -> None:
         """An owner lost a request: start over elsewhere if nothing was sent, else end it."""
         entry = self.ledger.get(request_id)
-        if entry is None or entry.epoch != epoch:
+        if entry is None or entry.epoch != epoch or entry.owner is None:
             return
-        if entry.tokens or not retry:
-            self._fail(request_id, reason)
+        entry.deaths += 1
+        if entry.tokens or not retry or entry.deaths > DEATHS:
+            self._fail(request_id, reason, refused=not retry)
             return
         logger.warning("request %s is dispatched again: %s", request_id, reason)
-        if entry.owner is not None:
-            entry.lost_by.add(entry.owner)
+        self.ledger.release(request_id)
         self._spawn(self._place(request_id, reason))
 
-    def _fail(self, request_id: str, reason: str) -> None:
+    def _fail(self, request_id: str, reason: str, refused: bool = False) -> None:
         if self.ledger.close(request_id) is not None:
             logger.error("request %s ended: %s", request_id, reason)
-            self.on_failure(request_id, reason)
+            self.on_failure(request_id, reason, refused)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -4,6 +4,7 @@ The engine knows nothing of origins, epochs and positions; they are added to its
 once for each step. Everything runs on the node's event loop.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,6 +16,8 @@ from vllm.v1.metrics.stats import SchedulerStats
 from llumnix.cluster import InstanceId, InstanceLoad, NodeId
 from llumnix.engine.base import Engine, EngineDead, EngineError, EngineEvents, EngineFacts
 from llumnix.engine.frames import Lost, Outputs, Submit
+
+logger = logging.getLogger(__name__)
 
 
 class Origin(Protocol):
@@ -50,7 +53,7 @@ class HostedInstance:
         self._home = home  # the API server of this node: it gets the engine's statistics
         self._tenants: dict[str, _Tenant] = {}  # by the id that the engine knows them by
         self._names: dict[str, str] = {}  # request id → that id
-        self._received: dict[NodeId, int] = {}
+        self._received: dict[Origin, int] = {}  # the highest sequence number of each
         self._running = 0
         self._usage = 0.0
         self._preemptions = 0
@@ -71,39 +74,45 @@ class HostedInstance:
         self.facts = await self.engine.start(EngineEvents(self._on_outputs, self._on_death))
         return self.facts
 
+    async def stop(self, timeout: float) -> None:
+        """End the engine; what it still runs is given back to its origins first."""
+        if self._dead is None:
+            self._dead = f"instance {self.id} has stopped"
+        self._lose_all(self._dead)
+        await self.engine.stop(timeout)
+
     async def submit(self, origin: Origin, frame: Submit) -> None:
         """Give a request to the engine. What cannot run here is answered with a Lost frame.
 
         The engine knows each epoch of a request under a name of its own: what is left of an
         earlier one, such as a step that was under way, is not taken for an output of this one.
         """
-        request = frame.request
-        request_id = request.request_id
-        self._received[origin.node] = max(frame.sequence, self._received.get(origin.node, 0))
+        request_id = frame.request.request_id
+        self._received[origin] = max(frame.sequence, self._received.get(origin, 0))
         if self.facts is None or self._dead is not None:
             self._lose(origin, frame.epoch, request_id, self._dead or "it is not up yet")
             return
-        if (held := self._names.get(request_id)) is not None:
-            if self._tenants[held].epoch >= frame.epoch:
-                return  # an echo: its origin has sent it again meanwhile, over another link
-            await self.cancel([request_id])
-        name = request_id
-        if frame.epoch > 1:
-            name = f"{request_id}~{frame.epoch}"
-            request = msgspec.structs.replace(request, request_id=name)
-        length = len(request.prompt_token_ids or ()) + 1
+        former = self._names.get(request_id)
+        if former is not None and self._tenants[former].epoch >= frame.epoch:
+            return  # an echo: its origin has sent it again meanwhile, over another link
+        name = request_id if frame.epoch <= 1 else f"{request_id}~{frame.epoch}"
+        length = len(frame.request.prompt_token_ids or ()) + 1
         blocks = -(-length // self.facts.block_size)
         self._names[request_id] = name
         self._tenants[name] = _Tenant(request_id, origin, frame.epoch, 0, blocks)
         try:
-            await self.engine.add(request)
+            if former is not None:
+                del self._tenants[former]
+                await self.engine.abort([former])
+            await self.engine.add(msgspec.structs.replace(frame.request, request_id=name))
             if name not in self._tenants and self._dead is None:  # cancelled meanwhile
                 await self.engine.abort([name])
         except EngineError as error:
-            if self._tenants.pop(name, None) is not None:
-                del self._names[request_id]
-                retry = isinstance(error, EngineDead)
-                self._lose(origin, frame.epoch, request_id, str(error), retry)
+            self._refuse(name, str(error), retry=isinstance(error, EngineDead))
+        except Exception as error:  # whatever it is, its origin must not wait for ever
+            logger.exception("instance %s cannot take request %r", self.id, request_id)
+            reason = f"the request can't be given to an engine: {type(error).__name__}: {error}"
+            self._refuse(name, reason, retry=False)
         self.on_load()
 
     async def cancel(self, request_ids: Iterable[str]) -> None:
@@ -117,6 +126,7 @@ class HostedInstance:
 
     async def evict(self, origin: Origin) -> None:
         """End everything that came from an origin which is gone."""
+        self._received.pop(origin, None)
         await self.cancel([t.request_id for t in self._tenants.values() if t.origin is origin])
 
     def load(self) -> InstanceLoad:
@@ -126,6 +136,9 @@ class HostedInstance:
         waiting = fresh[len(fresh) - min(waiting_count, len(fresh)) :]
         total = self.facts.total_blocks if self.facts else 0
         busy = bool(self._tenants)
+        received: dict[NodeId, int] = {}  # a node may have a former link and a new one
+        for origin, sequence in self._received.items():
+            received[origin.node] = max(sequence, received.get(origin.node, 0))
         return InstanceLoad(
             self.id,
             running=min(self._running, len(self._tenants)),
@@ -134,7 +147,7 @@ class HostedInstance:
             waiting_blocks=sum(waiting),
             head_blocks=waiting[0] if waiting else 0,
             preemptions=self._preemptions,
-            received=dict(self._received),
+            received=received,
         )
 
     def _on_outputs(self, step: EngineCoreOutputs) -> None:
@@ -175,10 +188,20 @@ class HostedInstance:
 
     def _on_death(self, reason: str) -> None:
         self._dead = reason
+        self._lose_all(reason)
+        self.on_death(reason)
+
+    def _refuse(self, name: str, reason: str, retry: bool) -> None:
+        """The engine has not taken a request; one that has ended meanwhile needs no answer."""
+        tenant = self._tenants.pop(name, None)
+        if tenant is not None:
+            del self._names[tenant.request_id]
+            self._lose(tenant.origin, tenant.epoch, tenant.request_id, reason, retry)
+
+    def _lose_all(self, reason: str) -> None:
         tenants, self._tenants, self._names = self._tenants, {}, {}
         for tenant in tenants.values():
             self._lose(tenant.origin, tenant.epoch, tenant.request_id, reason)
-        self.on_death(reason)
 
     def _lose(
         self, origin: Origin, epoch: int, request_id: str, reason: str, retry: bool = True

@@ -31,6 +31,7 @@ class Entry:
     owner: InstanceId | None = None  # None until it is dispatched
     epoch: int = 0
     tokens: list[int] = field(default_factory=list)
+    deaths: int = 0  # owners that died or lost it
     lost_by: set[InstanceId] = field(default_factory=set)  # owners not to be tried again
 
     @property
@@ -73,6 +74,18 @@ class Ledger:
         """
         entry = self._entries[request_id]
         entry.owner = owner
+        entry.epoch += 1
+        return entry
+
+    def release(self, request_id: str) -> Entry:
+        """Take the request from its owner, in a new epoch; nobody owns it until `move`.
+
+        Raises KeyError if the request is not open.
+        """
+        entry = self._entries[request_id]
+        if entry.owner is not None:
+            entry.lost_by.add(entry.owner)
+        entry.owner = None
         entry.epoch += 1
         return entry
 

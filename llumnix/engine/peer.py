@@ -62,8 +62,15 @@ class Link:
 
     def deliver(self, frame: Outputs | Lost, stats: SchedulerStats | None = None) -> None:
         """Send outputs back to where their requests came from."""
-        if not self.closed:
+        if self.closed:
+            return
+        try:
             self.send(frame)
+        except EngineError as error:
+            # Positions would be missing for good: the other end has to start those requests anew.
+            logger.error("closing the connection to node %s: %s", self._node, error)
+            self.closed = True
+            self._wake.set()
 
     def send(self, frame: Frame) -> None:
         """Queue a frame. Raises EngineDead if the link is closed, EngineError if it can't go."""
@@ -71,7 +78,7 @@ class Link:
             raise EngineDead(f"the connection to node {self._node} is closed")
         try:
             message = self._codec.encode(frame)
-        except TypeError as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise EngineError(f"this cannot be sent to node {self._node}: {error}") from error
         if len(self._queue) >= QUEUE_FRAMES:
             logger.error("node %s is %d frames behind; cutting it off", self._node, QUEUE_FRAMES)
@@ -188,7 +195,7 @@ class Peers:
             task = asyncio.create_task(self._serve(link), name=f"peer-{node}")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-            return link
+            return self._links[node]  # the one that is used from now on, if both have dialled
 
     async def accept(self, request: web.Request) -> web.StreamResponse:
         """The HTTP handler of PATH: refuse who does not know the cluster's token."""
@@ -254,6 +261,9 @@ class Peers:
             self._running.discard(link)
             if self._links.get(link.node) is link:
                 del self._links[link.node]
+            # Requests may have come over either of two links: one that ends ends both.
+            for twin in [other for other in self._running if other.node == link.node]:
+                await twin.close()
             await self.on_close(link)
             logger.info("the connection to node %s ended", link.node)
 

@@ -19,7 +19,7 @@ from llumnix.actors.base import ASK_SECONDS
 from llumnix.actors.dispatcher import Dispatched, DispatcherActor
 from llumnix.actors.node import NodeActor, Surroundings
 from llumnix.actors.reporter import LoadReporter
-from llumnix.cluster import ClusterView, InstanceId, InstanceState, NodeId
+from llumnix.cluster import ClusterView, InstanceId, NodeId
 from llumnix.config import Config
 from llumnix.engine.base import EngineError, EngineFacts
 from llumnix.engine.client import ClusterClient, NoInstance, Route
@@ -34,11 +34,13 @@ from llumnix.entrypoints.server.app import Gateway, make_app
 from llumnix.entrypoints.server.generate import DemoRoute
 from llumnix.entrypoints.server.listener import Listener
 from llumnix.metrics import DISPATCH_SECONDS, NodeCollector, Snapshot
+from llumnix.policy.board import is_candidate
 from llumnix.version import VERSION
 
 logger = logging.getLogger(__name__)
 
 HALT_SECONDS = 30.0  # for all engines to end
+FRONTEND_RETRY = 5.0  # seconds until another try to open vLLM's frontend
 POLL = 0.05  # seconds between looks while something ends
 
 
@@ -94,13 +96,15 @@ class Node:
     async def stop(self) -> None:
         """Let what runs end, within --drain-timeout; then leave, in reverse order of start."""
         self.standing.serving, self.standing.sentence = False, "the node is stopping"
-        if self._serving:
-            self._serving = False
-            deadline = self._loop.time() + self._config.drain_timeout
-            await self._listener.refuse_new()
-            await self._supervise.leave()
-            await self._drained(deadline)
-        await self._ends.aclose()
+        try:
+            if self._serving:
+                self._serving = False
+                deadline = self._loop.time() + self._config.drain_timeout
+                await self._listener.refuse_new()
+                await self._supervise.leave()
+                await self._drained(deadline)
+        finally:
+            await self._ends.aclose()
 
     def _connect(self) -> None:
         """Make the way of a request: server, frontend's client, exchange, peers."""
@@ -110,12 +114,13 @@ class Node:
         self._exchange = Exchange(config.node, self._peers)
         self._client = ClusterClient(self._exchange, self._route, config.max_instances)
         self._client.instances = self._ready
+        self._client.on_undelivered = self._undo
         self._reporter = LoadReporter(
             self._exchange.hosted.values, self._control.registry.report_loads
         )
         self._gateway = Gateway(lambda: self._frontend, self.standing)
-        admin = Admin(config.node, self.standing, self._view_and_age)
-        demo = DemoRoute(self._llm, self.standing)
+        admin = Admin(config.node, self.standing, self._view_and_age, self._sound)
+        demo = DemoRoute(lambda: self._frontend, self.standing)
         peer = (PATH, self._peers.accept)
         app = make_app(self._gateway, admin, demo.handle, peer, config.max_body_bytes)
         self._listener = Listener(app, self._arguments)
@@ -171,10 +176,12 @@ class Node:
         frontend = Frontend(self._arguments, self._vllm_config, self._client)
         try:
             await frontend.open(await self._facts())
-        except (EngineError, TimeoutError) as error:
-            logger.warning("the frontend could not be opened yet: %s", error)
+        except Exception as error:  # vLLM's, whatever it is; tried again as long as the node runs
+            expected = isinstance(error, (EngineError, TimeoutError))
+            logger.error("vLLM's frontend could not be opened: %s", error, exc_info=not expected)
+            await frontend.close()
             self._opening = None
-            self._loop.call_later(1.0, self._look, self.view)
+            self._loop.call_later(FRONTEND_RETRY, self._look, self.view)
             return
         self._frontend = frontend
         self._look(self.view)
@@ -202,6 +209,9 @@ class Node:
             raise NoInstance("no instance is ready; try again in a few seconds")
         return Route(decision.instance, decision.node, decision.sequence)
 
+    def _undo(self, route: Route) -> None:
+        self._dispatch.undo.defer(route.instance, route.sequence)
+
     def _host(self, instance: InstanceId, slot: int) -> HostedInstance:
         hosted = HostedInstance(self._make_engine(instance, slot), slot, self._client)
         hosted.on_load = self._reporter.changed
@@ -221,11 +231,13 @@ class Node:
         return info.address if info else None
 
     def _ready(self) -> dict[InstanceId, NodeId]:
-        instances = self.view.instances.values()
-        return {i.id: i.node for i in instances if i.state is InstanceState.READY}
+        view = self.view
+        return {i.id: i.node for i in view.instances.values() if is_candidate(view, i)}
 
-    def _llm(self) -> Any:
-        return self._frontend.llm if self._frontend else None
+    def _sound(self) -> bool:
+        """Whether the parts that nothing restarts are alive: vLLM's frontend and the actors."""
+        frontend = self._frontend
+        return (frontend is None or frontend.sound) and all(a.is_alive() for a in self._actors)
 
     def _view_and_age(self) -> tuple[ClusterView, float]:
         return self.view, self._control.registry.age

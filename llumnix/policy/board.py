@@ -22,6 +22,16 @@ from llumnix.policy.dispatch import POLICIES, Candidate, choose
 from llumnix.policy.load import NOTHING, InFlight
 
 
+def is_candidate(view: ClusterView, info: InstanceInfo) -> bool:
+    """Whether an instance may get new requests: it is up, and nobody empties it."""
+    return (
+        info.state is InstanceState.READY
+        and info.total_blocks > 0
+        and info.id not in view.draining
+        and info.node not in view.draining
+    )
+
+
 @dataclass(slots=True)
 class _Entry:
     candidate: Candidate
@@ -79,16 +89,11 @@ class DispatchBoard:
         """Take over a new snapshot; only instances about which it says something new cost work."""
         for instance in self._entries.keys() - view.instances.keys():
             self.forget(instance)
-        loads, draining = view.loads, view.draining
+        loads = view.loads
         for instance, info in view.instances.items():
             entry = self._entries.get(instance)
             load = loads.get(instance)
-            is_open = (
-                info.state is InstanceState.READY
-                and info.total_blocks > 0
-                and instance not in draining
-                and info.node not in draining
-            )
+            is_open = is_candidate(view, info)
             if entry is None:
                 self._enter(info, load or InstanceLoad(instance), is_open)
             elif (

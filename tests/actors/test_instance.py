@@ -129,13 +129,58 @@ def test_a_start_that_fails_is_tried_again_later_and_later(
 def test_it_backs_off_from_the_start_again_once_it_was_up(
     idle: Supervised, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(instance_module, "BACKOFF_LONGEST", 0.1)
+    monkeypatch.setattr(instance_module, "STEADY_SECONDS", 0.0)
+    monkeypatch.setattr(instance_module, "BACKOFF_FIRST", 0.05)
     for n in range(1, 6):
         idle.on_loop(idle.engine.die, f"instance a-0 died: {n}")
         eventually(lambda n=n: idle.lives.count(Life.READY) == n + 1, within=2)
     reasons = [r.reason for r in idle.reports if r.life is Life.BACKING_OFF]
     assert reasons == [f"instance a-0 died: {n}" for n in range(1, 6)]
     assert all(hosted.engine.stops >= 1 for hosted in idle.made[:-1]), "dead ones are cleared away"
+
+
+def test_one_that_dies_soon_after_each_start_backs_off_longer(
+    idle: Supervised, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(instance_module, "BACKOFF_FIRST", 1e-6)
+    waits: list[float] = []
+    later = instance_module.InstanceActor._later
+
+    async def _later(self: InstanceActor, delay: float) -> None:
+        waits.append(delay)
+        await later(self, delay)
+
+    monkeypatch.setattr(instance_module.InstanceActor, "_later", _later)
+    for n in range(1, 9):
+        idle.on_loop(idle.engine.die, f"instance a-0 died: {n}")
+        eventually(lambda n=n: idle.lives.count(Life.READY) == n + 1, within=2)
+    assert [round(wait * 1e6) for wait in waits] == [1, 2, 4, 8, 16, 32, 32, 32]
+
+
+@pytest.mark.parametrize("where", ["made", "started"])
+def test_an_unexpected_error_is_a_failed_start(
+    side: LoopThread, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    engine = IdleEngine("a-0")
+
+    async def start(events: Any) -> Any:
+        raise OSError("no space left\non device")
+
+    def make() -> Any:
+        if where == "made":
+            raise OSError("no space left\non device")
+        return engine
+
+    monkeypatch.setattr(engine, "start", start)
+    supervised = Supervised(side, make)
+    supervised.proxy.begin.defer()
+    eventually(lambda: Life.BACKING_OFF in supervised.lives)
+    assert supervised.reports[1].reason == (
+        "instance a-0 did not start: OSError: no space left on device"
+    )
+    assert engine.stops >= (where == "started"), "what was half started is stopped"
+    supervised.proxy.halt.defer()
+    eventually(lambda: supervised.lives[-1] is Life.STOPPED)
 
 
 def test_what_a_former_engine_says_late_is_ignored(idle: Supervised) -> None:
@@ -170,6 +215,13 @@ def test_draining_ends_at_its_deadline(idle: Supervised, caplog: pytest.LogCaptu
     idle.proxy.drain.defer(0.1)
     idle.reaches(Life.STARTING, Life.READY, Life.DRAINING, Life.STOPPED)
     assert "instance a-0 stops with 1 requests running" in caplog.messages
+    assert idle.made[0].requests == 0, "its origin was told"
+
+
+def test_an_actor_that_dies_leaves_no_engine(idle: Supervised) -> None:
+    idle.proxy.came_up.defer("no number of arguments")
+    eventually(lambda: idle.engine.stops == 1)
+    idle.reports.append(Report("a-0", Life.STOPPED, None))
 
 
 def test_halting_waits_for_nothing(idle: Supervised) -> None:

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator
 from types import MappingProxyType
 from typing import Any
 
+import pykka
 import pytest
 
 from llumnix.actors import instance as instance_module
-from llumnix.actors.instance import Life
+from llumnix.actors.instance import InstanceActor, Life, Report
 from llumnix.actors.node import NodeActor, Surroundings
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceState
 from llumnix.engine.hosted import HostedInstance
@@ -160,6 +161,29 @@ def test_one_that_does_not_start_leaves_the_others_alone(side: LoopThread) -> No
     node.wants(0)
 
 
+def test_an_instance_whose_actor_has_died_counts_as_stopped(node: Supervisor) -> None:
+    node.wants(2, "a-0", "a-1")
+    _, second = pykka.ActorRegistry.get_by_class(InstanceActor)
+    proxy: Any = second.proxy()
+    proxy.came_up.defer("no number of arguments")
+    eventually(lambda: not second.is_alive())
+    eventually(lambda: node.hosted["a-1"].engine.stops == 1)
+    node.wants(1, "a-0")
+    node.wants(2, "a-0", "a-1")
+
+
+def test_a_report_on_its_way_does_not_undo_a_drain(node: Supervisor) -> None:
+    node.wants(2, "a-0", "a-1")
+    hosted = node.hosted["a-1"]
+    hosted._tenants["r"] = hosted._names["r"] = object()  # type: ignore[assignment]
+    node.proxy.want.defer(1)
+    node.proxy.changed.defer(1, Report("a-1", Life.READY, FACTS))
+    lives = {r.instance: r.life for r in node.proxy.reports().get(timeout=5.0)}
+    assert lives["a-1"] is Life.DRAINING
+    hosted._tenants.clear()
+    eventually(lambda: set(node.announced) == {"a-0"})
+
+
 def test_leaving_keeps_instances_but_offers_none(node: Supervisor) -> None:
     node.wants(2, "a-0", "a-1")
     node.proxy.leave.defer()
@@ -192,8 +216,6 @@ def test_an_instance_that_comes_up_late_is_not_offered_by_a_node_that_leaves(
 
 
 def test_stopping_the_supervisor_stops_its_actors(node: Supervisor) -> None:
-    import pykka
-
     node.wants(2, "a-0", "a-1")
     node.proxy.halt().get(timeout=5.0)
     eventually(lambda: node.proxy.left().get(timeout=5.0) == 0)

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
+from llumnix.config import from_arguments
+from llumnix.engine.vllm import compat
+from llumnix.engine.vllm.arguments import make_parser
 from llumnix.entrypoints.vllm.api_server import main
 
 
@@ -111,6 +114,42 @@ def test_secrets_are_not_printed(show: Show) -> None:
     assert "hush" not in str(shown)
 
 
+def test_secrets_of_vllm_are_not_printed(show: Show) -> None:
+    shown = show("--hf-token", "hush", "--max-num-batched-tokens", "512")
+    assert shown["hf-token"] == "***" and shown["max-num-batched-tokens"] == 512
+
+
+def test_what_vllm_makes_of_json_is_printed(show: Show) -> None:
+    transfer = '{"kv_connector": "ExampleConnector", "kv_role": "kv_both", '
+    transfer += '"kv_connector_extra_config": {"password": "hush", "size": 3}}'
+    shown = show("--kv-transfer-config", transfer)["kv-transfer-config"]
+    assert shown["kv_connector"] == "ExampleConnector"
+    assert shown["kv_connector_extra_config"] == {"password": "***", "size": 3}
+
+
+def test_a_mapping_in_the_file(show: Show, tmp_path: Path) -> None:
+    file = tmp_path / "node.yaml"
+    file.write_text("hf-overrides: {a: 1, b: {c: [true, null]}}\n")
+    first = show("--config", str(file))
+    assert first["hf-overrides"] == {"a": 1, "b": {"c": [True, None]}}
+    file.write_text(yaml.safe_dump({"hf-overrides": first["hf-overrides"]}))
+    assert show("--config", str(file)) == first
+
+
+@pytest.mark.parametrize(
+    "options, address",
+    [
+        (["--host", "::1"], "[::1]:8000"),
+        (["--host", "10.0.0.1", "--port", "81"], "10.0.0.1:81"),
+        (["--uds", "/tmp/x", "--advertise-address", "[fd00::1]:80"], "[fd00::1]:80"),
+    ],
+)
+def test_the_advertised_address(options: list[str], address: str) -> None:
+    parser = make_parser("node")
+    arguments = parser.parse_args([*options, "--etcd-endpoints", "a:1", "https://[::1]:2/"])
+    assert from_arguments(arguments).advertise_address == address
+
+
 def test_several_endpoints(show: Show) -> None:
     assert show("--etcd-endpoints", "a:1", "b:2")["etcd-endpoints"] == ["a:1", "b:2"]
 
@@ -133,6 +172,15 @@ def test_a_good_configuration(model: str, capsys: pytest.CaptureFixture[str]) ->
         (["--cluster", "a/b"], "--cluster"),
         (["--node", "a b"], "--node"),
         (["--lease-ttl", "1"], "--lease-ttl"),
+        (["--lease-ttl", "nan"], "--lease-ttl"),
+        (["--drain-timeout", "inf"], "--drain-timeout"),
+        (["--etcd-endpoints", "ftp://a:1"], "--etcd-endpoints"),
+        (["--etcd-endpoints", "a"], "--etcd-endpoints"),
+        (["--etcd-endpoints", "a:70000"], "--etcd-endpoints"),
+        (["--etcd-endpoints", "::1:2379"], "--etcd-endpoints"),
+        (["--advertise-address", "::1:8000"], "--advertise-address"),
+        (["--uds", "/tmp/x", "--etcd-endpoints", "a:1"], "--advertise-address"),
+        (["--chat-template", "no template"], "no template"),
         (["--drain-timeout", "-1"], "--drain-timeout"),
         (["--etcd-cert", "x", "--etcd-endpoints", "a:1"], "--etcd-key"),
         (["--etcd-user", "x", "--etcd-endpoints", "a:1"], "--etcd-password"),
@@ -180,3 +228,27 @@ def test_a_value_in_the_environment_that_cannot_work(
 ) -> None:
     monkeypatch.setenv("LLUMNIX_DISPATCH_POLICY", "best")
     assert "best" in refusal()
+
+
+def test_a_name_in_the_environment_that_belongs_to_no_option(
+    refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLUMNIX_DISPATCH_POLICE", "rr")
+    assert "LLUMNIX_DISPATCH_POLICE" in refusal()
+
+
+def test_names_in_the_environment_that_are_tolerated(
+    show: Show, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["TEST_MODEL", "BENCH_SECONDS", "INSTANCE", "SERVICE_HOST", "PORT_8000_TCP_ADDR"]
+    for name in names:
+        monkeypatch.setenv(f"LLUMNIX_{name}", "x")
+    assert show()["dispatch-policy"] == "load"
+
+
+def test_a_version_of_vllm_that_is_not_supported(
+    show: Show, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compat, "supported", lambda: False)
+    show()
+    assert len([m for m in caplog.messages if "0.26 to 0.33" in m]) == 1

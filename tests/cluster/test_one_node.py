@@ -1,14 +1,24 @@
 """One node with two modelled instances: its routes, and what it does with bad input."""
 
+import argparse
+import asyncio
 import http.client
 import itertools
 import json
 import socket
+import ssl
+import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
+from aiohttp import web
 
+from llumnix.entrypoints.server.errors import openai_errors
+from llumnix.entrypoints.server.listener import Listener
+from tests.kit.etcd import free_ports
 from tests.kit.node import Node
 from tests.kit.wait import eventually
 
@@ -125,6 +135,19 @@ BAD: dict[str, tuple[str, str, Any, int]] = {
     "max_tokens of the wrong type": ("POST", COMPLETIONS, completion(max_tokens="many"), 400),
     "max_tokens 0": ("POST", COMPLETIONS, completion(max_tokens=0), 400),
     "max_tokens -1": ("POST", COMPLETIONS, completion(max_tokens=-1), 400),
+    "a demo seed of the wrong type": ("POST", "/generate", {"prompt": "x", "seed": "abc"}, 400),
+    "demo max_tokens of the wrong type": (
+        "POST",
+        "/generate",
+        {"prompt": "x", "max_tokens": 5.5},
+        400,
+    ),
+    "a demo grammar that is none": (
+        "POST",
+        "/generate",
+        {"prompt": "x", "structured_outputs": {"json": {}}},
+        400,
+    ),
     "temperature -1": ("POST", COMPLETIONS, completion(temperature=-1), 400),
     "top_p 2": ("POST", COMPLETIONS, completion(top_p=2), 400),
     "n 0": ("POST", COMPLETIONS, completion(n=0), 400),
@@ -139,7 +162,7 @@ BAD: dict[str, tuple[str, str, Any, int]] = {
         400,
     ),
     "max_tokens too large": ("POST", COMPLETIONS, completion(max_tokens=5000), 400),
-    "what this engine cannot do": ("POST", COMPLETIONS, completion(logprobs=3), 503),
+    "what this engine cannot do": ("POST", COMPLETIONS, completion(logprobs=3), 400),
     "a body too large": ("POST", COMPLETIONS, completion(prompt="x" * 200_000), 413),
     "an unknown route": ("GET", "/v1/nothing", None, 404),
     "an unknown route with a body": ("POST", "/v2/completions", completion(), 404),
@@ -207,6 +230,14 @@ def test_a_client_that_never_sends_its_body(one: Node) -> None:
     assert one.get("/livez").status == 200
 
 
+@pytest.mark.parametrize("host", ["a:b:c", "a:99999999", "[::1"])
+def test_a_host_that_is_none(one: Node, host: str) -> None:
+    before = len(one.said)
+    answer = one.post(COMPLETIONS, completion(), headers={"Host": host})
+    assert answer.status == 400 and "Host" in answer.error["message"]
+    assert "Traceback" not in one.said[before:]
+
+
 # ---- cancellation ----
 
 
@@ -234,3 +265,75 @@ def test_a_client_that_goes_away_while_it_waits_for_the_whole(one: Node) -> None
     eventually(lambda: one.metric("llumnix_open_requests") == 2, within=2)
     connection.close()
     eventually(one.idle, within=1)
+
+
+# ---- the server's shell, without a node ----
+
+
+def listening(app: web.Application, **more: Any) -> tuple[Listener, argparse.Namespace]:
+    tls = dict.fromkeys(("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_ciphers", "uds"))
+    values = {"host": "127.0.0.1", "port": free_ports(1)[0], "ssl_cert_reqs": 0} | tls | more
+    arguments = argparse.Namespace(**values)
+    return Listener(app, arguments), arguments
+
+
+def test_a_fault_before_and_in_the_middle_of_an_answer() -> None:
+    async def late(request: web.Request) -> web.StreamResponse:
+        raise TimeoutError
+
+    async def broken(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"half")
+        raise RuntimeError("a bug")
+
+    async def check() -> None:
+        app = web.Application(middlewares=[openai_errors])
+        app.router.add_get("/late", late)
+        app.router.add_get("/broken", broken)
+        listener, arguments = listening(app)
+        await listener.open()
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{arguments.port}") as client:
+            answer = await client.get("/late")
+            assert answer.status == 504 and (await answer.json())["error"]["code"] == 504
+            answer = await client.get("/broken")
+            assert answer.status == 200 and await answer.content.readany() == b"half"
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await answer.content.read()
+        await listener.close()
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("authority", [True, False])
+def test_clients_must_show_a_certificate(tmp_path: Path, authority: bool) -> None:
+    cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=node"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert]
+    subprocess.run(command, check=True, capture_output=True)
+
+    async def livez(request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def check() -> None:
+        app = web.Application()
+        app.router.add_get("/livez", livez)
+        listener, arguments = listening(
+            app,
+            ssl_certfile=cert,
+            ssl_keyfile=key,
+            ssl_cert_reqs=2,
+            ssl_ca_certs=cert if authority else None,
+            ssl_ciphers="ECDHE+AESGCM",
+        )
+        await listener.open()
+        async with aiohttp.ClientSession(f"https://127.0.0.1:{arguments.port}") as client:
+            peer = Listener.client_ssl(arguments)
+            assert peer is not None
+            assert (await client.get("/livez", ssl=peer)).status == 200
+        async with aiohttp.ClientSession(f"https://127.0.0.1:{arguments.port}") as client:
+            with pytest.raises((aiohttp.ClientError, ssl.SSLError)):
+                await client.get("/livez", ssl=ssl.create_default_context(cafile=cert))
+        await listener.close()
+
+    asyncio.run(check())

@@ -233,6 +233,52 @@ async def test_a_refused_request_leaves_no_tenant() -> None:
 
 
 @on_loop
+async def test_a_request_that_cannot_be_sent_leaves_no_tenant(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever an engine raises, its origin gets an answer."""
+
+    async def add(self: Any, request: Any) -> None:
+        raise UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
+
+    monkeypatch.setattr(RefusingEngine, "add", add)
+    home = Recorder("a")
+    hosted = HostedInstance(RefusingEngine(), 0, home)
+    await hosted.start()
+    await hosted.submit(home, submit("r1", [1]))
+    assert hosted.requests == 0
+    assert [(f.request_ids, f.retry) for f in home.lost] == [(["r1"], False)]
+    assert "surrogates not allowed" in home.lost[0].reason
+    assert "instance a-0 cannot take request 'r1'" in caplog.messages
+
+
+@on_loop
+async def test_a_stop_gives_back_what_still_runs() -> None:
+    async with Hosted() as hosted:
+        await hosted.instance.submit(hosted.home, submit("r1", [1], epoch=3))
+        await hosted.instance.submit(hosted.away, submit("r2", [2]))
+        await hosted.instance.stop(1.0)
+        await hosted.instance.submit(hosted.away, submit("late", [3]))
+        assert [(f.request_ids, f.epochs) for f in hosted.home.lost] == [(["r1"], [3])]
+        assert [f.request_ids for f in hosted.away.lost] == [["r2"], ["late"]]
+        for lost in hosted.home.lost + hosted.away.lost:
+            assert (lost.reason, lost.retry) == ("instance a-0 has stopped", True)
+        assert hosted.instance.requests == 0
+
+
+@on_loop
+async def test_an_origin_that_is_gone_is_forgotten() -> None:
+    async with Hosted() as hosted:
+        anew = Recorder("b")
+        await hosted.instance.submit(hosted.away, submit("r1", [1], sequence=7))
+        await hosted.instance.submit(anew, submit("r2", [1], sequence=9))
+        await hosted.instance.evict(hosted.away)
+        assert hosted.instance.load().received == {"b": 9}, "by its new link"
+        await hosted.instance.evict(anew)
+        assert hosted.instance.load().received == {}
+
+
+@on_loop
 async def test_a_cancellation_while_the_engine_takes_the_request() -> None:
     home, adding = Recorder("a"), asyncio.Event()
     engine = IdleEngine("a-0", adding=adding)

@@ -188,7 +188,7 @@ class MeshNode:
         if output.finish_reason is not None:
             stream.finish = str(output.finish_reason)
 
-    def _failed(self, request_id: str, reason: str) -> None:
+    def _failed(self, request_id: str, reason: str, refused: bool) -> None:
         stream = self.streams[request_id]
         assert not stream.ended, "a failure behind the end"
         stream.failure = reason

@@ -229,6 +229,12 @@ def test_errors_are_the_clients_own_types(client: OpenAI) -> None:
         client.chat.completions.create(model="small", messages=FRANCE, response_format=broken)
 
 
+def test_what_can_not_be_sent_to_an_engine_is_refused(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="can't be sent"):
+        client.completions.create(model="small", prompt="x", extra_body={"top_k": 10**30})
+    assert client.completions.create(model="small", prompt="x", max_tokens=1).choices
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away(node: Node, stream: bool) -> None:
     body = {"model": "small", "prompt": "Count: 1, 2,", "max_tokens": 1900, "ignore_eos": True}

@@ -4,6 +4,11 @@ ConfigArgParse gives the order of precedence: command line, environment, YAML fi
 """
 
 import argparse
+import dataclasses
+import enum
+import json
+import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -16,9 +21,45 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from llumnix import config
-from llumnix.engine.vllm.compat import server_symbol
+from llumnix.engine.vllm.compat import client_errors, server_symbol
 
 ENVIRONMENT_PREFIX = "LLUMNIX_"
+
+# What says that a configuration cannot work.
+_REFUSALS: tuple[type[Exception], ...] = (config.ConfigError, OSError, *client_errors())
+
+# What may stand in the environment beside the options: names of the tests, the benchmarks and the
+# engines, and those that Kubernetes makes for services whose names begin with llumnix.
+_TOLERATED = re.compile(
+    r"LLUMNIX_(INSTANCE|SIM_PROFILE|TEST_.*|BENCH_.*"
+    r"|(.+_)?(SERVICE_(HOST|PORT)(_.*)?|PORT(_\d+_(TCP|UDP|SCTP)(_.*)?)?))"
+)
+
+
+class _YamlFile(configargparse.ConfigFileParser):
+    """A YAML file of options; a mapping as a value stands for its JSON text."""
+
+    def get_syntax_description(self) -> str:
+        return "The file is a YAML mapping of options to values."
+
+    def parse(self, stream: Any) -> dict[str, str | list[str]]:
+        name = getattr(stream, "name", "the file")
+        try:
+            loaded = yaml.safe_load(stream)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise configargparse.ConfigFileParserException(f"{name} is no YAML: {error}") from error
+        if not isinstance(loaded, dict):
+            raise configargparse.ConfigFileParserException(
+                f"{name} is no YAML mapping of options to values"
+            )
+        return {str(k): _argument(v) for k, v in loaded.items() if v is not None}
+
+
+def _argument(value: Any) -> str | list[str]:
+    """A value of the file as ConfigArgParse takes it."""
+    if isinstance(value, list):
+        return [json.dumps(v) if isinstance(v, dict) else str(v) for v in value]
+    return json.dumps(value, default=str) if isinstance(value, dict) else str(value)
 
 
 class NodeArgumentParser(configargparse.ArgumentParser, FlexibleArgumentParser):
@@ -36,7 +77,16 @@ class NodeArgumentParser(configargparse.ArgumentParser, FlexibleArgumentParser):
     ) -> argparse.Namespace:
         """Parse like vLLM's parser, which ends in ConfigArgParse's parse_known_args."""
         parsed: argparse.Namespace = FlexibleArgumentParser.parse_args(self, args, namespace)
+        self._refuse_unknown_environment()
         return parsed
+
+    def _refuse_unknown_environment(self) -> None:
+        known = {getattr(action, "env_var", None) for action in self._actions}
+        for name in sorted(os.environ):
+            if not name.startswith(ENVIRONMENT_PREFIX) or _TOLERATED.fullmatch(name):
+                continue
+            if name not in known:
+                self.error(f"the environment variable {name} belongs to no option")
 
     def _pull_args_from_config(self, args: list[str]) -> list[str]:
         return args  # --config is ConfigArgParse's here, for which the environment comes first
@@ -53,7 +103,7 @@ def make_parser(prog: str) -> NodeArgumentParser:
         prog=prog,
         description="One node of a llumnix cluster: an OpenAI-compatible server over vLLM.",
         auto_env_var_prefix=ENVIRONMENT_PREFIX,
-        config_file_parser_class=configargparse.YAMLConfigFileParser,
+        config_file_parser_class=_YamlFile,
         conflict_handler="resolve",
     )
     server_symbol("make_arg_parser")(parser)
@@ -79,7 +129,7 @@ def check(parser: NodeArgumentParser, arguments: argparse.Namespace) -> config.C
             raise config.ConfigError(
                 "--data-parallel-size belongs to vLLM's own scale-out; use --initial-instances"
             )
-    except (config.ConfigError, ValueError, TypeError) as error:
+    except _REFUSALS as error:
         parser.error(_sentence(error))
     return node
 
@@ -89,7 +139,7 @@ def engine_config(parser: NodeArgumentParser, arguments: argparse.Namespace) -> 
     try:
         engine_arguments = AsyncEngineArgs.from_cli_args(arguments)
         return engine_arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
-    except (ValueError, TypeError, OSError) as error:
+    except _REFUSALS as error:
         parser.error(_sentence(error))
 
 
@@ -119,10 +169,27 @@ def show(parser: NodeArgumentParser, arguments: argparse.Namespace) -> str:
         if name in ("print_config", "validate_config", "config"):
             continue
         if name in own or value != parser.get_default(name):
-            shown = "***" if value and config.is_secret(name) else value
-            values[name.replace("_", "-")] = shown
+            values[name.replace("_", "-")] = _plain(value, name)
     text: str = yaml.safe_dump(values, default_flow_style=False, allow_unicode=True)
     return text
+
+
+def _plain(value: Any, name: str = "") -> Any:
+    """A value in what YAML knows, without secrets."""
+    if value and not isinstance(value, bool) and config.is_secret(name):
+        return "***"
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, enum.Enum):
+        return _plain(value.value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [f.name for f in dataclasses.fields(value) if f.init]
+        return {f: _plain(getattr(value, f), f) for f in fields}
+    if isinstance(value, dict):
+        return {str(k): _plain(v, str(k)) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v) for v in value]
+    return str(value)
 
 
 def main_program() -> str:

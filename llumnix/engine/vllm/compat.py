@@ -91,6 +91,13 @@ def client_errors() -> tuple[type[Exception], ...]:
     return (ValueError, TypeError, VLLMClientError)
 
 
+def refused(message: str) -> Exception:
+    """The exception that vLLM's server answers with 400 and the message."""
+    from vllm.exceptions import VLLMValidationError
+
+    return VLLMValidationError(message)  # type: ignore[no-any-return]
+
+
 def unavailable(message: str) -> Exception:
     """The exception that this version of vLLM's server answers with 503 and the message.
 

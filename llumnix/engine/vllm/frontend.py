@@ -6,11 +6,14 @@ Its FastAPI application is handed out as a plain ASGI application.
 import argparse
 import asyncio
 import contextlib
+import hmac
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import HTTPException as FastapiHTTPException
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.exceptions import ExceptionMiddleware
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.usage.usage_lib import UsageContext
@@ -38,7 +41,7 @@ class Frontend:
         self.llm: AsyncLLM | None = None
         self.app: Any = None  # an ASGI application, once open
         self.streams: Streams | None = None
-        self._aborts: asyncio.Future[None] | None = None  # kept: a loop holds its tasks weakly
+        self._aborts: set[asyncio.Future[None]] = set()  # kept: a loop holds its tasks weakly
 
     async def open(self, facts: EngineFacts) -> None:
         """Build the application; `facts` are those of the first instance that is ready."""
@@ -58,20 +61,29 @@ class Frontend:
         app = compat.server_symbol("build_app")(self._arguments, tasks, llm.model_config)
         await compat.server_symbol("init_app_state")(llm, app.state, self._arguments, tasks)
         # vLLM answers FastAPI's errors in OpenAI's shape; those of the router are Starlette's.
-        handlers = app.exception_handlers
-        handlers[StarletteHTTPException] = handlers[FastapiHTTPException]
-        app.middleware_stack = app.build_middleware_stack()
+        _answer_alike(app, StarletteHTTPException, FastapiHTTPException)
         await self._stack.enter_async_context(app.router.lifespan_context(app))
         self.streams = Streams(app, self._arguments)
         self.app = app
         # vLLM looks environment variables up for every token; none changes from here on.
         envs.enable_envs_cache()
 
+    @property
+    def sound(self) -> bool:
+        """Whether vLLM's frontend still passes outputs on."""
+        return self.llm is not None and not self.llm.errored
+
+    def authorised(self, headers: Mapping[str, str]) -> bool:
+        """Whether a request shows one of the API keys, if there are any (as vLLM's own check)."""
+        keys = [key for key in (self._arguments.api_key or [envs.VLLM_API_KEY]) if key]
+        given = headers.get("Authorization", "").encode(errors="surrogateescape")
+        return not keys or any(hmac.compare_digest(given, f"Bearer {k}".encode()) for k in keys)
+
     async def close(self) -> None:
         """End vLLM's background tasks."""
         await self._stack.aclose()
 
-    def _fail(self, request_id: str, reason: str) -> None:
+    def _fail(self, request_id: str, reason: str, refused: bool) -> None:
         """End a request whose outputs will never come: its client gets `reason` as an error."""
         assert self.llm is not None
         processor = self.llm.output_processor
@@ -81,12 +93,25 @@ class Frontend:
         parent = state.parent_req  # with n > 1, the other choices end too
         whole = request_id if parent is None else parent.request_id
         ended = processor.abort_requests([whole], internal=True)
-        self._aborts = asyncio.ensure_future(self._client.abort_requests_async(ended))
+        aborting = asyncio.ensure_future(self._client.abort_requests_async(ended))
+        self._aborts.add(aborting)
+        aborting.add_done_callback(self._aborts.discard)
         if state.queue is not None:
-            state.queue.put(compat.unavailable(reason))
+            state.queue.put(compat.refused(reason) if refused else compat.unavailable(reason))
 
     def _learn(self, facts: EngineFacts) -> None:
         """What vLLM's own client would have written into the configuration at engine start."""
         self._config.cache_config.num_gpu_blocks = facts.total_blocks
         self._config.cache_config.block_size = facts.block_size
         self._config.model_config.max_model_len = facts.max_model_len
+
+
+def _answer_alike(app: Any, unhandled: type[Exception], handled: type[Exception]) -> None:
+    """Have an exception answered as another one is, in the middleware that is built already."""
+    layer = app.middleware_stack or app.build_middleware_stack()
+    handler = app.exception_handlers[handled]
+    app.exception_handlers[unhandled] = handler
+    while layer is not None and not isinstance(layer, ExceptionMiddleware):
+        layer = getattr(layer, "app", None)
+    if layer is not None:
+        layer.add_exception_handler(unhandled, handler)

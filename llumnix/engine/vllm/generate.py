@@ -1,21 +1,30 @@
 """The request of vLLM's demo server: a prompt, sampling parameters beside it, text back."""
 
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from llumnix.engine.vllm.compat import client_errors
+from llumnix.engine.vllm.compat import client_errors, unavailable
 
 CLIENT_ERRORS = client_errors()
+MALFORMED: tuple[type[Exception], ...] = (
+    *(msgspec.ValidationError, OverflowError, AttributeError),
+    *CLIENT_ERRORS,
+)
 
 
 class BadRequest(Exception):
     """What the client sent can't be answered; the message says why."""
+
+
+class Unavailable(Exception):
+    """No engine can answer now; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,9 @@ class Generation:
             raise BadRequest("prompt must be a string, and stream true or false")
         try:
             params = SamplingParams(**values)
-        except CLIENT_ERRORS as error:
+            # The engine decodes them with types, and must not be the first to find a wrong one.
+            params = msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams)
+        except MALFORMED as error:
             raise BadRequest(str(error)) from error
         params.output_kind = (
             RequestOutputKind.CUMULATIVE if stream else RequestOutputKind.FINAL_ONLY
@@ -48,10 +59,10 @@ class Generation:
         return cls(prompt, params, stream)
 
 
-async def generate(llm: AsyncLLM, generation: Generation) -> AsyncIterator[list[str]]:
+async def generate(llm: AsyncLLM, generation: Generation) -> AsyncGenerator[list[str], None]:
     """The texts so far, prompt included, one for each choice; the last item is complete.
 
-    Raises BadRequest, and whatever the engine's client raises.
+    Raises BadRequest, Unavailable.
     """
     request_id = f"generate-{uuid.uuid4().hex}"
     try:
@@ -59,3 +70,5 @@ async def generate(llm: AsyncLLM, generation: Generation) -> AsyncIterator[list[
             yield [generation.prompt + choice.text for choice in output.outputs]
     except CLIENT_ERRORS as error:  # such as a prompt that is too long
         raise BadRequest(str(error)) from error
+    except type(unavailable("")) as error:
+        raise Unavailable(str(error)) from error

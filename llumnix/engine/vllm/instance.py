@@ -5,8 +5,9 @@ import contextlib
 import copy
 import logging
 import tempfile
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import zmq
@@ -24,16 +25,18 @@ from llumnix.engine.vllm.launcher import EngineProcess, Placement
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 class _Client(AsyncMPClient):
     """vLLM's client to one engine core, which hands its outputs on at once, without a queue."""
 
-    events: EngineEvents | None = None
+    on_outputs: Callable[[EngineCoreOutputs], None] | None = None
 
     async def process_engine_outputs(self, outputs: EngineCoreOutputs) -> None:
         """Called by the base class for each message of the engine."""
-        if self.events is not None and (outputs.outputs or outputs.scheduler_stats):
-            self.events.outputs(
+        if self.on_outputs is not None and (outputs.outputs or outputs.scheduler_stats):
+            self.on_outputs(
                 EngineCoreOutputs(
                     outputs=outputs.outputs,
                     scheduler_stats=outputs.scheduler_stats,
@@ -64,8 +67,9 @@ class VllmEngine:
         self._process = EngineProcess(instance, log_file)
         self._sockets = tempfile.TemporaryDirectory(prefix="llumnix-")  # short: ipc paths are
         self._client: _Client | None = None
-        self._events: EngineEvents | None = None
+        self._events: EngineEvents | None = None  # from when it is up until it has died
         self._watching: int | None = None
+        self._ended: asyncio.Future[None] | None = None  # done when the process is, or stopped
         self._stopping = False
 
     @property
@@ -80,11 +84,12 @@ class VllmEngine:
 
     async def start(self, events: EngineEvents) -> EngineFacts:
         """Fork the engine core, shake hands and connect. Raises EngineError."""
-        self._events = events
         try:
             async with asyncio.timeout(self._start_timeout):
                 await self._handshake()
-                return await self._connect(events)
+                facts = await self._connect()
+                self._events = events
+                return facts
         except TimeoutError as error:
             await self.stop(0.0)
             raise EngineError(
@@ -96,11 +101,13 @@ class VllmEngine:
             raise
 
     async def add(self, request: EngineCoreRequest) -> None:
-        """Send a request to the engine core. Raises EngineDead."""
+        """Send a request to the engine core. Raises EngineDead, EngineError for a bad one."""
         try:
             await self._require().add_request_async(request)
         except (EngineDeadError, zmq.ZMQError) as error:
             raise EngineDead(f"instance {self._id} is dead") from error
+        except (TypeError, ValueError, OverflowError, msgspec.MsgspecError) as error:
+            raise EngineError(f"the request can't be sent to an engine: {error}") from error
 
     async def abort(self, request_ids: list[str]) -> None:
         """Abort requests; a dead engine has none."""
@@ -122,6 +129,8 @@ class VllmEngine:
         """End the process (SIGTERM, then SIGKILL) and close the sockets."""
         self._stopping = True
         self._unwatch()
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(None)  # a start under way ends here
         if self._client is not None:
             self._client.shutdown()
             self._client = None
@@ -151,22 +160,16 @@ class VllmEngine:
                 executor_class=Executor.get_class(self._config),
                 log_stats=True,
             )
-            ended = self._watch()
-            while not await self._greet(socket, ended):
+            self._watch()
+            while not await self._greet(socket):
                 pass
         finally:
             socket.close(linger=0)
             context.term()
 
-    async def _greet(self, socket: zmq.asyncio.Socket, ended: "asyncio.Future[None]") -> bool:
+    async def _greet(self, socket: zmq.asyncio.Socket) -> bool:
         """Answer one message of the starting engine; True once it is ready."""
-        message: asyncio.Future[list[bytes]] = asyncio.ensure_future(socket.recv_multipart())
-        either: set[asyncio.Future[Any]] = {message, ended}
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not message.done():
-            message.cancel()
-            raise EngineError(f"instance {self._id} did not start: {self._process.failure()}")
-        identity, payload = message.result()
+        identity, payload = await self._while_it_runs(socket.recv_multipart())
         status = msgspec.msgpack.decode(payload)["status"]
         if status == "HELLO":
             addresses = EngineZmqAddresses([self._address("input")], [self._address("output")])
@@ -174,7 +177,29 @@ class VllmEngine:
             await socket.send_multipart((identity, msgspec.msgpack.encode(reply)))
         return bool(status == "READY")
 
-    async def _connect(self, events: EngineEvents) -> EngineFacts:
+    async def _while_it_runs(self, work: Awaitable[T]) -> T:
+        """Wait for something of the start. Raises EngineError if the process ends before."""
+        assert self._ended is not None
+        task = asyncio.ensure_future(work)
+        either: set[asyncio.Future[Any]] = {task, self._ended}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            self._check_running()
+            return task.result()
+        finally:
+            task.cancel()
+
+    def _check_running(self) -> None:
+        if self._stopping:
+            raise EngineError(f"instance {self._id} was stopped while it started")
+        if not self._process.alive:
+            raise EngineError(f"instance {self._id} did not start: {self._process.failure()}")
+
+    async def _connect(self) -> EngineFacts:
+        # The constructor waits for the engine's first message without yielding to the loop: one
+        # that dies between here and that message, which follows READY at once, would stop the
+        # node's loop for VLLM_ENGINE_READY_TIMEOUT_S.
+        self._check_running()
         self._client = _Client(
             self._config,
             Executor.get_class(self._config),
@@ -184,8 +209,8 @@ class VllmEngine:
                 "output_address": self._address("output"),
             },
         )
-        self._client.events = events
-        tasks = await self._client.get_supported_tasks_async()
+        self._client.on_outputs = self._on_outputs
+        tasks = await self._while_it_runs(self._client.get_supported_tasks_async())
         cache = self._config.cache_config
         return EngineFacts(
             total_blocks=cache.num_gpu_blocks or 0,
@@ -194,21 +219,38 @@ class VllmEngine:
             tasks=tuple(tasks),
         )
 
-    def _watch(self) -> "asyncio.Future[None]":
+    def _on_outputs(self, outputs: EngineCoreOutputs) -> None:
+        if self._events is None:
+            return
+        try:
+            self._events.outputs(outputs)
+        except Exception as error:  # else vLLM's task ends, and the instance is mute for ever
+            logger.exception("the outputs of instance %s could not be handled", self._id)
+            text = f"{type(error).__name__}: {error}"
+            self._die(f"instance {self._id} died: its outputs could not be handled: {text}")
+
+    def _die(self, reason: str) -> None:
+        """Report the death of an engine that was up, once."""
+        events, self._events = self._events, None
+        if self._client is not None:
+            self._client.resources.engine_dead = True
+        if events is not None and not self._stopping:
+            events.died(reason)
+
+    def _watch(self) -> None:
         """Have the loop notice the end of the process at once."""
-        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._check_running()  # it may have been stopped while it was forked
+        ended = self._ended = asyncio.get_running_loop().create_future()
         self._watching = self._process.sentinel
 
         def on_end() -> None:
             self._unwatch()
             if not ended.done():
                 ended.set_result(None)
-            if self._client is not None and not self._stopping and self._events is not None:
-                self._client.resources.engine_dead = True
-                self._events.died(f"instance {self._id} died: {self._process.failure()}")
+            if self._events is not None:
+                self._die(f"instance {self._id} died: {self._process.failure()}")
 
         asyncio.get_running_loop().add_reader(self._watching, on_end)
-        return ended
 
     def _unwatch(self) -> None:
         if self._watching is not None:

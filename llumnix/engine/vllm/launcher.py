@@ -33,6 +33,8 @@ _ERROR_LINE = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception)): (.+)$")
 # Exceptions that only say that another one happened elsewhere.
 _SECONDARY = ("See stack trace", "See root cause", "initialization failed")
 
+_LOG_TAIL = 64 * 1024  # bytes that are searched for why an engine ended
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -60,14 +62,28 @@ class EngineProcess:
         self.name = name
         self.log_file = log_file
         self._process: ForkServerProcess | None = None
+        self._stopped = False
+        self._lock = threading.Lock()  # start and stop are called from threads
 
     def start(self, placement: Placement, **kwargs: Any) -> None:
-        """Fork the process. Blocks until the fork server has finished importing."""
-        self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        context = start_fork_server()
-        arguments = (str(self.log_file), placement, kwargs)
-        self._process = context.Process(target=_engine_core, args=arguments, name=self.name)
-        self._process.start()
+        """Fork the process. Blocks until the fork server has finished importing.
+
+        After a stop it does nothing.
+        """
+        with self._lock:
+            if self._stopped:
+                return
+            _rotate(self.log_file)
+            context = start_fork_server()
+            arguments = (str(self.log_file), placement, kwargs)
+            process = context.Process(target=_engine_core, args=arguments, name=self.name)
+            process.start()
+            self._process = process
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process is not None and not connection.wait([self.sentinel], 0)
 
     @property
     def sentinel(self) -> int:
@@ -88,9 +104,12 @@ class EngineProcess:
 
     def stop(self, timeout: float) -> None:
         """SIGTERM, then SIGKILL after `timeout` seconds; blocks until the process is gone."""
-        process = self._process
-        if process is None:
-            return
+        with self._lock:
+            self._stopped = True
+            if self._process is not None:
+                self._end(self._process, timeout)
+
+    def _end(self, process: ForkServerProcess, timeout: float) -> None:
         if process.is_alive():
             process.terminate()
             process.join(timeout)
@@ -100,14 +119,23 @@ class EngineProcess:
             )
             process.kill()
             process.join()
-        process.close()
         self._process = None
+        process.close()
+
+
+def _rotate(log_file: Path) -> None:
+    """A new log for each start; the one before is kept."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        log_file.replace(log_file.with_name(f"{log_file.name}.1"))
 
 
 def _last_error(log_file: Path) -> str | None:
     """The most telling exception line in the tail of an engine's log."""
     try:
-        lines = log_file.read_text(errors="replace").splitlines()[-400:]
+        with log_file.open("rb") as log:
+            log.seek(max(log.seek(0, os.SEEK_END) - _LOG_TAIL, 0))
+            lines = log.read().decode(errors="replace").splitlines()[-400:]
     except OSError:
         return None
     found = [m for line in lines if (m := _ERROR_LINE.search(line))]

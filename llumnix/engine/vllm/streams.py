@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import Request
 from pydantic import ValidationError
+from vllm import envs
 
 from llumnix.engine.vllm.compat import client_errors, stream_handlers
 
@@ -27,12 +28,13 @@ class Streams:
         self._app = app
         plain = not any(getattr(arguments, option, None) for option in _MIDDLEWARE)
         plain = plain and not getattr(arguments, "sse_keep_alive_interval", 0)
+        plain = plain and not envs.VLLM_API_KEY and not envs.VLLM_DEBUG_LOG_API_SERVER_RESPONSE
         self._handlers = stream_handlers(app.state) if plain else {}
 
     async def open(self, scope: dict[str, Any], body: bytes) -> AsyncGenerator[str, None] | None:
         """The server-sent events that answer a request; None leaves it to the application."""
         found = self._handlers.get(scope["path"]) if scope["method"] == "POST" else None
-        if found is None or b'"stream"' not in body or not _is_json(scope):
+        if found is None or b'"stream"' not in body or not _is_plain(scope):
             return None
         parse, answer = found
         try:
@@ -47,6 +49,9 @@ class Streams:
         return events if isinstance(events, AsyncGenerator) else None
 
 
-def _is_json(scope: dict[str, Any]) -> bool:
+def _is_plain(scope: dict[str, Any]) -> bool:
+    """JSON, and not from another site's page, which the CORS middleware has to answer."""
+    if any(name == b"origin" for name, _ in scope["headers"]):
+        return False
     types = [value for name, value in scope["headers"] if name == b"content-type"]
     return [kind.partition(b";")[0].strip().lower() for kind in types] == [b"application/json"]

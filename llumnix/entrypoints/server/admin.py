@@ -24,25 +24,33 @@ class Admin:
     """Probes, the status page and the metrics of one node."""
 
     def __init__(
-        self, node: NodeId, standing: Standing, view: Callable[[], tuple[ClusterView, float]]
+        self,
+        node: NodeId,
+        standing: Standing,
+        view: Callable[[], tuple[ClusterView, float]],
+        sound: Callable[[], bool],
     ) -> None:
         self._node = node
         self._standing = standing
         self._view = view  # and its age in seconds
+        self._sound = sound
 
     async def livez(self, request: web.Request) -> web.Response:
-        """200 while the node's event loop runs."""
-        return web.Response(text="ok\n")
+        """200 while the node works; what answers otherwise should be restarted."""
+        if self._sound():
+            return web.Response(text="ok\n")
+        return web.Response(text="a part of the node has died\n", status=503)
 
     async def readyz(self, request: web.Request) -> web.Response:
         """200 while this node should get traffic."""
-        if self._standing.serving:
+        if self._standing.serving and self._sound():
             return web.Response(text="ok\n")
         return web.Response(text=self._standing.sentence + "\n", status=503)
 
     async def health(self, request: web.Request) -> web.Response:
         """vLLM's own health route: 200 with an empty body when requests can be answered."""
-        return web.Response(status=200 if self._standing.serving else 503)
+        well = self._standing.serving and self._sound()
+        return web.Response(status=200 if well else 503)
 
     async def status(self, request: web.Request) -> web.Response:
         """The cluster as this node sees it."""

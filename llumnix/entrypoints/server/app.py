@@ -11,11 +11,9 @@ from aiohttp import web
 from llumnix.engine.vllm.frontend import Frontend
 from llumnix.entrypoints.server import asgi
 from llumnix.entrypoints.server.admin import Admin, Standing
-from llumnix.entrypoints.server.errors import Handler, error_response, openai_errors
+from llumnix.entrypoints.server.errors import RETRY_AFTER, Handler, error_response, openai_errors
 
 logger = logging.getLogger(__name__)
-
-RETRY_AFTER = {"Retry-After": "5"}
 
 
 class Gateway:

@@ -7,6 +7,7 @@ vLLM's handlers work in tasks of their own, which only the message of a disconne
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -43,7 +44,7 @@ async def serve(
 
 
 def scope_of(request: web.Request) -> dict[str, Any]:
-    """The ASGI connection scope of an aiohttp request."""
+    """The ASGI connection scope of an aiohttp request. Raises HTTPBadRequest for a bad Host."""
     peer = request.transport.get_extra_info("peername") if request.transport else None
     return {
         "type": "http",
@@ -57,9 +58,20 @@ def scope_of(request: web.Request) -> dict[str, Any]:
         "root_path": "",
         "headers": [(name.lower(), value) for name, value in request.raw_headers],
         "client": tuple(peer[:2]) if peer else None,
-        "server": (request.url.host, request.url.port),
+        "server": _server(request),
         "state": {},
     }
+
+
+def _server(request: web.Request) -> tuple[str, int | None] | None:
+    """The name and port by which the client has called this server."""
+    try:
+        urlsplit(f"//{request.host}")  # as the application will, which minds brackets
+        return (request.url.host or "", request.url.port)
+    except ValueError as error:
+        if "Host" in request.headers:
+            raise web.HTTPBadRequest(text="the Host header must be host or host:port") from error
+        return None  # the socket's own name, if it is none of a URL
 
 
 class _Exchange:

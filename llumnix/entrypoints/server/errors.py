@@ -9,6 +9,8 @@ from aiohttp import web
 
 logger = logging.getLogger(__name__)
 
+RETRY_AFTER = {"Retry-After": "5"}  # seconds: about what a restart takes
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -32,18 +34,36 @@ async def openai_errors(request: web.Request, handler: Handler) -> web.StreamRes
     """Turn aiohttp's own refusals, and bugs, into OpenAI-shaped errors."""
     try:
         return await handler(request)
-    except web.HTTPRequestEntityTooLarge as error:
-        limit = request._client_max_size
-        text = f"the request body is larger than the limit of {limit} bytes"
-        return error_response(error.status, text)
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        return error_response(error.status, error.text or error.reason)
-    except ConnectionError:
-        return web.Response(status=499, reason="Client Closed Request")  # it never arrives
-    except TimeoutError:
-        raise  # the client is gone
-    except Exception:
+        return _cut(request) if _has_begun(request) else _refusal(request, error)
+    except Exception as error:
+        if request.transport is None or request.transport.is_closing():
+            return web.Response(status=499, reason="Client Closed Request")  # it never arrives
         logger.exception("%s %s failed", request.method, request.path)
+        if _has_begun(request):
+            return _cut(request)
+        if isinstance(error, TimeoutError):
+            return error_response(504, "the request took too long")
         return error_response(500, "internal error; the server's log has the details")
+
+
+def _refusal(request: web.Request, error: web.HTTPException) -> web.Response:
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        limit = request._client_max_size
+        text = f"the request body is larger than the limit of {limit} bytes"
+        return error_response(error.status, text)
+    return error_response(error.status, error.text or error.reason)
+
+
+def _has_begun(request: web.Request) -> bool:
+    """Whether something of the answer, were it only its headers, is on its way."""
+    return request.writer.output_size > 0
+
+
+def _cut(request: web.Request) -> web.Response:
+    """End an answer that has begun so that its client sees it broken off, not complete."""
+    if request.transport is not None:
+        request.transport.close()
+    return web.Response(status=500)  # for the access log; it never arrives

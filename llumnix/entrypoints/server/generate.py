@@ -1,40 +1,47 @@
 """The route of vLLM's demo server, /generate."""
 
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+import contextlib
+from collections.abc import AsyncGenerator, Callable
 
 import orjson
 from aiohttp import web
 
-from llumnix.engine.vllm.generate import BadRequest, Generation, generate
+from llumnix.engine.vllm.frontend import Frontend
+from llumnix.engine.vllm.generate import BadRequest, Generation, Unavailable, generate
 from llumnix.entrypoints.server.admin import Standing
-from llumnix.entrypoints.server.errors import error_response
+from llumnix.entrypoints.server.errors import RETRY_AFTER, error_response
 
 
 class DemoRoute:
     """Answers `{"prompt": …, **sampling parameters}` with `{"text": […]}`, streamed on request."""
 
-    def __init__(self, llm: Callable[[], Any], standing: Standing) -> None:
-        self._llm = llm
+    def __init__(self, frontend: Callable[[], Frontend | None], standing: Standing) -> None:
+        self._frontend = frontend
         self._standing = standing
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answer one request."""
-        llm = self._llm()
-        if llm is None or not self._standing.serving:
-            return error_response(503, self._standing.sentence)
+        frontend = self._frontend()
+        if frontend is None or frontend.llm is None or not self._standing.serving:
+            return error_response(503, self._standing.sentence, RETRY_AFTER)
+        if not frontend.authorised(request.headers):
+            return error_response(401, "wrong or missing API key")
         try:
             generation = Generation.parse(orjson.loads(await request.read()))
-            texts = generate(llm, generation)
-            if generation.stream:
-                return await _stream(request, texts)
-            whole = [text async for text in texts][-1]
-            return web.Response(body=_line(whole), content_type="application/json")
+            async with contextlib.aclosing(generate(frontend.llm, generation)) as texts:
+                if generation.stream:
+                    return await _stream(request, texts)
+                whole = [text async for text in texts][-1]
+                return web.Response(body=_line(whole), content_type="application/json")
         except (BadRequest, orjson.JSONDecodeError) as error:
             return error_response(400, str(error))
+        except Unavailable as error:
+            return error_response(503, str(error), RETRY_AFTER)
 
 
-async def _stream(request: web.Request, texts: AsyncIterator[list[str]]) -> web.StreamResponse:
+async def _stream(
+    request: web.Request, texts: AsyncGenerator[list[str], None]
+) -> web.StreamResponse:
     # The first text before the headers: a bad request is found out by then.
     first = await anext(texts)
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})

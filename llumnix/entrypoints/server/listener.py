@@ -6,6 +6,8 @@ import ssl
 
 from aiohttp import web
 
+from llumnix.config import ConfigError
+
 ACCESS_FORMAT = '%a "%r" %s %b %Tfs'
 
 access_log = logging.getLogger("llumnix.access")
@@ -51,7 +53,12 @@ class Listener:
         """How this node's peers are to be verified; None without TLS."""
         if not arguments.ssl_certfile:
             return None
-        return ssl.create_default_context(cafile=arguments.ssl_ca_certs or arguments.ssl_certfile)
+        context = ssl.create_default_context()
+        context.load_default_certs()
+        _trust(context, arguments)
+        if _client_certificates(arguments) != ssl.CERT_NONE:
+            context.load_cert_chain(arguments.ssl_certfile, arguments.ssl_keyfile)
+        return context
 
 
 def _server_ssl(arguments: argparse.Namespace) -> ssl.SSLContext | None:
@@ -59,4 +66,27 @@ def _server_ssl(arguments: argparse.Namespace) -> ssl.SSLContext | None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(arguments.ssl_certfile, arguments.ssl_keyfile)
+    context.verify_mode = _client_certificates(arguments)
+    if context.verify_mode != ssl.CERT_NONE:
+        _trust(context, arguments)
+    if arguments.ssl_ciphers:
+        context.set_ciphers(arguments.ssl_ciphers)
     return context
+
+
+def _client_certificates(arguments: argparse.Namespace) -> ssl.VerifyMode:
+    """Whether clients must, may or need not show a certificate."""
+    try:
+        return ssl.VerifyMode(arguments.ssl_cert_reqs)
+    except ValueError:
+        raise ConfigError(
+            f"--ssl-cert-reqs is {arguments.ssl_cert_reqs}, but must be 0 (none), 1 (optional) "
+            "or 2 (required)"
+        ) from None
+
+
+def _trust(context: ssl.SSLContext, arguments: argparse.Namespace) -> None:
+    """Accept what --ssl-ca-certs has signed; without it, the nodes' common certificate itself."""
+    context.load_verify_locations(arguments.ssl_ca_certs or arguments.ssl_certfile)
+    if not arguments.ssl_ca_certs:
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # it need not be its own authority

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from llumnix.config import Config
+    from llumnix.entrypoints.node import Node
 
 logger = logging.getLogger("llumnix")
 
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from llumnix.engine.vllm import arguments
 
+    _warn_of_version()
     parser = arguments.make_parser(arguments.main_program())
     parsed = parser.parse_args(argv)
     config = arguments.check(parser, parsed)
@@ -46,6 +48,18 @@ def main(argv: list[str] | None = None) -> int:
     if parsed.validate_config:
         return _validate(config, engines)
     return _run(config, parsed, engines)
+
+
+def _warn_of_version() -> None:
+    """Say it if this is a vLLM that llumnix was not written for."""
+    import vllm
+
+    from llumnix.engine.vllm import compat
+
+    if not compat.supported():
+        oldest, newest = (".".join(map(str, v)) for v in (compat.OLDEST, compat.NEWEST))
+        text = "vLLM %s is not one that llumnix was written for: those are %s to %s"
+        logger.warning(text, vllm.__version__, oldest, newest)
 
 
 def _modelled(argv: list[str]) -> bool:
@@ -88,8 +102,13 @@ def _run(config: "Config", parsed: "argparse.Namespace", engines: "VllmConfig") 
         logger.error("%s", error)
         return 2
     except (EtcdError, OSError) as error:
-        logger.error("the node cannot start: %s", error)
+        logger.error("the node did not end cleanly: %s", _said(error))
         return 1
+
+
+def _said(error: Exception) -> str:
+    """The message of an error, which a timeout has not."""
+    return str(error) or type(error).__name__
 
 
 async def _serve(config: "Config", parsed: "argparse.Namespace", engines: "VllmConfig") -> int:
@@ -111,12 +130,24 @@ async def _serve(config: "Config", parsed: "argparse.Namespace", engines: "VllmC
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     try:
-        await node.start()
+        if not await _started(node):
+            return 1
         await ended.wait()
     finally:
         await node.stop()
     logger.info("the node has left the cluster")
     return 0
+
+
+async def _started(node: "Node") -> bool:
+    from llumnix.control.errors import EtcdError
+
+    try:
+        await node.start()
+    except (EtcdError, OSError) as error:
+        logger.error("the node cannot start: %s", _said(error))
+        return False
+    return True
 
 
 if __name__ == "__main__":

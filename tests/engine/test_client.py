@@ -1,0 +1,105 @@
+"""The engine-core client when events overtake one another: one owner at a time, always."""
+
+import asyncio
+from typing import Any
+
+from vllm.v1.engine import EngineCoreOutput
+
+from llumnix.engine.base import EngineDead
+from llumnix.engine.client import DEATHS, ClusterClient, Route
+from llumnix.engine.frames import Cancel, Lost, Outputs, Submit
+from tests.kit.loop import on_loop, soon
+from tests.kit.requests import core_request
+
+
+class HeldExchange:
+    """Takes requests for node n only when it is let, and then refuses them; others at once."""
+
+    node = "home"
+
+    def __init__(self) -> None:
+        self.hosted: dict[str, Any] = {}
+        self.refuse = asyncio.Event()
+        self.submitted: list[tuple[str, int]] = []
+        self.cancelled: list[str] = []
+
+    async def submit(self, node: str, home: Any, frame: Submit) -> None:
+        self.submitted.append((frame.instance, frame.epoch))
+        if node == "n":
+            await self.refuse.wait()
+            raise EngineDead("node n does not answer")
+
+    async def cancel(self, node: str, frame: Cancel) -> None:
+        self.cancelled.append(frame.instance)
+
+
+def make(exchange: HeldExchange, *routes: tuple[str, str]) -> ClusterClient:
+    """A client whose dispatcher decides for these (instance, node) in turn."""
+    waiting = list(routes)
+
+    async def dispatch(tokens: int, priority: int, avoid: frozenset[str]) -> Route:
+        instance, node = waiting.pop(0)
+        return Route(instance, node, 1)
+
+    return ClusterClient(exchange, dispatch, slots=1)  # type: ignore[arg-type]
+
+
+@on_loop
+async def test_a_node_is_lost_while_a_request_is_on_its_way_there() -> None:
+    exchange = HeldExchange()
+    client = make(exchange, ("n-0", "n"), ("y-0", "y"), ("z-0", "z"))
+    await client.add_request_async(core_request("r", [1]))
+    await soon(lambda: exchange.submitted)
+    exchange.on_node_lost("n", "lost the connection to node n")  # type: ignore[attr-defined]
+    await soon(lambda: len(exchange.submitted) == 2)
+    owner, epoch = exchange.submitted[1]
+    client.deliver(Outputs(owner, 0.0, [epoch], [0], [EngineCoreOutput("r", [11, 12])]))
+    exchange.refuse.set()  # only now does the first try fail
+    await soon(lambda: not client._tasks)
+    entry = client.ledger.get("r")
+    assert [instance for instance, _ in exchange.submitted] == ["n-0", "y-0"]
+    assert entry is not None and (entry.owner, entry.epoch, entry.tokens) == (
+        "y-0",
+        epoch,
+        [11, 12],
+    )
+
+
+@on_loop
+async def test_a_loss_that_is_told_twice() -> None:
+    exchange = HeldExchange()
+    client = make(exchange, ("x-0", "x"), ("y-0", "y"), ("z-0", "z"))
+    await client.add_request_async(core_request("r", [1]))
+    await soon(lambda: exchange.submitted)
+    client.deliver(Lost("x-0", [1], ["r"], "x-0 died"))
+    exchange.on_node_lost("x", "lost the connection to node x")  # type: ignore[attr-defined]
+    await soon(lambda: not client._tasks)
+    assert [instance for instance, _ in exchange.submitted] == ["x-0", "y-0"]
+
+
+@on_loop
+async def test_a_request_that_outlives_too_many_owners_is_given_up() -> None:
+    exchange = HeldExchange()
+    client = make(exchange, *((f"x-{n}", "x") for n in range(9)))
+    failures: list[tuple[str, str, bool]] = []
+    client.on_failure = lambda *failure: failures.append(failure)
+    await client.add_request_async(core_request("r", [1]))
+    for number in range(DEATHS + 1):
+        await soon(lambda number=number: len(exchange.submitted) == number + 1)
+        instance, epoch = exchange.submitted[-1]
+        client.deliver(Lost(instance, [epoch], ["r"], f"{instance} died"))
+    assert failures == [("r", f"x-{DEATHS} died", False)] and not len(client.ledger)
+    await soon(lambda: not client._tasks)
+
+
+@on_loop
+async def test_a_bug_in_the_dispatcher_ends_the_request_with_an_error() -> None:
+    async def dispatch(tokens: int, priority: int, avoid: frozenset[str]) -> Route:
+        raise RuntimeError("a bug")
+
+    client = ClusterClient(HeldExchange(), dispatch, slots=1)  # type: ignore[arg-type]
+    failures: list[str] = []
+    client.on_failure = lambda request_id, reason, refused: failures.append(reason)
+    await client.add_request_async(core_request("r", [1]))
+    await soon(lambda: failures)
+    assert failures == ["internal error: RuntimeError"] and not len(client.ledger)

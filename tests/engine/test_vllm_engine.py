@@ -1,0 +1,163 @@
+"""A vLLM engine's process and its outputs, where no engine is needed to see what happens."""
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.v1.engine import EngineCoreOutputs
+
+from llumnix.engine.base import EngineError, EngineEvents
+from llumnix.engine.vllm import instance as module
+from llumnix.engine.vllm.instance import VllmEngine
+from llumnix.engine.vllm.launcher import EngineProcess, Placement, _last_error, _rotate
+from tests.kit.loop import on_loop, soon
+
+
+def engine(tmp_path: Path) -> VllmEngine:
+    config: Any = None
+    return VllmEngine("a-0", config, Placement(), tmp_path / "a-0.log", 5.0)
+
+
+def ignore(_: object) -> None:
+    pass
+
+
+def test_outputs_that_cannot_be_handled_are_a_death_told_once(tmp_path: Path) -> None:
+    def fail(step: EngineCoreOutputs) -> None:
+        raise KeyError("r1")
+
+    died: list[str] = []
+    vllm = engine(tmp_path)
+    vllm._events = EngineEvents(fail, died.append)
+    vllm._on_outputs(EngineCoreOutputs())
+    vllm._on_outputs(EngineCoreOutputs())
+    assert died == ["instance a-0 died: its outputs could not be handled: KeyError: 'r1'"]
+
+
+@on_loop
+async def test_a_request_that_cannot_be_encoded_is_refused(tmp_path: Path) -> None:
+    class Client:
+        async def add_request_async(self, request: Any) -> None:
+            raise OverflowError("Integer value out of range")
+
+    vllm = engine(tmp_path)
+    vllm._client = Client()  # type: ignore[assignment]
+    with pytest.raises(EngineError, match="can't be sent to an engine: Integer value"):
+        await vllm.add(None)  # type: ignore[arg-type]
+
+
+class Child:
+    """A process that ends when it is asked to."""
+
+    def __init__(self) -> None:
+        self.running, self.closed = True, False
+
+    def is_alive(self) -> bool:
+        assert not self.closed
+        return self.running
+
+    def terminate(self) -> None:
+        self.running = False
+
+    def join(self, timeout: float | None = None) -> None:
+        threading.Event().wait(0.02)
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
+
+
+def test_two_stops_at_once(tmp_path: Path) -> None:
+    process, child = EngineProcess("a-0", tmp_path / "a-0.log"), Child()
+    process._process = child  # type: ignore[assignment]
+    failed: list[BaseException] = []
+
+    def stop() -> None:
+        try:
+            process.stop(1.0)
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=stop) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert child.closed and not failed
+    process.start(Placement())
+    assert process.pid is None, "it is not started after a stop"
+
+
+@pytest.mark.parametrize("while_", ["forking", "greeting"])
+def test_a_stop_ends_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, while_: str) -> None:
+    """Nothing waits for the start's timeout, and nothing runs on."""
+    go, forking = threading.Event(), threading.Event()
+
+    @on_loop
+    async def check() -> None:
+        vllm = engine(tmp_path)
+        monkeypatch.setattr(vllm, "_process", Slow(go, forking))
+        monkeypatch.setattr(module.Executor, "get_class", ignore)
+        start = asyncio.create_task(vllm.start(EngineEvents(ignore, ignore)))
+        await soon(forking.is_set)
+        if while_ == "greeting":
+            go.set()
+            await soon(lambda: vllm._ended is not None)
+        stop = asyncio.create_task(vllm.stop(0.0))
+        await asyncio.sleep(0)
+        go.set()
+        await stop
+        with pytest.raises(EngineError, match="a-0 was stopped while it started"):
+            await asyncio.wait_for(start, 2.0)
+
+    check()
+
+
+class Slow:
+    """A process whose fork takes as long as the test wants, and which says nothing."""
+
+    log_file, alive = Path("a-0.log"), True
+
+    def __init__(self, go: threading.Event, forking: threading.Event) -> None:
+        self._go, self._forking = go, forking
+        self._pipe: Any = None
+        self._lock = threading.Lock()
+
+    def start(self, *args: Any, **kwargs: Any) -> None:
+        from multiprocessing import Pipe
+
+        with self._lock:
+            self._forking.set()
+            self._go.wait(5.0)
+            self._pipe = Pipe()
+
+    @property
+    def sentinel(self) -> int:
+        descriptor: int = self._pipe[0].fileno()
+        return descriptor
+
+    def stop(self, timeout: float) -> None:
+        with self._lock:
+            for end in self._pipe or ():
+                end.close()
+
+
+def test_a_start_begins_a_new_log_and_keeps_the_last(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "a-0.log"
+    _rotate(log)
+    for text in ("first", "second"):
+        log.write_text(text)
+        _rotate(log)
+    assert not log.exists()
+    assert log.with_name("a-0.log.1").read_text() == "second"
+
+
+@pytest.mark.parametrize(
+    "fill, found", [(0, "OSError: early"), (70_000, None)], ids=["short", "long"]
+)
+def test_only_the_tail_of_a_log_is_searched(tmp_path: Path, fill: int, found: str | None) -> None:
+    log = tmp_path / "a-0.log"
+    log.write_text("OSError: early\n" + "x" * fill + "\n")
+    assert _last_error(log) == found
