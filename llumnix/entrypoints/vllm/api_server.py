@@ -85,7 +85,7 @@ def _log_to_stderr() -> None:
     """Show llumnix's own log, whatever the libraries do with the root logger."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
+    logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
 
