@@ -1,0 +1,78 @@
+"""The moves that a leader has under way, and the pairs that rest since theirs failed.
+
+The unit of time is the tick, one interval of rescheduling.
+"""
+
+from collections import Counter, deque
+from dataclasses import dataclass
+
+from llumnix.cluster import InstanceId
+from llumnix.policy.rebalance import Pair
+
+BACKOFF_LONGEST = 32  # ticks that a pair rests after failures in a row: 2, 4, 8, …
+
+
+@dataclass(slots=True)
+class _Setback:
+    failures: int  # in a row
+    until: int  # the tick at which the pair may be tried again
+
+
+class Moves:
+    """The moves of one leader's term; a plain object without threads or clock."""
+
+    def __init__(self, patience: int) -> None:
+        """Nothing under way; a move that has not ended `patience` ticks later has failed."""
+        self._patience = patience
+        self._now = 0
+        self._due: dict[Pair, deque[int]] = {}  # the tick by which each move must have ended
+        self._busy: Counter[InstanceId] = Counter()  # moves from and to each instance
+        self._setbacks: dict[Pair, _Setback] = {}
+
+    def next_tick(self) -> list[Pair]:
+        """Time goes on; the pairs of moves that got no answer in time, which are given up."""
+        self._now += 1
+        late = [pair for pair, due in self._due.items() for tick in due if tick <= self._now]
+        for pair in late:
+            self.end(pair, moved=False)
+        # A pair that has not failed for so long starts over.
+        old = [p for p, s in self._setbacks.items() if self._now > s.until + BACKOFF_LONGEST]
+        for pair in old:
+            del self._setbacks[pair]
+        return late
+
+    def of(self, instance: InstanceId) -> int:
+        """How many moves from and to an instance are under way."""
+        return self._busy[instance]
+
+    def rest(self, pair: Pair) -> int:
+        """For how many ticks a pair is to rest."""
+        setback = self._setbacks.get(pair)
+        return max(setback.until - self._now, 0) if setback else 0
+
+    def vacant(self, pair: Pair, limit: int) -> int:
+        """How many moves a pair can begin, if none of both is to have more than `limit`."""
+        if self.rest(pair):
+            return 0
+        return limit - max(self._busy[pair.source], self._busy[pair.destination])
+
+    def begin(self, pair: Pair) -> None:
+        """A move is commanded."""
+        self._due.setdefault(pair, deque()).append(self._now + self._patience)
+        self._busy.update(pair)
+
+    def end(self, pair: Pair, moved: bool) -> bool:
+        """A move has ended; whether there was one."""
+        due = self._due.get(pair)
+        if due is None:
+            return False
+        due.popleft()
+        if not due:
+            del self._due[pair]
+        self._busy.subtract(pair)
+        if moved:
+            self._setbacks.pop(pair, None)
+        elif not self.rest(pair):  # moves that fail together are one setback
+            failures = self._setbacks[pair].failures + 1 if pair in self._setbacks else 1
+            self._setbacks[pair] = _Setback(failures, self._now + min(2**failures, BACKOFF_LONGEST))
+        return True

@@ -1,0 +1,141 @@
+"""Who gives a request away, and who takes it: the pairs of one round of rescheduling.
+
+Source: Llumnix (OSDI'24): instances with a freeness below one threshold are sources, those above
+another are destinations, and the lowest is paired with the highest, the second with the second, and
+so on. An instance that is being emptied has the freeness -inf (the paper's stand-in request of
+infinite usage): it comes first of all sources, and takes nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+from typing import NamedTuple
+
+from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceState
+from llumnix.policy.board import is_candidate
+from llumnix.policy.load import freeness, virtual_usage
+from llumnix.policy.select import Room
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """From which freeness on instances give and take; all in KV blocks a request.
+
+    Source: the artifact of Llumnix (OSDI'24) and its first public implementation have one number
+    for both sides, 3 blocks of 16 tokens a request (10 in two of the artifact's workloads).
+
+    Raises:
+        ValueError: an instance could be on both sides, or the gain wanted is negative.
+    """
+
+    out_below: float = 3.0
+    in_above: float = 3.0
+    # How much freer a destination must be than its source. A request of k blocks that comes or ends
+    # changes the freeness F of a batch of B by about (F + k) / B: with some tens of each, by one.
+    # So chance turns a smaller difference round between a report and the end of a move. One block a
+    # request is also a block's length more of decoding for each request of the source, against the
+    # two steps or so that the move costs one of them.
+    min_gain: float = 1.0
+    # An instance that is being emptied must put its requests somewhere: anywhere with free memory.
+    drain_above: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.out_below <= self.in_above:
+            raise ValueError(
+                f"instances give away below a freeness of {self.out_below}, so they can't take "
+                f"above {self.in_above}"
+            )
+        if not self.min_gain >= 0:
+            raise ValueError(f"the gain wanted of a move is {self.min_gain}, but can't be negative")
+
+
+class Pair(NamedTuple):
+    """A move to be made: one request, which the source chooses (policy/select)."""
+
+    source: InstanceId
+    destination: InstanceId
+
+
+def is_emptied(view: ClusterView, info: InstanceInfo) -> bool:
+    """Whether an instance's requests are to leave it: it drains, or its node does."""
+    return (
+        info.state is InstanceState.DRAINING
+        or info.id in view.draining
+        or info.node in view.draining
+    )
+
+
+def pairs(
+    view: ClusterView,
+    thresholds: Thresholds,
+    allowed: Callable[[Pair], bool] = lambda pair: True,
+) -> list[Pair]:
+    """The moves of one round, the most urgent first; an instance is in one of them at most.
+
+    `allowed` says of a pair whether it may be named now; if not, the source is paired with the next
+    best. Instances without a known load are left out, and moves stay within one model, one block
+    size and one role (of an instance that is being emptied, also into the role `any`).
+    """
+    free = {
+        i: -inf if is_emptied(view, view.instances[i]) else freeness(view.instances[i], load)
+        for i, load in view.loads.items()
+        if i in view.instances
+    }
+    rising = sorted(free, key=lambda i: (free[i], i))
+    takers = [i for i in reversed(rising) if is_candidate(view, view.instances[i])]
+    found: list[Pair] = []
+    taken: set[InstanceId] = set()
+    for source in rising:
+        if source in taken or not _gives(view, source, free[source], thresholds):
+            continue
+        for taker in takers:
+            if not _is_worth_it(free[source], free[taker], thresholds):
+                break  # nor are those after it, which are less free
+            pair = Pair(source, taker)
+            if taker not in taken and source != taker and _fit(view, pair) and allowed(pair):
+                found.append(pair)
+                taken.update(pair)
+                break
+    return found
+
+
+def room(view: ClusterView, pair: Pair, thresholds: Thresholds) -> Room | None:
+    """What the destination of a pair can take now; None when one of both, or its load, is gone.
+
+    Its floor is what keeps requests from going to and fro: after the move the destination is not a
+    source itself, nor less free than the source was. For one that is being emptied there is none.
+    """
+    source, destination = view.instances.get(pair.source), view.instances.get(pair.destination)
+    given, load = view.loads.get(pair.source), view.loads.get(pair.destination)
+    if source is None or destination is None or given is None or load is None:
+        return None
+    floor = max(freeness(source, given), thresholds.out_below)
+    return Room(
+        blocks=destination.total_blocks - virtual_usage(load),
+        batch=load.running + (1 if load.waiting else 0),
+        floor=-inf if is_emptied(view, source) else floor,
+    )
+
+
+def _gives(view: ClusterView, instance: InstanceId, free: float, thresholds: Thresholds) -> bool:
+    """Whether an instance has something to give away, and reason to."""
+    info, load = view.instances[instance], view.loads[instance]
+    if info.state is InstanceState.STARTING or info.total_blocks == 0:
+        return False
+    requests = load.running + load.waiting
+    # A request that is alone shares its memory with nobody, and would have no more elsewhere.
+    return requests > 0 if free == -inf else requests > 1 and free < thresholds.out_below
+
+
+def _is_worth_it(source: float, destination: float, thresholds: Thresholds) -> bool:
+    if source == -inf:
+        return destination > thresholds.drain_above
+    return destination > thresholds.in_above and destination - source >= thresholds.min_gain
+
+
+def _fit(view: ClusterView, pair: Pair) -> bool:
+    """Whether a request of the one can go on at the other."""
+    source, destination = view.instances[pair.source], view.instances[pair.destination]
+    alike = (source.model, source.block_size) == (destination.model, destination.block_size)
+    spare = is_emptied(view, source) and destination.role == "any"
+    return alike and (source.role == destination.role or spare)

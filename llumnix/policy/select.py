@@ -1,0 +1,119 @@
+"""Which request leaves: the source of a move chooses among its requests.
+
+A rule is one function from the requests that may go to the one that goes, and one line in `RULES`.
+What the destination can take is asked before any rule, by `Room`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from types import MappingProxyType
+from typing import NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A request of the source, as far as a rule may know it."""
+
+    request: str
+    priority: int  # as vLLM counts: the lower the value, the more important the request
+    tokens: int  # of its sequence: prompt and outputs
+    blocks: int  # KV blocks that it holds, or asks for while it waits
+    running: bool  # in the batch; else queued
+    order: int  # its place of arrival: the lower, the earlier
+    generated: int  # output tokens so far
+
+
+class Room(NamedTuple):
+    """What the destination has left, in the terms of freeness F = (M - sum of V) / B (policy/load).
+
+    The load after the move is what counts (the paper's artifact does not look at it): a request
+    fits only if it leaves the destination with an F of `floor` or more. With the source's F before
+    the move as the floor, nobody is worse off afterwards than the worse of the two was; with the
+    threshold of giving as the floor, the destination does not give away in the next round what it
+    took in this one.
+    """
+
+    blocks: int  # M - sum of V
+    batch: int = 0  # B
+    floor: float = -inf  # blocks a request; -inf: whatever fits the memory
+
+    def takes(self, candidate: Candidate) -> bool:
+        """Whether the destination can hold the request, and is left with enough freeness."""
+        left = self.blocks - candidate.blocks
+        return left >= 0 and left / (self.batch + 1) >= self.floor
+
+
+Rule = Callable[[Sequence[Candidate]], Candidate | None]
+
+
+def lowest_priority(candidates: Sequence[Candidate]) -> Candidate | None:
+    """Running, of the lowest priority; of these the shortest sequence, and then the last come.
+
+    Source: Llumnix (OSDI'24): the unimportant bear the pause, and the shortest is copied soonest.
+    """
+    return min(_decoding(candidates), key=lambda c: (-c.priority, c.tokens, -c.order), default=None)
+
+
+def last_running(candidates: Sequence[Candidate]) -> Candidate | None:
+    """LCR: of the running ones the last come."""
+    return max(_decoding(candidates), key=lambda c: c.order, default=None)
+
+
+def first_running(candidates: Sequence[Candidate]) -> Candidate | None:
+    """FCR: of the running ones the first come."""
+    return min(_decoding(candidates), key=lambda c: c.order, default=None)
+
+
+def shortest_running(candidates: Sequence[Candidate]) -> Candidate | None:
+    """SR: of the running ones that with the shortest sequence."""
+    return min(_decoding(candidates), key=lambda c: (c.tokens, -c.order), default=None)
+
+
+def longest_running(candidates: Sequence[Candidate]) -> Candidate | None:
+    """LR: of the running ones that with the longest sequence."""
+    return max(_decoding(candidates), key=lambda c: (c.tokens, c.order), default=None)
+
+
+def first_waiting(candidates: Sequence[Candidate]) -> Candidate | None:
+    """FCW: of the queued ones the first come."""
+    waiting = (c for c in candidates if not c.running)
+    return min(waiting, key=lambda c: c.order, default=None)
+
+
+def first_waiting_or_shortest_running(candidates: Sequence[Candidate]) -> Candidate | None:
+    """FCWSR: of the queued ones the first come; when none is queued, the shortest running."""
+    return first_waiting(candidates) or shortest_running(candidates)
+
+
+RULES: Mapping[str, Rule] = MappingProxyType(
+    {
+        "low": lowest_priority,
+        "LCR": last_running,
+        "SR": shortest_running,
+        "LR": longest_running,
+        "FCR": first_running,
+        "FCW": first_waiting,
+        "FCWSR": first_waiting_or_shortest_running,
+    }
+)
+
+# For an instance that is to be emptied: the one rule that leaves nothing behind, and what is queued
+# goes first, as it has no KV cache to copy and waits in vain.
+DRAIN_RULE = "FCWSR"
+
+
+def choose(candidates: Iterable[Candidate], rule: str, room: Room) -> Candidate | None:
+    """The request that leaves, out of those that the destination takes; None when none can.
+
+    Raises:
+        ValueError: there is no rule of that name.
+    """
+    if rule not in RULES:
+        raise ValueError(f"no rule {rule!r} to choose a request; there are {', '.join(RULES)}")
+    return RULES[rule]([c for c in candidates if room.takes(c)])
+
+
+def _decoding(candidates: Iterable[Candidate]) -> Iterable[Candidate]:
+    """Those running that have an output: one in its prefill has no KV cache worth a copy yet."""
+    return (c for c in candidates if c.running and c.generated > 0)
