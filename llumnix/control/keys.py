@@ -2,6 +2,7 @@
 
 from enum import StrEnum
 from typing import NamedTuple
+from urllib.parse import quote, unquote
 
 from llumnix.cluster import InstanceId, NodeId
 
@@ -57,9 +58,9 @@ class Keys:
         """Present while that node or instance is to be emptied."""
         return self._under(Kind.DRAIN, name)
 
-    def migration(self, migration: str) -> str:
-        """The record of one migration."""
-        return self._under(Kind.MIGRATION, migration)
+    def migration(self, request: str) -> str:
+        """The record of the request's migration; a request id may have any characters."""
+        return self._under(Kind.MIGRATION, quote(request, safe=""))
 
     def c10d(self, pair: str) -> str:
         """The prefix of one transfer group's rendezvous."""
@@ -70,6 +71,8 @@ class Keys:
         if not key.startswith(self.prefix):
             return None
         kind, _, name = key[len(self.prefix) :].partition("/")
+        if kind == Kind.MIGRATION:
+            name = unquote(name)
         try:
             return Parsed(Kind(kind), name)
         except ValueError:

@@ -93,6 +93,7 @@ def test_a_leader_cut_off_from_etcd_stops_leading_and_takes_up_again(
         alone = Candidate(cluster.endpoints, keys, "a", ttl=2)
         alone.start()
         eventually(lambda: alone.election.is_leader, within=3)
+        eventually(lambda: alone.registry.view.leader == "a", within=3)
         cluster.kill(0)
         eventually(lambda: not alone.election.is_leader, within=3)
         eventually(lambda: alone.told[-1][0] is False, within=3)
