@@ -7,6 +7,7 @@ entered into the ledger, and whatever comes back passes the ledger before the fr
 import asyncio
 import inspect
 import logging
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from vllm.v1.metrics.stats import SchedulerStats
 from llumnix.cluster import InstanceId, NodeId
 from llumnix.engine.base import EngineDead, EngineError
 from llumnix.engine.exchange import Exchange
-from llumnix.engine.frames import Cancel, Lost, Outputs, Submit
+from llumnix.engine.frames import Cancel, HandOver, Lost, News, Submit
 from llumnix.engine.ledger import Entry, Ledger, Verdict
+from llumnix.engine.pinned import why_pinned
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,14 @@ class Route:
     instance: InstanceId
     node: NodeId
     sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A request that was handed over to a new owner, which has not answered yet."""
+
+    began: float  # monotonic
+    epoch: int  # that it has there
 
 
 class NoInstance(EngineError):
@@ -72,10 +82,13 @@ class ClusterClient(EngineCoreClient):
         # Called for a request that can't be answered: its id, one sentence, and whether it is
         # the request itself that no engine can run.
         self.on_failure: Callable[[str, str, bool], None] = lambda request_id, reason, refused: None
+        # Called with the seconds that a move has interrupted a stream of tokens.
+        self.on_gap: Callable[[float], None] = lambda seconds: None
+        self._moving: dict[str, Move] = {}
         # Called for a dispatch that came to nothing.
         self.on_undelivered: Callable[[Route], None] = lambda route: None
         exchange.on_outputs = self.deliver
-        exchange.on_node_lost = self._on_node_lost
+        exchange.on_node_lost.append(self._on_node_lost)
 
     @property
     def node(self) -> NodeId:
@@ -101,6 +114,7 @@ class ClusterClient(EngineCoreClient):
         by_owner: dict[InstanceId, list[str]] = {}
         for request_id in request_ids:
             entry = self.ledger.close(request_id)
+            self._moving.pop(request_id, None)
             if entry is not None and entry.owner is not None:
                 by_owner.setdefault(entry.owner, []).append(request_id)
         for instance, ids in by_owner.items():
@@ -129,11 +143,14 @@ class ClusterClient(EngineCoreClient):
 
     # ---- what comes back ----
 
-    def deliver(self, frame: Outputs | Lost, stats: SchedulerStats | None = None) -> None:
+    def deliver(self, frame: News, stats: SchedulerStats | None = None) -> None:
         """Take a frame from an instance: pass on what the ledger accepts."""
         if isinstance(frame, Lost):
             for request_id, epoch in zip(frame.request_ids, frame.epochs, strict=True):
                 self._lost(request_id, epoch, frame.reason, frame.retry)
+            return
+        if isinstance(frame, HandOver):
+            self._hand_over(frame)
             return
         accepted = []
         for output, epoch, position in zip(
@@ -143,6 +160,8 @@ class ClusterClient(EngineCoreClient):
             verdict = self.ledger.accept(request_id, epoch, position, output.new_token_ids)
             if verdict is Verdict.ACCEPTED:
                 accepted.append(output)
+                if self._moving and (move := self._moving.pop(request_id, None)) and position:
+                    self.on_gap(time.monotonic() - move.began)
                 if output.finish_reason is not None:
                     self.ledger.close(request_id)
         if accepted or stats is not None:
@@ -179,31 +198,77 @@ class ClusterClient(EngineCoreClient):
         Raises EngineError if there is no instance, or none can run it.
         """
         request = entry.request
-        tokens = len(request.prompt_token_ids or ())
         for _ in range(ATTEMPTS):
             epoch = entry.epoch
+            tokens = len(request.prompt_token_ids or ()) + len(entry.tokens)
             route = await self._dispatch(tokens, request.priority, frozenset(entry.lost_by))
             if not self._stands(request_id, entry, epoch):
                 self.on_undelivered(route)
                 return None  # cancelled meanwhile
-            self._nodes[route.instance] = route.node
-            epoch = self.ledger.move(request_id, route.instance).epoch
-            try:
-                frame = Submit(route.instance, epoch, route.sequence, request)
-                await self._exchange.submit(route.node, self, frame)
-            except EngineDead as error:
-                self.on_undelivered(route)
-                if not self._stands(request_id, entry, epoch):
-                    return None  # cancelled, or given to another instance by now
-                reason = str(error)
-                logger.warning("could not place request %s: %s", request_id, reason)
-                self.ledger.release(request_id)
-                continue
-            self.dispatched[route.instance] += 1
-            if not self._stands(request_id, entry, epoch) and entry.owner != route.instance:
-                await self._cancel(route.instance, [request_id])
-            return None
+            epoch = self._claim(request_id, route)
+            failure = await self._give(request_id, entry, route, epoch)
+            if failure is None:
+                self.dispatched[route.instance] += 1
+                return None
+            self.on_undelivered(route)
+            reason = failure
+            logger.warning("could not place request %s: %s", request_id, reason)
+            if entry.owner is not None:
+                return None  # cancelled, or given to another instance by now
         return reason
+
+    def _claim(self, request_id: str, route: Route) -> int:
+        """Make an instance the owner of a request; the epoch in which it is."""
+        self._nodes[route.instance] = route.node
+        return self.ledger.move(request_id, route.instance).epoch
+
+    async def _give(self, request_id: str, entry: Entry, route: Route, epoch: int) -> str | None:
+        """Send a request to its new owner; why that failed, or None. Raises EngineError.
+
+        After a failure nobody owns the request, unless it has ended or was moved on meanwhile.
+        """
+        if not self._stands(request_id, entry, epoch):
+            return None
+        tokens = list(entry.tokens)
+        frame = Submit(route.instance, epoch, route.sequence, entry.request, tokens)
+        try:
+            await self._exchange.submit(route.node, self, frame)
+        except EngineError as error:
+            if self._stands(request_id, entry, epoch):
+                self.ledger.release(request_id)
+            if not isinstance(error, EngineDead):
+                raise
+            return str(error)
+        if self.ledger.get(request_id) is not entry or entry.owner != route.instance:
+            await self._cancel(route.instance, [request_id])
+        return None
+
+    def _hand_over(self, frame: HandOver) -> None:
+        """An owner has stopped a request for another instance to go on with it."""
+        request_id = frame.request_id
+        entry = self.ledger.get(request_id)
+        if entry is not None and entry.epoch == frame.epoch and entry.owner == frame.instance:
+            route = Route(frame.destination, frame.node, 0)
+            epoch = self._claim(request_id, route)
+            former = self._moving.get(request_id)
+            began = former.began if former else time.monotonic()
+            self._moving[request_id] = Move(began, epoch)
+            self._spawn(self._resume_at(request_id, entry, route, epoch))
+            return
+        self.ledger.dropped[Verdict.STALE] += 1
+        if entry is None or entry.owner != frame.destination:  # which waits for it in vain
+            self._nodes.setdefault(frame.destination, frame.node)
+            self._spawn(self._cancel(frame.destination, [request_id]))
+
+    async def _resume_at(self, request_id: str, entry: Entry, route: Route, epoch: int) -> None:
+        """Resume a request where its former owner wants it, or else wherever it can."""
+        try:
+            failure = await self._give(request_id, entry, route, epoch)
+        except EngineError as error:  # it can't be sent there
+            failure = str(error)
+        if failure is not None and entry.owner is None and self.ledger.get(request_id) is entry:
+            logger.warning("request %s could not move: %s", request_id, failure)
+            await self._place(request_id, failure)
 
     def _stands(self, request_id: str, entry: Entry, epoch: int) -> bool:
         """Whether a request is still open, and nobody has moved it since that epoch."""
@@ -215,19 +280,30 @@ class ClusterClient(EngineCoreClient):
                 self._lost(request_id, entry.epoch, reason, retry=True)
 
     def _lost(self, request_id: str, epoch: int, reason: str, retry: bool) -> None:
-        """An owner lost a request: start over elsewhere if nothing was sent, else end it."""
+        """An owner lost a request: it goes on elsewhere, from the tokens that were accepted.
+
+        One that has moved there and not begun has met no death, but a refusal: somewhere it ran.
+        """
         entry = self.ledger.get(request_id)
         if entry is None or entry.epoch != epoch or entry.owner is None:
             return
-        entry.deaths += 1
-        if entry.tokens or not retry or entry.deaths > DEATHS:
+        move = self._moving.get(request_id)
+        came = move is not None and move.epoch == epoch
+        entry.deaths += not came
+        pinned = why_pinned(entry.request) if entry.tokens else None
+        if pinned is not None:
+            self._fail(request_id, f"{reason}; the request can't go on elsewhere: {pinned}")
+        elif not (retry or came or entry.tokens) or entry.deaths > DEATHS:
             self._fail(request_id, reason, refused=not retry)
-            return
-        logger.warning("request %s is dispatched again: %s", request_id, reason)
-        self.ledger.release(request_id)
-        self._spawn(self._place(request_id, reason))
+        else:
+            logger.warning(
+                "request %s goes on elsewhere at token %d: %s", request_id, entry.position, reason
+            )
+            self.ledger.release(request_id)
+            self._spawn(self._place(request_id, reason))
 
     def _fail(self, request_id: str, reason: str, refused: bool = False) -> None:
+        self._moving.pop(request_id, None)
         if self.ledger.close(request_id) is not None:
             logger.error("request %s ended: %s", request_id, reason)
             self.on_failure(request_id, reason, refused)

@@ -10,9 +10,10 @@ from typing import Any
 
 from llumnix.cluster import InstanceId, NodeId
 from llumnix.engine.base import EngineDead, EngineError
-from llumnix.engine.frames import Call, Cancel, Frame, Lost, Outputs, Reply, Submit
-from llumnix.engine.hosted import HostedInstance, Origin
+from llumnix.engine.frames import Call, Cancel, Frame, HandOver, Lost, News, Outputs, Reply, Submit
+from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.peer import Link, Peers
+from llumnix.engine.tenant import Origin
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,9 @@ CALLABLE_BY_PEERS = frozenset(
     | {"pause_scheduler", "resume_scheduler", "is_scheduler_paused"}
 )
 
+# A procedure that peers may call beside an engine's utilities; it gets the instance and arguments.
+Procedure = Callable[..., Awaitable[Any]]
+
 
 class Exchange:
     """Carries requests to instances, near and far; lives on the node's event loop."""
@@ -31,8 +35,9 @@ class Exchange:
     def __init__(self, node: NodeId, peers: Peers) -> None:
         self.node = node
         self.hosted: dict[InstanceId, HostedInstance] = {}
-        self.on_outputs: Callable[[Outputs | Lost], None] = lambda frame: None
-        self.on_node_lost: Callable[[NodeId, str], None] = lambda node, reason: None
+        self.procedures: dict[str, Procedure] = {}
+        self.on_outputs: Callable[[News], None] = lambda frame: None
+        self.on_node_lost: list[Callable[[NodeId, str], None]] = []
         self._peers = peers
         self._tasks: set[asyncio.Task[Any]] = set()
         peers.on_frame = self._on_frame
@@ -70,7 +75,7 @@ class Exchange:
 
     async def _on_frame(self, link: Link, frame: Frame) -> None:
         match frame:
-            case Outputs() | Lost():
+            case Outputs() | Lost() | HandOver():
                 self.on_outputs(frame)
             case Submit():
                 await self._submit(link, frame)
@@ -85,7 +90,8 @@ class Exchange:
     async def _on_close(self, link: Link) -> None:
         for hosted in list(self.hosted.values()):
             await hosted.evict(link)
-        self.on_node_lost(link.node, f"lost the connection to node {link.node}")
+        for tell in self.on_node_lost:
+            tell(link.node, f"lost the connection to node {link.node}")
 
     async def _submit(self, origin: Origin, frame: Submit) -> None:
         hosted = self.hosted.get(frame.instance)
@@ -100,6 +106,8 @@ class Exchange:
             await hosted.cancel(frame.request_ids)
 
     async def _call(self, instance: InstanceId, method: str, args: tuple[Any, ...]) -> Any:
+        if (procedure := self.procedures.get(method)) is not None:
+            return await procedure(instance, *args)
         hosted = self.hosted.get(instance)
         if hosted is None:
             raise EngineDead(f"instance {instance} is not on node {self.node}")
@@ -107,12 +115,17 @@ class Exchange:
 
     async def _reply(self, link: Link, frame: Call) -> None:
         try:
-            if frame.method not in CALLABLE_BY_PEERS:
+            if frame.method not in CALLABLE_BY_PEERS and frame.method not in self.procedures:
                 raise EngineError(f"a peer may not call {frame.method}")
             result = await self._call(frame.instance, frame.method, tuple(frame.args))
             reply = Reply(frame.id, result)
         except EngineError as error:
             reply = Reply(frame.id, error=str(error))
+        except TimeoutError:
+            reply = Reply(frame.id, error=f"node {self.node} did not do its {frame.method} in time")
+        except Exception as error:  # the caller must not wait until its deadline
+            logger.exception("the call of %s by node %s failed", frame.method, link.node)
+            reply = Reply(frame.id, error=f"internal error: {type(error).__name__}")
         if link.closed:
             return
         try:

@@ -33,6 +33,7 @@ class Submit(Frame, array_like=True, gc=False):
     epoch: int
     sequence: int  # number of the dispatch, see InstanceLoad.received
     request: EngineCoreRequest
+    generated: list[int] = []  # outputs that it has already: it is resumed
 
 
 class Cancel(Frame, array_like=True, gc=False):
@@ -74,6 +75,16 @@ class Lost(Frame, array_like=True, gc=False):
     retry: bool = True  # False: no other instance can run them either
 
 
+class HandOver(Frame, array_like=True, gc=False):
+    """The instance has stopped this request, whose KV cache is at another instance by now."""
+
+    instance: InstanceId
+    epoch: int
+    request_id: str
+    destination: InstanceId
+    node: NodeId  # of the destination
+
+
 class Reply(Frame, array_like=True, gc=False):
     """The answer to a Call: a result, or one sentence that tells why there is none."""
 
@@ -92,7 +103,10 @@ class Hello(Frame, array_like=True, gc=False):
     version: str
 
 
-AnyFrame = Submit | Cancel | Call | Outputs | Lost | Reply | Hello
+AnyFrame = Submit | Cancel | Call | Outputs | Lost | HandOver | Reply | Hello
+
+# What goes to an API server about its requests.
+News = Outputs | Lost | HandOver
 
 _LENGTH = struct.Struct("<I")
 

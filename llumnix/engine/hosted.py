@@ -4,41 +4,20 @@ The engine knows nothing of origins, epochs and positions; they are added to its
 once for each step. Everything runs on the node's event loop.
 """
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Protocol
 
 import msgspec
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs
-from vllm.v1.metrics.stats import SchedulerStats
 
 from llumnix.cluster import InstanceId, InstanceLoad, NodeId
 from llumnix.engine.base import Engine, EngineDead, EngineError, EngineEvents, EngineFacts
-from llumnix.engine.frames import Lost, Outputs, Submit
+from llumnix.engine.frames import HandOver, Lost, Outputs, Submit
+from llumnix.engine.pinned import why_pinned
+from llumnix.engine.tenant import Origin, Tenant
 
 logger = logging.getLogger(__name__)
-
-
-class Origin(Protocol):
-    """An API server that has requests here: this node's own, or one behind a peer link."""
-
-    @property
-    def node(self) -> NodeId:
-        """The node of that API server."""
-
-    def deliver(self, frame: Outputs | Lost, stats: SchedulerStats | None = None) -> None:
-        """Hand a frame over without waiting; `stats` only ever go to this node's own."""
-
-
-@dataclass(slots=True)
-class _Tenant:
-    request_id: str
-    origin: Origin
-    epoch: int
-    position: int  # of the next output token
-    blocks: int  # KV blocks its prompt asks for
-    started: bool = False
 
 
 class HostedInstance:
@@ -51,9 +30,10 @@ class HostedInstance:
         self.on_load: Callable[[], None] = lambda: None
         self.on_death: Callable[[str], None] = lambda reason: None
         self._home = home  # the API server of this node: it gets the engine's statistics
-        self._tenants: dict[str, _Tenant] = {}  # by the id that the engine knows them by
+        self._tenants: dict[str, Tenant] = {}  # by the id that the engine knows them by
         self._names: dict[str, str] = {}  # request id → that id
         self._received: dict[Origin, int] = {}  # the highest sequence number of each
+        self._expected: dict[asyncio.Future[Tenant | None], str] = {}  # who waits for a request
         self._running = 0
         self._usage = 0.0
         self._preemptions = 0
@@ -65,9 +45,24 @@ class HostedInstance:
         return self.engine.id
 
     @property
+    def gone(self) -> str | None:
+        """Why nothing runs here any more; None while the engine is alive."""
+        return self._dead
+
+    @property
     def requests(self) -> int:
         """How many requests the instance has, running or queued."""
         return len(self._tenants)
+
+    @property
+    def tenants(self) -> list[Tenant]:
+        """The requests it has, in the order in which they came."""
+        return list(self._tenants.values())
+
+    def find(self, request_id: str) -> Tenant | None:
+        """The request of that id, if it is here."""
+        name = self._names.get(request_id)
+        return self._tenants[name] if name is not None else None
 
     async def start(self) -> EngineFacts:
         """Bring the engine up. Raises EngineError."""
@@ -96,15 +91,15 @@ class HostedInstance:
         if former is not None and self._tenants[former].epoch >= frame.epoch:
             return  # an echo: its origin has sent it again meanwhile, over another link
         name = request_id if frame.epoch <= 1 else f"{request_id}~{frame.epoch}"
-        length = len(frame.request.prompt_token_ids or ()) + 1
-        blocks = -(-length // self.facts.block_size)
         self._names[request_id] = name
-        self._tenants[name] = _Tenant(request_id, origin, frame.epoch, 0, blocks)
+        self._tenants[name] = tenant = self._tenant(name, origin, frame)
+        self._resolve(request_id, tenant)
         try:
             if former is not None:
-                del self._tenants[former]
+                self._tenants.pop(former).wake()
                 await self.engine.abort([former])
-            await self.engine.add(msgspec.structs.replace(frame.request, request_id=name))
+            request = msgspec.structs.replace(frame.request, request_id=name)
+            await self.engine.add(request, frame.generated)
             if name not in self._tenants and self._dead is None:  # cancelled meanwhile
                 await self.engine.abort([name])
         except EngineError as error:
@@ -115,11 +110,66 @@ class HostedInstance:
             self._refuse(name, reason, retry=False)
         self.on_load()
 
+    def _tenant(self, name: str, origin: Origin, frame: Submit) -> Tenant:
+        assert self.facts is not None
+        request, generated = frame.request, len(frame.generated)
+        prompt = len(request.prompt_token_ids or ())
+        return Tenant(
+            request_id=request.request_id,
+            name=name,
+            origin=origin,
+            epoch=frame.epoch,
+            prompt=prompt,
+            position=generated,
+            blocks=-(-(prompt + generated + 1) // self.facts.block_size),
+            priority=request.priority,
+            pinned=why_pinned(request),
+        )
+
+    def expect(self, request_id: str) -> "asyncio.Future[Tenant | None]":
+        """What becomes of a request that is to come: it is here, or None as it never will be."""
+        future: asyncio.Future[Tenant | None] = asyncio.get_running_loop().create_future()
+        self._expected[future] = request_id
+        future.add_done_callback(lambda done: self._expected.pop(done, None))
+        return future
+
+    def _resolve(self, request_id: str, tenant: Tenant | None) -> None:
+        for future in [f for f, expected in self._expected.items() if expected == request_id]:
+            if not future.done():
+                future.set_result(tenant)
+
+    async def next_output(self, tenant: Tenant, within: float) -> None:
+        """Wait for the next output of a request, or its end. Raises TimeoutError."""
+        if self._tenants.get(tenant.name) is not tenant:
+            return
+        if tenant.watcher is None:
+            tenant.watcher = asyncio.get_running_loop().create_future()
+        async with asyncio.timeout(within):
+            await asyncio.shield(tenant.watcher)
+
+    async def hand_over(self, tenant: Tenant, destination: InstanceId, node: NodeId) -> bool:
+        """Stop a request here and have its origin resume it there; False if it has ended already.
+
+        All its outputs have been delivered; what a step under way still samples is dropped.
+        """
+        if self._tenants.get(tenant.name) is not tenant:
+            return False
+        del self._tenants[tenant.name], self._names[tenant.request_id]
+        tenant.wake()
+        frame = HandOver(self.id, tenant.epoch, tenant.request_id, destination, node)
+        tenant.origin.deliver(frame)
+        self.on_load()
+        await self.engine.abort([tenant.name])
+        return True
+
     async def cancel(self, request_ids: Iterable[str]) -> None:
-        """End requests; unknown ids are no error."""
+        """End requests, also those that are still to come; unknown ids are no error."""
+        request_ids = list(request_ids)
+        for request_id in request_ids:
+            self._resolve(request_id, None)
         known = [name for i in request_ids if (name := self._names.pop(i, None)) is not None]
         for name in known:
-            del self._tenants[name]
+            self._tenants.pop(name).wake()
         if known and self._dead is None:
             await self.engine.abort(known)
         self.on_load()
@@ -153,6 +203,7 @@ class HostedInstance:
     def _on_outputs(self, step: EngineCoreOutputs) -> None:
         """Split one step by origin and send each its part in one frame."""
         frames: dict[Origin, Outputs] = {}
+        awakened: list[Tenant] = []
         tenants = self._tenants
         for output in step.outputs:
             name = output.request_id
@@ -168,6 +219,8 @@ class HostedInstance:
             frame.outputs.append(output)
             tenant.position += len(output.new_token_ids)
             tenant.started = True
+            if tenant.watcher is not None:
+                awakened.append(tenant)
             if output.events is not None:
                 self._preemptions += sum(
                     event.type == EngineCoreEventType.PREEMPTED for event in output.events
@@ -175,6 +228,8 @@ class HostedInstance:
             if output.finish_reason is not None:
                 del tenants[name], self._names[tenant.request_id]
         self._deliver(frames, step)
+        for tenant in awakened:
+            tenant.wake()
 
     def _deliver(self, frames: dict[Origin, Outputs], step: EngineCoreOutputs) -> None:
         stats = step.scheduler_stats
@@ -196,11 +251,15 @@ class HostedInstance:
         tenant = self._tenants.pop(name, None)
         if tenant is not None:
             del self._names[tenant.request_id]
+            tenant.wake()
             self._lose(tenant.origin, tenant.epoch, tenant.request_id, reason, retry)
 
     def _lose_all(self, reason: str) -> None:
         tenants, self._tenants, self._names = self._tenants, {}, {}
+        for request_id in set(self._expected.values()):
+            self._resolve(request_id, None)
         for tenant in tenants.values():
+            tenant.wake()
             self._lose(tenant.origin, tenant.epoch, tenant.request_id, reason)
 
     def _lose(

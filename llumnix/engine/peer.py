@@ -26,8 +26,7 @@ from llumnix.engine.frames import (
     Frame,
     FrameError,
     Hello,
-    Lost,
-    Outputs,
+    News,
     Reply,
 )
 
@@ -60,7 +59,7 @@ class Link:
         """The node at the other end."""
         return self._node
 
-    def deliver(self, frame: Outputs | Lost, stats: SchedulerStats | None = None) -> None:
+    def deliver(self, frame: News, stats: SchedulerStats | None = None) -> None:
         """Send outputs back to where their requests came from."""
         if self.closed:
             return
@@ -248,13 +247,13 @@ class Peers:
         return socket
 
     def _keep(self, link: Link) -> None:
+        self._running.add(link)
         current = self._links.get(link.node)
         if current is None or current.closed:
             self._links[link.node] = link
 
     async def _serve(self, link: Link) -> None:
         logger.info("connected to node %s", link.node)
-        self._running.add(link)
         try:
             await link.run(self.on_frame)
         finally:

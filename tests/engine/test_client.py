@@ -1,6 +1,7 @@
 """The engine-core client when events overtake one another: one owner at a time, always."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from vllm.v1.engine import EngineCoreOutput
@@ -19,6 +20,7 @@ class HeldExchange:
 
     def __init__(self) -> None:
         self.hosted: dict[str, Any] = {}
+        self.on_node_lost: list[Callable[[str, str], None]] = []
         self.refuse = asyncio.Event()
         self.submitted: list[tuple[str, int]] = []
         self.cancelled: list[str] = []
@@ -50,7 +52,7 @@ async def test_a_node_is_lost_while_a_request_is_on_its_way_there() -> None:
     client = make(exchange, ("n-0", "n"), ("y-0", "y"), ("z-0", "z"))
     await client.add_request_async(core_request("r", [1]))
     await soon(lambda: exchange.submitted)
-    exchange.on_node_lost("n", "lost the connection to node n")  # type: ignore[attr-defined]
+    exchange.on_node_lost[0]("n", "lost the connection to node n")
     await soon(lambda: len(exchange.submitted) == 2)
     owner, epoch = exchange.submitted[1]
     client.deliver(Outputs(owner, 0.0, [epoch], [0], [EngineCoreOutput("r", [11, 12])]))
@@ -72,7 +74,7 @@ async def test_a_loss_that_is_told_twice() -> None:
     await client.add_request_async(core_request("r", [1]))
     await soon(lambda: exchange.submitted)
     client.deliver(Lost("x-0", [1], ["r"], "x-0 died"))
-    exchange.on_node_lost("x", "lost the connection to node x")  # type: ignore[attr-defined]
+    exchange.on_node_lost[0]("x", "lost the connection to node x")
     await soon(lambda: not client._tasks)
     assert [instance for instance, _ in exchange.submitted] == ["x-0", "y-0"]
 

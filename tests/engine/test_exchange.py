@@ -211,7 +211,7 @@ async def test_an_engine_dies() -> None:
         a.target = second
         b.engine(first).die("instance b-0 died: killed")
         await soon(lambda: begun.ended and fresh.ended)
-        assert (begun.tokens, begun.failure) == (answer(PROMPT, 1), "instance b-0 died: killed")
+        assert begun.tokens == answer(PROMPT, 8), "from its second token on"
         assert fresh.tokens == answer([4, 5], 8)
 
 
@@ -223,10 +223,11 @@ async def test_the_connection_is_cut() -> None:
         for link in list(b.peers._links.values()):
             await link.close()
         await soon(lambda: begun.ended and fresh.ended)
-        assert begun.failure == "lost the connection to node b"
+        assert begun.tokens == answer(PROMPT, 8)
         assert fresh.tokens == answer([4, 5], 8)
         gate.open()
         await soon(lambda: not b.hosted[first].requests, within=1)
+        assert not a.client.ledger.dropped, "the far side's outputs had no way to come"
         a.target = first
         assert await a.answered("again", PROMPT) == answer(PROMPT, 8), "it dials again"
 

@@ -1,6 +1,7 @@
 """One instance and the requests it runs: whose they are, where they stand, what load they make."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -209,7 +210,7 @@ class RefusingEngine:
     async def start(self, events: EngineEvents) -> EngineFacts:
         return EngineFacts(64, 16, 512, ("generate",))
 
-    async def add(self, request: Any) -> None:
+    async def add(self, request: Any, generated: Sequence[int] = ()) -> None:
         raise EngineError("not today")
 
     async def abort(self, request_ids: list[str]) -> None:
@@ -238,7 +239,7 @@ async def test_a_request_that_cannot_be_sent_leaves_no_tenant(
 ) -> None:
     """Whatever an engine raises, its origin gets an answer."""
 
-    async def add(self: Any, request: Any) -> None:
+    async def add(self: Any, request: Any, generated: Sequence[int]) -> None:
         raise UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
 
     monkeypatch.setattr(RefusingEngine, "add", add)

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ from vllm.v1.engine import EngineCoreOutputs
 
 from llumnix.engine.base import EngineError, EngineEvents
 from llumnix.engine.vllm import instance as module
+from llumnix.engine.vllm.blocks import Rendezvous
 from llumnix.engine.vllm.instance import VllmEngine
 from llumnix.engine.vllm.launcher import EngineProcess, Placement, _last_error, _rotate
 from tests.kit.loop import on_loop, soon
 
 
 def engine(tmp_path: Path) -> VllmEngine:
-    config: Any = None
-    return VllmEngine("a-0", config, Placement(), tmp_path / "a-0.log", 5.0)
+    config: Any = Namespace(parallel_config=Namespace(world_size=1))
+    nowhere = Rendezvous("", {}, "")
+    return VllmEngine("a-0", config, Placement(), tmp_path / "a-0.log", 5.0, nowhere)
 
 
 def ignore(_: object) -> None:

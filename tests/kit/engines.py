@@ -1,6 +1,7 @@
 """Small engines for the tests of what stands around an engine."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.engine import EngineCoreRequest
@@ -42,7 +43,7 @@ class IdleEngine:
         self.events = events
         return FACTS
 
-    async def add(self, request: EngineCoreRequest) -> None:
+    async def add(self, request: EngineCoreRequest, generated: Sequence[int] = ()) -> None:
         if self._adding is not None:
             await self._adding.wait()
         self.requests.append(request.request_id)

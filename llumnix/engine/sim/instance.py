@@ -5,7 +5,7 @@ The clock is injected, so that the same code runs in real and in virtual time.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from llumnix.cluster import InstanceId
 from llumnix.engine.base import EngineDead, EngineError, EngineEvents, EngineFacts
+from llumnix.engine.sim.blocks import SimBlocks
 from llumnix.engine.sim.model import ModelConfig, ModelledEngine
 from llumnix.engine.sim.request import SimRequest
 
@@ -38,6 +39,7 @@ class SimEngine:
         self._clock = clock or Clock()
         self._model = ModelledEngine(config)
         self._config = config
+        self.blocks = SimBlocks(self._model)
         self._work = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
         self._events: EngineEvents | None = None
@@ -61,7 +63,7 @@ class SimEngine:
             config.total_blocks, config.block_size, config.max_model_len, ("generate",)
         )
 
-    async def add(self, request: EngineCoreRequest) -> None:
+    async def add(self, request: EngineCoreRequest, generated: Sequence[int] = ()) -> None:
         """Queue a request. Raises EngineDead after stop or die, EngineError for a bad one."""
         if self._loop_task is None:
             raise EngineDead(f"instance {self._id} is not running")
@@ -78,6 +80,9 @@ class SimEngine:
                     id=request.request_id,
                     prompt=request.prompt_token_ids,
                     max_tokens=params.max_tokens or self._config.max_model_len,
+                    generated=len(generated),
+                    cached=self.blocks.take(request.prompt_token_ids, len(generated)),
+                    front=bool(generated),
                     stop_token_ids=params.stop_token_ids or (),
                     priority=request.priority,
                 )
@@ -104,6 +109,7 @@ class SimEngine:
 
     async def stop(self, timeout: float) -> None:
         """End the stepping task."""
+        self.blocks.gone = f"instance {self._id} is not running"
         if self._loop_task is not None:
             self._loop_task.cancel()
             await asyncio.gather(self._loop_task, return_exceptions=True)
@@ -114,6 +120,7 @@ class SimEngine:
         if self._loop_task is not None and self._events is not None:
             self._loop_task.cancel()
             self._loop_task = None
+            self.blocks.gone = reason
             self._events.died(reason)
 
     async def _run(self, events: EngineEvents) -> None:

@@ -12,7 +12,7 @@ same engine runs in real time (the caller sleeps) and in virtual time (the calle
 """
 
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from llumnix.engine.sim.profile import PROFILES, LatencyProfile
@@ -75,6 +75,7 @@ class ModelledEngine:
     preemptions: int = field(default=0, init=False)  # since the engine was made
     waiting_blocks: int = field(default=0, init=False)  # asked for by the whole queue
     free_blocks: int = field(init=False)
+    held_blocks: int = field(default=0, init=False)  # for requests that are to come
     _running: list[_Sequence] = field(default_factory=list, init=False)
     _waiting: list[_Sequence] = field(default_factory=list, init=False)  # by order
     _known: dict[str, _Sequence] = field(default_factory=dict, init=False)
@@ -112,6 +113,26 @@ class ModelledEngine:
     def held(self) -> dict[str, int]:
         """The running requests in the order they were admitted, and the blocks each holds."""
         return {sequence.request.id: sequence.blocks for sequence in self._running}
+
+    def computed(self, request_id: str) -> int | None:
+        """The tokens of a request whose KV is in place; None if it is not here."""
+        sequence = self._known.get(request_id)
+        return sequence.computed if sequence else None
+
+    def prompt(self, request_id: str) -> Sequence[int]:
+        """The prompt of a request that is here."""
+        return self._known[request_id].request.prompt
+
+    def hold(self, blocks: int) -> None:
+        """Keep so many free blocks from being used, or give them back with a negative number.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        if blocks > self.free_blocks - len(self._running):
+            raise ValueError(f"{blocks} KV blocks are needed and {self.free_blocks} are free")
+        self.free_blocks -= blocks
+        self.held_blocks += blocks
 
     def add(self, request: SimRequest) -> None:
         """Queue a request.
@@ -178,6 +199,7 @@ class ModelledEngine:
             assert sequence.demand == 0 and sequence.scheduled == 0, f"{sequence} is not settled"
             assert sequence.computed < sequence.tokens, f"{sequence} is ahead of its tokens"
             held += sequence.blocks
+        held += self.held_blocks
         assert self.free_blocks >= 0 and self.free_blocks + held == self.config.total_blocks, (
             f"{self.free_blocks} free and {held} held of {self.config.total_blocks} blocks"
         )

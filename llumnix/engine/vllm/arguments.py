@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import enum
 import json
+import logging
 import os
 import re
 import sys
@@ -21,7 +22,10 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from llumnix import config
+from llumnix.engine.vllm import scheduler
 from llumnix.engine.vllm.compat import client_errors, server_symbol
+
+logger = logging.getLogger(__name__)
 
 ENVIRONMENT_PREFIX = "LLUMNIX_"
 
@@ -31,7 +35,7 @@ _REFUSALS: tuple[type[Exception], ...] = (config.ConfigError, OSError, *client_e
 # What may stand in the environment beside the options: names of the tests, the benchmarks and the
 # engines, and those that Kubernetes makes for services whose names begin with llumnix.
 _TOLERATED = re.compile(
-    r"LLUMNIX_(INSTANCE|SIM_PROFILE|TEST_.*|BENCH_.*"
+    r"LLUMNIX_(INSTANCE|URL|SIM_PROFILE|TEST_.*|BENCH_.*"
     r"|(.+_)?(SERVICE_(HOST|PORT)(_.*)?|PORT(_\d+_(TCP|UDP|SCTP)(_.*)?)?))"
 )
 
@@ -138,9 +142,19 @@ def engine_config(parser: NodeArgumentParser, arguments: argparse.Namespace) -> 
     """vLLM's configuration of one instance; ends with status 2 if vLLM refuses it."""
     try:
         engine_arguments = AsyncEngineArgs.from_cli_args(arguments)
-        return engine_arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        engines = engine_arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
     except _REFUSALS as error:
         parser.error(_sentence(error))
+    if engines.model_config.is_multimodal_model:
+        # As with several API servers: else the frontend keeps an image to itself that one engine
+        # has had already, and any other engine would miss it.
+        engines.parallel_config._api_process_count = 2
+    if not scheduler.install(engines):
+        logger.warning(
+            "with a scheduler class or a worker extension of your own, no request can move once "
+            "it has begun to generate"
+        )
+    return engines
 
 
 def _sentence(error: Exception) -> str:

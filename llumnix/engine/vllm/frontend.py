@@ -74,10 +74,8 @@ class Frontend:
         return self.llm is not None and not self.llm.errored
 
     def authorised(self, headers: Mapping[str, str]) -> bool:
-        """Whether a request shows one of the API keys, if there are any (as vLLM's own check)."""
-        keys = [key for key in (self._arguments.api_key or [envs.VLLM_API_KEY]) if key]
-        given = headers.get("Authorization", "").encode(errors="surrogateescape")
-        return not keys or any(hmac.compare_digest(given, f"Bearer {k}".encode()) for k in keys)
+        """Whether a request shows one of the API keys, if there are any."""
+        return authorised(self._arguments, headers)
 
     async def close(self) -> None:
         """End vLLM's background tasks."""
@@ -104,6 +102,13 @@ class Frontend:
         self._config.cache_config.num_gpu_blocks = facts.total_blocks
         self._config.cache_config.block_size = facts.block_size
         self._config.model_config.max_model_len = facts.max_model_len
+
+
+def authorised(arguments: argparse.Namespace, headers: Mapping[str, str]) -> bool:
+    """Whether a request shows one of the server's API keys, if there are any (as vLLM checks)."""
+    keys = [key for key in (arguments.api_key or [envs.VLLM_API_KEY]) if key]
+    given = headers.get("Authorization", "").encode(errors="surrogateescape")
+    return not keys or any(hmac.compare_digest(given, f"Bearer {k}".encode()) for k in keys)
 
 
 def _answer_alike(app: Any, unhandled: type[Exception], handled: type[Exception]) -> None:

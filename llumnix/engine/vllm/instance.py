@@ -5,7 +5,7 @@ import contextlib
 import copy
 import logging
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,10 @@ from vllm.v1.executor import Executor
 
 from llumnix.cluster import InstanceId
 from llumnix.engine.base import EngineDead, EngineError, EngineEvents, EngineFacts
+from llumnix.engine.vllm import scheduler
+from llumnix.engine.vllm.blocks import Rendezvous, VllmBlocks
 from llumnix.engine.vllm.launcher import EngineProcess, Placement
+from llumnix.engine.vllm.resume import with_generated
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,7 @@ class VllmEngine:
         placement: Placement,
         log_file: Path,
         start_timeout: float,
+        rendezvous: Rendezvous,
     ) -> None:
         self._id = instance
         # The client writes what the engine found out (blocks, lengths) into its configuration.
@@ -66,6 +70,8 @@ class VllmEngine:
         self._start_timeout = start_timeout
         self._process = EngineProcess(instance, log_file)
         self._sockets = tempfile.TemporaryDirectory(prefix="llumnix-")  # short: ipc paths are
+        workers = config.parallel_config.world_size
+        self.blocks = VllmBlocks(self.call, workers, rendezvous)
         self._client: _Client | None = None
         self._events: EngineEvents | None = None  # from when it is up until it has died
         self._watching: int | None = None
@@ -86,6 +92,7 @@ class VllmEngine:
         """Fork the engine core, shake hands and connect. Raises EngineError."""
         try:
             async with asyncio.timeout(self._start_timeout):
+                self.blocks.open(Path(self._sockets.name))
                 await self._handshake()
                 facts = await self._connect()
                 self._events = events
@@ -100,10 +107,10 @@ class VllmEngine:
             await self.stop(0.0)
             raise
 
-    async def add(self, request: EngineCoreRequest) -> None:
+    async def add(self, request: EngineCoreRequest, generated: Sequence[int] = ()) -> None:
         """Send a request to the engine core. Raises EngineDead, EngineError for a bad one."""
         try:
-            await self._require().add_request_async(request)
+            await self._require().add_request_async(with_generated(request, generated))
         except (EngineDeadError, zmq.ZMQError) as error:
             raise EngineDead(f"instance {self._id} is dead") from error
         except (TypeError, ValueError, OverflowError, msgspec.MsgspecError) as error:
@@ -134,6 +141,7 @@ class VllmEngine:
         if self._client is not None:
             self._client.shutdown()
             self._client = None
+        self.blocks.close()
         await asyncio.to_thread(self._process.stop, timeout)
         self._sockets.cleanup()
 
@@ -217,6 +225,7 @@ class VllmEngine:
             block_size=cache.block_size,
             max_model_len=self._config.model_config.max_model_len,
             tasks=tuple(tasks),
+            resumes=scheduler.installed(self._config),
         )
 
     def _on_outputs(self, outputs: EngineCoreOutputs) -> None:

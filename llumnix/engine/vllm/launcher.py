@@ -18,6 +18,8 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from llumnix.engine.vllm import plugin
+
 logger = logging.getLogger(__name__)
 
 # What an EngineCore and its worker import; whatever is missing in a version is imported later.
@@ -26,6 +28,8 @@ _PRELOAD = [
     "vllm.v1.executor.multiproc_executor",
     "vllm.v1.executor.uniproc_executor",
     "llumnix.engine.vllm.preload",
+    "llumnix.engine.vllm.utility",
+    "llumnix.engine.vllm.transfer",
 ]
 
 # An exception's own line at the end of a traceback in an engine's log.
@@ -159,12 +163,17 @@ def _engine_core(log_file: str, placement: Placement, kwargs: dict[str, Any]) ->
     # Workers are forked from here, where vLLM is imported already. (On a GPU nothing has touched
     # the device yet; vLLM itself falls back to spawn where fork would not be safe.)
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+    os.environ[plugin.VARIABLE] = multiprocessing.current_process().name
+    # The hash of a block must be the same everywhere: it names the block when it moves.
+    os.environ.setdefault("PYTHONHASHSEED", "0")
     os.environ.update(placement.environment)
     if placement.cores:
         _bind_workers(placement.cores)
 
     from vllm.v1.engine.core import EngineCoreProc
 
+    # Workers that are forked have it from here; vLLM loads it itself in those that are spawned.
+    plugin.register()
     EngineCoreProc.run_engine_core(**kwargs)
 
 

@@ -1,0 +1,55 @@
+"""A request as the instance that runs it knows it, and the API server it came from."""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Protocol
+
+from vllm.v1.metrics.stats import SchedulerStats
+
+from llumnix.cluster import NodeId
+from llumnix.engine.frames import News
+
+
+class Origin(Protocol):
+    """An API server that has requests here: this node's own, or one behind a peer link."""
+
+    @property
+    def node(self) -> NodeId:
+        """The node of that API server."""
+
+    def deliver(self, frame: News, stats: SchedulerStats | None = None) -> None:
+        """Hand a frame over without waiting; `stats` only ever go to this node's own."""
+
+
+@dataclass(slots=True, eq=False)
+class Tenant:
+    """One request of an instance, in one epoch."""
+
+    request_id: str
+    name: str  # by which the engine knows it in this epoch
+    origin: Origin
+    epoch: int
+    prompt: int  # tokens
+    position: int  # of the next output token
+    blocks: int  # KV blocks that its tokens asked for when it came
+    priority: int  # vLLM's: the lower, the sooner
+    pinned: str | None  # why it can't move once it has outputs
+    started: bool = False
+    leaving: bool = False  # a migration of it is under way
+    watcher: asyncio.Future[None] | None = None  # done at its next output, or its end
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt and the outputs so far."""
+        return self.prompt + self.position
+
+    @property
+    def stuck(self) -> str | None:
+        """Why it can't go on elsewhere; None if it can."""
+        return self.pinned if self.position else None
+
+    def wake(self) -> None:
+        """Tell whoever waits for an output."""
+        watcher, self.watcher = self.watcher, None
+        if watcher is not None and not watcher.done():
+            watcher.set_result(None)

@@ -1,0 +1,155 @@
+"""The KV blocks of a vLLM engine: its depot by utility calls, its workers' transfers by notices."""
+
+import asyncio
+import logging
+import socket
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from llumnix.engine.base import EngineError, Transfer
+from llumnix.engine.vllm.transfer import Ended, Job
+
+logger = logging.getLogger(__name__)
+
+GRACE = 1.0  # seconds beyond a transfer's own deadline until it is given up without an answer
+
+Call = Callable[..., Awaitable[Any]]
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the workers of two instances meet."""
+
+    store: str  # qualified name of a torch.distributed store
+    arguments: dict[str, Any]  # of its constructor
+    address: str  # host name or address of this machine, at which others reach it
+
+
+@dataclass
+class _Pending:
+    done: asyncio.Future[int]  # bytes
+    ranks: int  # workers that have not answered
+    bytes: int = 0
+    errors: list[str] = field(default_factory=list)
+
+
+class VllmBlocks:
+    """See `engine.base.Blocks`."""
+
+    def __init__(self, call: Call, workers: int, rendezvous: Rendezvous) -> None:
+        self._call = call
+        self._workers = workers
+        self._rendezvous = rendezvous
+        self._path = ""
+        self._socket: socket.socket | None = None
+        self._pending: dict[str, _Pending] = {}
+        self.cpu_seconds = 0.0  # that the workers' transfers have taken
+
+    def open(self, folder: Path) -> None:
+        """Listen to the workers, at a socket in this folder."""
+        self._path = str(folder / "transfers")
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._socket.bind(self._path)
+        asyncio.get_running_loop().add_reader(self._socket, self._on_notice)
+
+    def close(self) -> None:
+        """Hear no more; what is under way has failed."""
+        if self._socket is not None:
+            asyncio.get_running_loop().remove_reader(self._socket)
+            self._socket.close()
+            self._socket = None
+        for pending in self._pending.values():
+            if not pending.done.done():
+                pending.done.set_exception(EngineError("the engine has stopped"))
+
+    async def export(self, migration: str, request_id: str) -> list[bytes]:
+        """Hold all full blocks of a request; their hashes."""
+        hashes, _ = await self._operate("export", migration, request_id)
+        return [bytes(block_hash) for block_hash in hashes]
+
+    async def reserve(self, migration: str, hashes: list[bytes]) -> int:
+        """Hold room for the next blocks; how many of them are here already."""
+        return int(await self._operate("reserve", migration, hashes))
+
+    async def send(self, migration: str, transfer: Transfer) -> int:
+        """Send held blocks."""
+        return await self._transfer("send", migration, transfer)
+
+    async def receive(self, migration: str, transfer: Transfer) -> int:
+        """Receive into held blocks, and put them into the prefix cache."""
+        size = await self._transfer("receive", migration, transfer)
+        await self._operate("store", migration)
+        return size
+
+    async def drop(self, migration: str) -> None:
+        """Hold no block for this migration any more."""
+        await self._operate("drop", migration)
+
+    async def books(self) -> dict[str, int]:
+        """What the engine says of its blocks; for checks."""
+        return dict(await self._operate("books"))
+
+    async def _operate(self, operation: str, *arguments: Any) -> Any:
+        return await self._call("migration", operation, list(arguments))
+
+    async def _transfer(self, operation: str, migration: str, transfer: Transfer) -> int:
+        job = Job(
+            id=uuid.uuid4().hex,
+            pair=transfer.pair,
+            group=transfer.group,
+            seconds=transfer.within,
+            notify=self._path,
+            store=(self._rendezvous.store, self._rendezvous.arguments),
+            address=self._rendezvous.address,
+        )
+        done = asyncio.get_running_loop().create_future()
+        self._pending[job.id] = _Pending(done, self._workers)
+        arguments = (migration, transfer.first, transfer.count, msgspec.to_builtins(job))
+        ended = False
+        try:
+            async with asyncio.timeout(transfer.within + GRACE):
+                await self._operate(operation, *arguments)
+                size = await done
+            ended = True
+            return int(size)
+        except TimeoutError as error:
+            raise EngineError(f"a transfer took more than {transfer.within:.1f} s") from error
+        finally:
+            del self._pending[job.id]
+            if not ended:
+                # Nothing may read or write the blocks once they are given back.
+                await asyncio.shield(self._abort(transfer.pair))
+
+    async def _abort(self, pair: str) -> None:
+        try:
+            await self._operate("abort", pair)
+        except EngineError as error:
+            logger.info("the transfer %s could not be cut off: %s", pair, error)
+
+    def _on_notice(self) -> None:
+        assert self._socket is not None
+        while True:
+            try:
+                message = self._socket.recv(4096)
+            except BlockingIOError:
+                return
+            notice = msgspec.msgpack.decode(message, type=Ended)
+            self.cpu_seconds += notice.cpu
+            pending = self._pending.get(notice.id)
+            if pending is None:
+                continue
+            pending.ranks -= 1
+            pending.bytes += notice.bytes
+            if notice.error is not None:
+                pending.errors.append(notice.error)
+            if pending.done.done() or (pending.ranks and not pending.errors):
+                continue
+            if pending.errors:
+                pending.done.set_exception(EngineError(f"a transfer failed: {pending.errors[0]}"))
+            else:
+                pending.done.set_result(pending.bytes)

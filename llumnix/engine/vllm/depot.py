@@ -1,0 +1,137 @@
+"""The scheduler's side of a migration: KV blocks held while they leave, or until they are needed.
+
+It lives in the engine core and is called between steps. Blocks are vLLM's own, taken from its block
+pool and given back to it: a block that is held is neither freed nor used for anything else,
+whatever becomes of its request meanwhile. Blocks that arrive enter the prefix cache under their
+ordinary hashes, where the resumed request finds them like any other prefix.
+"""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+
+class DepotError(Exception):
+    """What was asked can't be done; the message is one sentence."""
+
+
+@dataclass(slots=True)
+class _Held:
+    hashes: list[bytes] = field(default_factory=list)  # of all blocks from the first on
+    blocks: list[KVCacheBlock] = field(default_factory=list)
+    cached: int = 0  # how many of them are in the prefix cache
+
+
+class BlockDepot:
+    """The KV blocks that an engine holds for migrations, outgoing and incoming ones."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._manager = scheduler.kv_cache_manager
+        self._pool = self._manager.block_pool
+        self._held: dict[str, _Held] = {}
+
+    @property
+    def why_not(self) -> str | None:
+        """Why KV blocks can't move, so that requests move by recomputing; None if they can."""
+        if not self._manager.enable_caching:
+            return "prefix caching is off"
+        if len(self._scheduler.kv_cache_config.kv_cache_groups) != 1:
+            return "the model has several groups of KV caches"
+        if self._manager.coordinator.block_pool.hash_block_size != self._scheduler.block_size:
+            return "the prefix cache counts in other blocks than the KV cache"
+        if self._pool.enable_kv_cache_events:
+            return "KV cache events are on"
+        return None
+
+    def export(self, migration: str, request_id: str) -> tuple[list[bytes], int]:
+        """Hold all full blocks of a request; their hashes, and its tokens computed so far.
+
+        Raises DepotError if the request is not here any more.
+        """
+        request = self._scheduler.requests.get(request_id)
+        if request is None:
+            raise DepotError(f"request {request_id} has ended")
+        if self.why_not is not None:
+            return [], request.num_computed_tokens
+        held = self._held.setdefault(migration, _Held())
+        size = self._scheduler.block_size
+        full = min(request.num_computed_tokens // size, len(request.block_hashes))
+        blocks = self._manager.get_blocks(request_id).blocks[0][:full]
+        if any(block.is_null for block in blocks):  # outside a sliding window
+            return [], request.num_computed_tokens
+        fresh = blocks[len(held.blocks) :]
+        if blocks[: len(held.blocks)] != held.blocks[:full]:
+            raise DepotError(f"request {request_id} was preempted")
+        self._pool.touch(fresh)
+        held.blocks += fresh
+        held.hashes = list(request.block_hashes[: len(held.blocks)])
+        return held.hashes, request.num_computed_tokens
+
+    def reserve(self, migration: str, hashes: list[bytes]) -> int:
+        """Hold room for further blocks with these hashes; how many of them are here already.
+
+        Raises DepotError if there is no room.
+        """
+        if self.why_not is not None:
+            raise DepotError(f"no KV blocks can be taken: {self.why_not}")
+        held = self._held.setdefault(migration, _Held())
+        present: list[KVCacheBlock] = []
+        if held.cached == len(held.blocks):  # only an unbroken prefix is of use
+            for block_hash in hashes:
+                found = self._pool.get_cached_block(block_hash, [0])
+                if found is None:
+                    break
+                present.append(found[0])
+        self._pool.touch(present)
+        held.blocks += present
+        held.hashes += hashes[: len(present)]
+        held.cached += len(present)
+        missing = hashes[len(present) :]
+        # What is running here must be able to go on: one more block for each request.
+        free = self._pool.get_num_free_blocks() - len(self._scheduler.running)
+        if len(missing) > free:
+            self.drop(migration)
+            raise DepotError(f"{len(missing)} KV blocks are needed and {max(free, 0)} are free")
+        if missing:
+            held.blocks += self._pool.get_new_blocks(len(missing))
+            held.hashes += missing
+        return len(present)
+
+    def ids(self, migration: str, first: int, count: int) -> list[int]:
+        """The ids of a migration's blocks from `first` on. Raises DepotError if it has fewer."""
+        held = self._held.get(migration)
+        if held is None or first + count > len(held.blocks):
+            raise DepotError(f"the blocks of migration {migration} are not held any more")
+        return [block.block_id for block in held.blocks[first : first + count]]
+
+    def store(self, migration: str) -> None:
+        """Put the blocks that have arrived into the prefix cache; they stay held.
+
+        Raises DepotError if the migration was dropped meanwhile.
+        """
+        held = self._held.get(migration)
+        if held is None:
+            raise DepotError(f"the blocks of migration {migration} are not held any more")
+        request = SimpleNamespace(block_hashes=held.hashes)
+        size = self._scheduler.block_size
+        self._pool.cache_full_blocks(request, held.blocks, held.cached, len(held.blocks), size, 0)
+        held.cached = len(held.blocks)
+
+    def drop(self, migration: str) -> None:
+        """Give all blocks of a migration back to the pool; unknown ones are no error."""
+        held = self._held.pop(migration, None)
+        if held is not None:
+            self._pool.free_blocks(reversed(held.blocks))  # the last are evicted first
+
+    def books(self) -> dict[str, int]:
+        """Blocks in all, free ones, and those held for migrations; for checks."""
+        return {
+            "total": self._pool.num_gpu_blocks - 1,  # one is the null block
+            "free": self._pool.get_num_free_blocks(),
+            "held": sum(len(held.blocks) for held in self._held.values()),
+            "migrations": len(self._held),
+            "requests": len(self._scheduler.requests),
+        }

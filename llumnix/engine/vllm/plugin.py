@@ -1,0 +1,66 @@
+"""What vLLM's processes of an engine need besides the scheduler: loaded as a general plug-in.
+
+Model runner V1 takes every new request to be without outputs. While it takes over a step's new
+requests, those that brought some get them: penalties, min_tokens and bad words then see outputs as
+outputs, and a seeded generator stands where the last token left it (see `seeds`).
+
+The engine core gets one more utility, `migration`, since vLLM has no place to add one.
+"""
+
+import functools
+import os
+from typing import Any
+
+VARIABLE = "LLUMNIX_INSTANCE"  # set in the processes of an engine that llumnix has started
+
+
+def register() -> None:
+    """Called by vLLM in each of its processes; does nothing in a server that is not llumnix's."""
+    if VARIABLE not in os.environ:
+        return
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.worker import gpu_model_runner
+
+    from llumnix.engine.vllm.utility import migration
+
+    EngineCore.migration = migration
+    runner = gpu_model_runner.GPUModelRunner
+    if not hasattr(runner._update_states, "__wrapped__"):
+        runner._update_states = _taking_outputs(gpu_model_runner, runner._update_states)
+
+
+def _taking_outputs(module: Any, update_states: Any) -> Any:
+    from llumnix.engine.vllm.seeds import before_step, ready
+
+    def take(self: Any, scheduler_output: Any) -> Any:
+        brought = {
+            new.req_id: new.prefill_token_ids[new.prompt_len :]
+            for new in scheduler_output.scheduled_new_reqs
+            if new.prefill_token_ids and len(new.prefill_token_ids) > new.prompt_len
+        }
+        state_class = module.CachedRequestState
+
+        def make(**fields: Any) -> Any:
+            outputs = list(brought.get(fields["req_id"], ()))
+            if fields["generator"] is not None:
+                seed = fields["sampling_params"].seed
+                fields["generator"] = ready(fields["generator"], seed, len(outputs), self)
+            return state_class(**(fields | {"output_token_ids": outputs}))
+
+        # The runner makes the states of new requests by this name, and nowhere else.
+        module.CachedRequestState = make
+        try:
+            return update_states(self, scheduler_output)
+        finally:
+            module.CachedRequestState = state_class
+
+    @functools.wraps(update_states)
+    def update(self: Any, scheduler_output: Any) -> Any:
+        if scheduler_output.scheduled_new_reqs:
+            result = take(self, scheduler_output)
+        else:
+            result = update_states(self, scheduler_output)
+        before_step(self)
+        return result
+
+    return update

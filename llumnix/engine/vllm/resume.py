@@ -1,0 +1,87 @@
+"""Resume on stock vLLM: a request that enters with outputs already in place.
+
+To vLLM's scheduler such a request looks like one that comes back after a preemption: it computes
+whatever of the request's tokens is not computed yet, and counts outputs from where they were. The
+tokens travel in the request's `extra_args`, which vLLM carries untouched.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from copy import copy
+from typing import Any
+
+import msgspec
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
+
+_KEY = "llumnix_generated"
+
+
+def with_generated(request: EngineCoreRequest, generated: Sequence[int]) -> EngineCoreRequest:
+    """A copy of the request that brings its outputs along; the request itself without any."""
+    if not generated:
+        return request
+    assert request.sampling_params is not None
+    params = copy(request.sampling_params)
+    params.extra_args = {**(params.extra_args or {}), _KEY: list(generated)}
+    params.prompt_logprobs = None  # they were delivered before the first output
+    resumed: EngineCoreRequest = msgspec.structs.replace(request, sampling_params=params)
+    return resumed
+
+
+def put_in_place(request: Request, manager: StructuredOutputManager) -> None:
+    """In the engine: give a new request the outputs that it brought, before it is queued."""
+    extra = request.sampling_params.extra_args if request.sampling_params else None
+    tokens = extra.pop(_KEY, None) if extra else None
+    if not tokens:
+        return
+    structured = request.structured_output_request
+    if structured is not None:
+        start = _grammar_start(request, manager, tokens)
+        if start is not None:
+            structured.reasoning_ended = True
+            structured.grammar = _after(structured._grammar, request.request_id, tokens[start:])
+    request.append_output_token_ids(tokens)
+    request.take_prefill_stats()  # its prefill was counted where it first ran
+
+
+def _grammar_start(
+    request: Request, manager: StructuredOutputManager, tokens: list[int]
+) -> int | None:
+    """The first output that the grammar has seen; None while the model is still reasoning."""
+    structured = request.structured_output_request
+    reasoner = manager._get_reasoner(request)
+    if reasoner is None or manager.enable_in_reasoning or structured.reasoning_ended:
+        return 0
+    seen = list(request.prompt_token_ids or ())
+    if reasoner.is_reasoning_end(seen):
+        return 0
+    for position, token in enumerate(tokens):
+        seen.append(token)
+        if reasoner.is_reasoning_end_streaming(seen, [token]):
+            return position + 1
+    return None
+
+
+def _after(grammar: Any, request_id: str, tokens: list[int]) -> Any:
+    """The grammar as it stands after the tokens; it may still be compiling."""
+
+    def accept(compiled: StructuredOutputGrammar) -> StructuredOutputGrammar:
+        if tokens:
+            compiled.accept_tokens(request_id, tokens)
+        return compiled
+
+    if not isinstance(grammar, Future):
+        return accept(grammar)
+    advanced: Future[StructuredOutputGrammar] = Future()
+
+    def when_compiled(done: "Future[StructuredOutputGrammar]") -> None:
+        try:
+            advanced.set_result(accept(done.result()))
+        except Exception as error:
+            advanced.set_exception(error)
+
+    grammar.add_done_callback(when_compiled)
+    return advanced

@@ -1,0 +1,385 @@
+"""A request goes on at another engine: each token reaches its client once, whoever died or refused.
+
+The end of `mesh()` checks each time that no ledger, engine or task holds anything any more.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from vllm import PoolingParams
+from vllm.v1.engine import EngineCoreRequest
+
+from llumnix.engine.base import EngineError
+from llumnix.engine.client import DEATHS, Route
+from llumnix.engine.frames import HandOver
+from llumnix.engine.ledger import Verdict
+from llumnix.engine.pinned import why_pinned
+from llumnix.engine.sim.instance import SimEngine
+from tests.kit.loop import on_loop, soon
+from tests.kit.mesh import SMALL, Gate, MeshNode, Stream, mesh
+from tests.kit.requests import answer, core_request
+
+PROMPT, TOKENS = [11, 12, 13], 40
+
+
+class Places:
+    """Instances at two nodes, each stepping when it is told to; requests come from the first."""
+
+    def __init__(self, home: MeshNode, away: MeshNode) -> None:
+        self.home, self.away = home, away
+        self.gates: dict[str, Gate] = {}
+        self.order: list[str] = []
+        home.dispatch = self._first_left
+
+    async def host(self, number: int) -> None:
+        for n in range(number):
+            gate = Gate()
+            instance = await (self.away, self.home)[n % 2].host(clock=gate.clock())
+            self.gates[instance] = gate
+            self.order.append(instance)
+
+    async def _first_left(self, tokens: int, priority: int, avoid: frozenset[str]) -> Route:
+        left = [i for i in self.order if i not in avoid]
+        return self.home.route((left or self.order)[0])
+
+    def engine(self, instance: str) -> SimEngine:
+        return (self.home if instance in self.home.hosted else self.away).engine(instance)
+
+    async def let(self, instance: str, stream: Stream, steps: int) -> None:
+        """Have so many tokens come from there."""
+        have = len(stream.tokens)
+        self.gates[instance].let(steps)
+        await soon(lambda: len(stream.tokens) == have + steps)
+
+    def open(self) -> None:
+        for gate in self.gates.values():
+            gate.open()
+
+
+async def _ended(places: Places, stream: Stream, prompt: Sequence[int] = PROMPT) -> None:
+    places.open()
+    await soon(lambda: stream.ended)
+    assert stream.failure is None and stream.tokens == answer(prompt, TOKENS)
+
+
+@pytest.mark.parametrize("how", ["dies", "link"])
+@pytest.mark.parametrize("deaths", range(1, DEATHS + 1))
+def test_a_stream_survives_deaths_at_any_token(deaths: int, how: str) -> None:
+    @on_loop
+    async def check() -> None:
+        async with mesh("a", "b") as (a, b):
+            places = Places(a, b)
+            await places.host(deaths + 1)
+            stream = await a.ask("r1", PROMPT, TOKENS)
+            for n in range(deaths):
+                instance = places.order[n]
+                await places.let(instance, stream, 7 + n)
+                if how == "link" and instance in b.hosted:
+                    for link in list(b.peers._running):
+                        await link.close()
+                else:
+                    places.engine(instance).die(f"instance {instance} died: killed")
+            last = places.order[deaths]
+            await soon(lambda: places.gates[last].waiting)
+            assert (a if last in a.hosted else b).hosted[last].requests == 1
+            await _ended(places, stream)
+
+    check()
+
+
+@on_loop
+async def test_one_death_more_is_an_error_with_its_reason() -> None:
+    async with mesh("a", "b") as (a, b):
+        places = Places(a, b)
+        await places.host(DEATHS + 2)
+        stream = await a.ask("r1", PROMPT, TOKENS)
+        for n in range(DEATHS + 1):
+            instance = places.order[n]
+            await places.let(instance, stream, 3)
+            places.engine(instance).die(f"instance {instance} died: killed")
+        await soon(lambda: stream.ended)
+        assert stream.failure == f"instance {places.order[DEATHS]} died: killed"
+        assert stream.tokens == answer(PROMPT, 3 * (DEATHS + 1))
+        places.open()
+
+
+@on_loop
+async def test_a_request_lost_before_any_token_begins_elsewhere() -> None:
+    async with mesh("a", "b") as (a, b):
+        places = Places(a, b)
+        await places.host(2)
+        first, second = places.order
+        stream = await a.ask("r1", PROMPT, TOKENS)
+        await soon(lambda: places.gates[first].waiting)
+        places.engine(first).die("instance b-0 died: killed")
+        await soon(lambda: a.hosted[second].requests)
+        (tenant,) = a.hosted[second].tenants
+        assert (tenant.epoch, tenant.position) == (3, 0)
+        await _ended(places, stream)
+
+
+@on_loop
+async def test_a_stale_owners_outputs_are_dropped() -> None:
+    """It is believed lost, and computes on."""
+    async with mesh("a", "b") as (a, b):
+        places = Places(a, b)
+        await places.host(2)
+        first, second = places.order
+        stream = await a.ask("r1", PROMPT, TOKENS)
+        await places.let(first, stream, 5)
+        a.client._lost("r1", 1, "it was cut off", retry=True)
+        await soon(lambda: a.hosted[second].requests)
+        places.gates[first].let(4)
+        await soon(lambda: a.client.ledger.dropped[Verdict.STALE] == 4)
+        assert stream.tokens == answer(PROMPT, 5)
+        await _ended(places, stream)
+        await soon(lambda: not b.hosted[first].requests)
+        assert a.client.ledger.dropped.total() == TOKENS - 5
+
+
+@on_loop
+async def test_a_resume_computes_its_prompt_and_what_was_generated() -> None:
+    async with mesh("a", "b") as (a, b):
+        places = Places(a, b)
+        await places.host(2)
+        first, second = places.order
+        stream = await a.ask("r1", [7] * 50, TOKENS)
+        await places.let(first, stream, 20)
+        places.engine(first).die("instance b-0 died: killed")
+        await soon(lambda: places.gates[second].waiting)
+        (blocks,) = places.engine(second).model.held().values()
+        assert blocks == 5, "70 tokens"
+        await _ended(places, stream, [7] * 50)
+
+
+@on_loop
+async def test_a_resumed_request_can_be_cancelled() -> None:
+    async with mesh("a", "b") as (a, b):
+        places = Places(a, b)
+        await places.host(2)
+        first, second = places.order
+        stream = await a.ask("r1", PROMPT, TOKENS)
+        await places.let(first, stream, 5)
+        places.engine(first).die("instance b-0 died: killed")
+        await soon(lambda: places.gates[second].waiting)
+        await a.client.abort_requests_async(["r1"])
+        assert not places.engine(second).model.has_work
+        places.open()
+        await soon(a.clean)
+        assert stream.tokens == answer(PROMPT, 5)
+
+
+# ---- requests that can't go on elsewhere ----
+
+
+def _streaming(name: str) -> EngineCoreRequest:
+    request = core_request(name, PROMPT, TOKENS)
+    request.resumable = True
+    return request
+
+
+@on_loop
+async def test_a_pinned_request_ends_with_an_error_that_says_why() -> None:
+    async with mesh("a", "b") as (a, b):
+        places = Places(a, b)
+        await places.host(2)
+        first, _ = places.order
+        stream = a.streams["r1"] = Stream()
+        await a.client.add_request_async(_streaming("r1"))
+        await places.let(first, stream, 2)
+        places.engine(first).die("instance b-0 died: killed")
+        await soon(lambda: stream.ended)
+        assert stream.failure == (
+            "instance b-0 died: killed; the request can't go on elsewhere: "
+            "its input is still being streamed"
+        )
+        assert stream.tokens == answer(PROMPT, 2)
+
+
+@on_loop
+async def test_a_pinned_request_that_has_not_begun_starts_over() -> None:
+    async with mesh("a", "b") as (a, b):
+        places = Places(a, b)
+        await places.host(2)
+        first, _ = places.order
+        stream = a.streams["r1"] = Stream()
+        await a.client.add_request_async(_streaming("r1"))
+        await soon(lambda: places.gates[first].waiting)
+        places.engine(first).die("instance b-0 died: killed")
+        await _ended(places, stream)
+
+
+def test_what_is_pinned() -> None:
+    assert why_pinned(core_request("r", PROMPT)) is None
+    pooling = core_request("r", PROMPT)
+    pooling.sampling_params, pooling.pooling_params = None, PoolingParams()
+    assert why_pinned(pooling) == "a pooling request has no tokens to go on from"
+    embedded = core_request("r", PROMPT)
+    embedded.prompt_token_ids = None
+    assert why_pinned(embedded) == "its prompt has no token ids"
+
+
+# ---- handed over, and refused there ----
+
+
+class Refusing(SimEngine):
+    """Takes no request that has tokens already."""
+
+    async def add(self, request: EngineCoreRequest, generated: Sequence[int] = ()) -> None:
+        raise EngineError("not today")
+
+
+async def _handed(a: MeshNode, b: MeshNode, places: Places, destination: str) -> Stream:
+    """A request of a's that its instance at b has just handed over, behind five tokens."""
+    source = places.order[0]
+    stream = await a.ask("r1", PROMPT, TOKENS)
+    await places.let(source, stream, 5)
+    tenant = b.hosted[source].find("r1")
+    assert tenant is not None
+    node = a._mesh.instances[destination]
+    assert await b.hosted[source].hand_over(tenant, destination, node)
+    assert not places.engine(source).model.has_work
+    return stream
+
+
+def _deaths(node: MeshNode) -> int:
+    entry = node.client.ledger.get("r1")
+    assert entry is not None
+    return entry.deaths
+
+
+@on_loop
+async def test_a_hand_over() -> None:
+    async with mesh("a", "b", "c") as (a, b, c):
+        places = Places(a, b)
+        await places.host(1)
+        gate = Gate()
+        there = await c.host(clock=gate.clock())
+        gaps: list[float] = []
+        a.client.on_gap = gaps.append
+        stream = await _handed(a, b, places, there)
+        await soon(lambda: gate.waiting)
+        (tenant,) = c.hosted[there].tenants
+        assert (tenant.request_id, tenant.epoch, tenant.position) == ("r1", 2, 5)
+        assert not gaps
+        gate.open()
+        await _ended(places, stream)
+        assert len(gaps) == 1 and gaps[0] > 0
+        assert not a.client.ledger.dropped and a.decisions == 1
+
+
+@pytest.mark.parametrize("why", ["refuses", "is dead", "is gone", "node"])
+def test_a_destination_that_does_not_take_it(why: str) -> None:
+    """It goes on elsewhere, here where it was; and it has met no death."""
+
+    @on_loop
+    async def check() -> None:
+        async with mesh("a", "b", "c") as (a, b, c):
+            places = Places(a, b)
+            await places.host(1)
+            there = await c.host(engine=Refusing("c-0", SMALL))
+            if why == "is dead":
+                c.engine(there).die("instance c-0 died: killed")
+            elif why == "is gone":
+                hosted = c.hosted.pop(there)
+            elif why == "node":
+                del a._mesh.addresses["c"]
+            stream = await _handed(a, b, places, there)
+            source = places.order[0]
+            await soon(lambda: b.hosted[source].requests)
+            assert _deaths(a) == 0
+            await _ended(places, stream)
+            if why == "is gone":
+                c.hosted[there] = hosted
+
+    check()
+
+
+@on_loop
+async def test_a_waiting_request_that_is_refused_where_it_moves_goes_back() -> None:
+    async with mesh("a", "b", "c") as (a, b, c):
+        places = Places(a, b)
+        await places.host(1)
+        source = places.order[0]
+        there = await c.host(engine=Refusing("c-0", SMALL))
+        gaps: list[float] = []
+        a.client.on_gap = gaps.append
+        stream = await a.ask("r1", PROMPT, TOKENS)
+        await soon(lambda: places.gates[source].waiting)
+        tenant = b.hosted[source].find("r1")
+        assert tenant is not None
+        await b.hosted[source].hand_over(tenant, there, "c")
+        await soon(lambda: b.hosted[source].requests)
+        assert _deaths(a) == 0
+        await _ended(places, stream)
+        assert not gaps, "no token stood before the gap"
+
+
+@on_loop
+async def test_a_death_behind_a_hand_over_counts_once_it_has_begun() -> None:
+    async with mesh("a", "b", "c") as (a, b, c):
+        places = Places(a, b)
+        await places.host(2)
+        gate = Gate()
+        there = await c.host(clock=gate.clock())
+        stream = await _handed(a, b, places, there)
+        gate.let(1)
+        await soon(lambda: len(stream.tokens) == 6)
+        c.engine(there).die("instance c-0 died: killed")
+        await soon(lambda: b.hosted[places.order[0]].requests)
+        assert _deaths(a) == 1
+        await _ended(places, stream)
+
+
+@on_loop
+async def test_a_cancellation_that_crosses_a_hand_over() -> None:
+    """It goes to the old owner, which has the request no more; nobody takes it up again."""
+    async with mesh("a", "b", "c") as (a, b, c):
+        places = Places(a, b)
+        await places.host(1)
+        there = await c.host()
+        coming = c.hosted[there].expect("r1")
+        frozen, reached = asyncio.Event(), asyncio.Event()
+        on_frame = a.peers.on_frame
+
+        async def slow(link: Any, frame: Any) -> None:
+            if isinstance(frame, HandOver):
+                reached.set()
+                await frozen.wait()
+            await on_frame(link, frame)
+
+        a.peers.on_frame = slow
+        stream = await a.ask("r1", PROMPT, TOKENS)
+        source = places.order[0]
+        await places.let(source, stream, 5)
+        tenant = b.hosted[source].find("r1")
+        assert tenant is not None
+        await b.hosted[source].hand_over(tenant, there, "c")
+        await reached.wait()
+        await a.client.abort_requests_async(["r1"])
+        frozen.set()
+        assert await asyncio.wait_for(coming, 2.0) is None, "the destination waits no longer"
+        assert a.client.ledger.dropped[Verdict.STALE] == 1
+        assert not b.hosted[source].requests and not c.hosted[there].requests
+        assert stream.tokens == answer(PROMPT, 5)
+
+
+@on_loop
+async def test_a_cancellation_at_the_very_moment_of_a_hand_over() -> None:
+    """Behind the frame and before the request is on its way."""
+    async with mesh("a", "b", "c") as (a, b, c):
+        places = Places(a, b)
+        await places.host(1)
+        there = await c.host()
+        stream = await a.ask("r1", PROMPT, TOKENS)
+        source = places.order[0]
+        await places.let(source, stream, 5)
+        a.client.deliver(HandOver(source, 1, "r1", there, "c"))
+        await a.client.abort_requests_async(["r1"])
+        await soon(lambda: not a.client._tasks)
+        await b.hosted[source].cancel(["r1"])  # which a real source would have done before
+        await soon(lambda: a.clean() and c.clean())
+        assert stream.tokens == answer(PROMPT, 5)
+        places.open()
