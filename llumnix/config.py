@@ -70,6 +70,43 @@ class Config:
         choices=("load", "queue", "balanced", "rr", "random"),
     )
     dispatch_top_k: int = _knob(1, "dispatch at random among the K best instances")
+    migration: bool = _knob(
+        True,
+        "move running requests between instances, to balance them and to empty some",
+        action=argparse.BooleanOptionalAction,
+    )
+    migration_interval: float = _knob(1.0, "seconds between two rounds of rescheduling")
+    migration_out_below: float = _knob(
+        3.0, "an instance gives requests away below this freeness, in KV blocks a request"
+    )
+    migration_in_above: float = _knob(
+        3.0, "an instance takes requests above this freeness, in KV blocks a request"
+    )
+    migration_request: str = _knob(
+        "low",
+        "which request leaves: low (lowest priority, then shortest), LCR (last come, running), "
+        "SR (shortest), LR (longest), FCR (first come, running), FCW (first come, waiting) or "
+        "FCWSR (FCW, else SR)",
+        choices=("low", "LCR", "SR", "LR", "FCR", "FCW", "FCWSR"),
+    )
+    migration_max_stages: int = _knob(3, "most rounds of copying while a request decodes")
+    migration_last_stage_max_blocks: int = _knob(
+        4, "full KV blocks that may be left to recompute when a request is handed over"
+    )
+    migration_tail_tokens: int = _knob(
+        4,
+        "tokens beyond full blocks with which a request is handed over at once; with more of "
+        "them its block is waited for",
+    )
+    migration_max_requests: int = _knob(
+        4, "requests that may leave an instance, and come to it, at a time"
+    )
+    migration_max_blocks: int = _knob(
+        0, "KV blocks of these together; 0: as many as the instance has room for"
+    )
+    migration_timeout: float = _knob(
+        10.0, "seconds for each answer of a migration's other end, and for each transfer"
+    )
     drain_timeout: float = _knob(60.0, "seconds that running requests get to end at SIGTERM")
     max_body_bytes: int = _knob(64 * 2**20, "largest request body, in bytes; beyond it: 413")
 
@@ -114,9 +151,23 @@ class Config:
                 )
         if self.lease_ttl < 2:
             raise ConfigError(f"--lease-ttl is {self.lease_ttl}, but etcd grants 2 seconds or more")
-        if self.dispatch_top_k < 1:
-            raise ConfigError(f"--dispatch-top-k is {self.dispatch_top_k}, but must be 1 or more")
-        for knob in ("drain_timeout", "start_timeout", "max_body_bytes"):
+        for knob in ("dispatch_top_k", "migration_max_stages", "migration_max_requests"):
+            if getattr(self, knob) < 1:
+                raise ConfigError(
+                    f"--{knob.replace('_', '-')} is {getattr(self, knob)}, but must be 1 or more"
+                )
+        for knob in ("migration_interval", "migration_timeout"):
+            if not 0 < getattr(self, knob) < math.inf:
+                raise ConfigError(f"--{knob.replace('_', '-')} must be more than 0 seconds")
+        if not self.migration_out_below <= self.migration_in_above:
+            raise ConfigError(
+                "--migration-out-below must not be above --migration-in-above: requests would go "
+                "to and fro"
+            )
+        for knob in (
+            *("drain_timeout", "start_timeout", "max_body_bytes", "migration_max_blocks"),
+            *("migration_last_stage_max_blocks", "migration_tail_tokens"),
+        ):
             if getattr(self, knob) < 0:
                 raise ConfigError(f"--{knob.replace('_', '-')} must not be negative")
         self._check_addresses()
@@ -166,11 +217,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("llumnix", "One service out of many vLLM instances.")
     for knob in dataclasses.fields(Config):
         options = {k: v for k, v in knob.metadata.items() if k not in ("help", "secret")}
-        kind = type(knob.default) if knob.default is not None else str
+        if "action" not in options:
+            options["type"] = type(knob.default) if knob.default is not None else str
         default = "" if knob.default in (None, "") else " (default: %(default)s)"
         group.add_argument(
             f"--{knob.name.replace('_', '-')}",
-            type=kind,
             default=knob.default,
             help=knob.metadata["help"] + default,
             **options,

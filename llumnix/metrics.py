@@ -6,7 +6,7 @@ Nothing is counted on the path of a token: a scrape reads what the objects keep 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from prometheus_client import Histogram
+from prometheus_client import Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -16,6 +16,26 @@ DISPATCH_SECONDS = Histogram(
     "llumnix_dispatch_seconds",
     "Time from a request's arrival at the dispatcher to its decision",
     buckets=(1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2, 0.1, 1.0),
+)
+MIGRATIONS = Counter(
+    "llumnix_migrations", "Migrations by this node's instances", ["reason", "outcome", "stages"]
+)
+MIGRATION_BLOCKS = Counter(
+    "llumnix_migration_blocks", "KV blocks of migrations, sent or there already", ["what"]
+)
+MIGRATION_BYTES = Counter("llumnix_migration_sent_bytes", "KV cache sent in migrations")
+MIGRATION_CONFLICTS = Counter(
+    "llumnix_epoch_conflicts", "Commands refused because their leader leads no more"
+)
+MIGRATION_SECONDS = Histogram(
+    "llumnix_migration_seconds",
+    "From the proposal of a migration to its end",
+    buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0),
+)
+MIGRATION_GAP_SECONDS = Histogram(
+    "llumnix_migration_gap_seconds",
+    "Between the last token of the old instance and the first of the new one",
+    buckets=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
 )
 
 

@@ -78,10 +78,15 @@ class Actor(pykka.ThreadingActor):
     """An actor whose answers can be awaited, and whose failure is told, not swallowed."""
 
     use_daemon_thread = True
+    _proxy: Any = None  # of the actor itself, for those who are to tell it something later
 
     @staticmethod
     def _create_future() -> LoopFuture:
         return LoopFuture()
+
+    def on_start(self) -> None:
+        """Called by Pykka on the actor's own thread."""
+        self._proxy = self.actor_ref.proxy()
 
     def ping(self) -> None:
         """Answer when everything sent before has been handled: a barrier for starts."""

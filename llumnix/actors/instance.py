@@ -74,12 +74,7 @@ class InstanceActor(Actor):
         self._hosted: HostedInstance | None = None
         self._failures = 0
         self._up_since = 0.0  # monotonic
-        self._proxy: Any = None  # of this actor, to tell it what happened on the loop
         self._begun = 0  # starts so far; what a former engine reports late is ignored
-
-    def on_start(self) -> None:
-        """Called by Pykka on the actor's own thread."""
-        self._proxy = self.actor_ref.proxy()
 
     def on_failure(
         self,

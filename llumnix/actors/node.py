@@ -54,11 +54,6 @@ class NodeActor(Actor):
         self._wanted = 0
         self._desired: int | None = None  # the value under desired/<node> acted on last
         self._leaving = False
-        self._proxy: Any = None
-
-    def on_start(self) -> None:
-        """Called by Pykka on the actor's own thread."""
-        self._proxy = self.actor_ref.proxy()
 
     def on_stop(self) -> None:
         """End the actors of the instances."""

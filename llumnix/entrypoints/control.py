@@ -20,10 +20,12 @@ from llumnix.control.election import Election
 from llumnix.control.embedded import EmbeddedEtcd
 from llumnix.control.errors import EtcdUnavailable
 from llumnix.control.etcd import Etcd
-from llumnix.control.keys import Keys
+from llumnix.control.handshake import Handshake
+from llumnix.control.keys import Keys, Kind
 from llumnix.control.registry import Registry
 from llumnix.control.session import Session
 from llumnix.control.token import cluster_token
+from llumnix.engine.vllm.blocks import Rendezvous
 from llumnix.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,8 @@ class ControlPlane:
         self.session: Session
         self.registry: Registry
         self.election: Election
+        self.handshake: Handshake
+        self._endpoints: list[str] = []
 
     def open(self, on_view: Callable[[ClusterView], None]) -> None:
         """Join the cluster. Raises EtcdError with one sentence if that is not possible."""
@@ -65,6 +69,7 @@ class ControlPlane:
             self._embedded = EmbeddedEtcd(Path(config.state_dir) / "etcd" / config.cluster)
             self._embedded.start()
             endpoints = list(self._embedded.endpoints)
+        self._endpoints = list(endpoints)
         self._etcd = etcd = Etcd(
             endpoints,
             user=config.etcd_user or None,
@@ -78,6 +83,7 @@ class ControlPlane:
         self.session = Session(etcd, config.lease_ttl)
         self.registry = Registry(etcd, self.session, keys)
         self.election = Election(etcd, self.session, keys, config.node)
+        self.handshake = Handshake(etcd, self.session, keys)
         self.registry.subscribe(on_view)
         self.registry.subscribe(self.election.observe)
         self.session.start()
@@ -86,6 +92,21 @@ class ControlPlane:
         # What an earlier process of this node left, if it was killed, lives until its lease ends.
         for instance in self.registry.view.instances_of(config.node):
             etcd.delete(keys.instance(instance.id))
+
+    def rendezvous(self) -> Rendezvous:
+        """Where workers of two instances meet: a store over etcd."""
+        config = self._config
+        arguments = {
+            "endpoints": self._endpoints,
+            "user": config.etcd_user or None,
+            "password": config.etcd_password or None,
+            "ca": config.etcd_ca or None,
+            "cert": config.etcd_cert or None,
+            "key": config.etcd_key or None,
+            "prefix": f"{Keys(config.cluster).prefix}{Kind.C10D}/",
+        }
+        host = config.advertise_address.rpartition(":")[0].strip("[]")
+        return Rendezvous("llumnix.control.c10d_store.EtcdStore", arguments, host)
 
     def join(self) -> None:
         """Make this node known to the others and stand for leader."""

@@ -11,6 +11,7 @@ from llumnix.engine.base import Engine
 from llumnix.engine.sim.instance import SimEngine
 from llumnix.engine.sim.model import ModelConfig
 from llumnix.engine.sim.profile import PROFILES
+from llumnix.engine.vllm.blocks import Rendezvous
 from llumnix.engine.vllm.instance import VllmEngine
 from llumnix.engine.vllm.placement import place
 
@@ -19,10 +20,15 @@ MakeEngine = Callable[[InstanceId, int], Engine]
 SIM_BLOCKS = 4096  # KV blocks of a modelled engine, unless --num-gpu-blocks-override says
 
 
-def engine_maker(config: Config, vllm_config: VllmConfig) -> MakeEngine:
+def engine_maker(
+    config: Config,
+    vllm_config: VllmConfig,
+    rendezvous: Callable[[], Rendezvous] = lambda: Rendezvous("", {}, ""),
+) -> MakeEngine:
     """The function that makes the engine of an instance in a slot of this node.
 
-    Raises ConfigError if the modelled engine cannot be what is asked for.
+    `rendezvous` tells where the workers of two instances meet. Raises ConfigError if the modelled
+    engine cannot be what is asked for.
     """
     if config.engine == "sim":
         model = model_config(config, vllm_config)
@@ -33,7 +39,9 @@ def engine_maker(config: Config, vllm_config: VllmConfig) -> MakeEngine:
     def make(instance: InstanceId, slot: int) -> Engine:
         placement = place(vllm_config, slot, config.initial_instances)
         log_file = logs / f"{instance}.log"
-        return VllmEngine(instance, vllm_config, placement, log_file, config.start_timeout)
+        return VllmEngine(
+            *(instance, vllm_config, placement, log_file, config.start_timeout), rendezvous()
+        )
 
     return make
 

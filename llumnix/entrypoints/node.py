@@ -17,24 +17,30 @@ from vllm.config import VllmConfig
 
 from llumnix.actors.base import ASK_SECONDS
 from llumnix.actors.dispatcher import Dispatched, DispatcherActor
+from llumnix.actors.manager import MOVED, ManagerActor, MoveCommand
+from llumnix.actors.migration import MigrationActor
 from llumnix.actors.node import NodeActor, Surroundings
-from llumnix.actors.reporter import LoadReporter
 from llumnix.cluster import ClusterView, InstanceId, NodeId
 from llumnix.config import Config
 from llumnix.engine.base import EngineError, EngineFacts
 from llumnix.engine.client import ClusterClient, NoInstance, Route
+from llumnix.engine.departure import Limits
 from llumnix.engine.exchange import Exchange
 from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.peer import PATH, Peers
-from llumnix.engine.vllm.frontend import Frontend
+from llumnix.engine.vllm.frontend import Frontend, authorised
 from llumnix.entrypoints.control import ControlPlane
 from llumnix.entrypoints.engines import engine_maker
+from llumnix.entrypoints.loads import LoadReporter
+from llumnix.entrypoints.migrations import Migrations, Rules
 from llumnix.entrypoints.server.admin import Admin, Standing
 from llumnix.entrypoints.server.app import Gateway, make_app
 from llumnix.entrypoints.server.generate import DemoRoute
 from llumnix.entrypoints.server.listener import Listener
-from llumnix.metrics import DISPATCH_SECONDS, NodeCollector, Snapshot
+from llumnix.entrypoints.server.moves import Moves
+from llumnix.metrics import DISPATCH_SECONDS, MIGRATION_GAP_SECONDS, NodeCollector, Snapshot
 from llumnix.policy.board import is_candidate
+from llumnix.policy.rebalance import Thresholds
 from llumnix.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -53,9 +59,9 @@ class Node:
         self._config = config
         self._arguments = arguments
         self._vllm_config = vllm_config
-        self._make_engine = engine_maker(config, vllm_config)
         self.standing = Standing()
         self._control = ControlPlane(config)
+        self._make_engine = engine_maker(config, vllm_config, self._control.rendezvous)
         self._collector = NodeCollector(self._snapshot)
         self._opening: asyncio.Task[None] | None = None
         self._frontend: Frontend | None = None
@@ -85,6 +91,7 @@ class Node:
         ends.callback(self._stop_actors)
         self._start_actors()
         ends.push_async_callback(self._halt)
+        ends.push_async_callback(self._migrations.close)
         REGISTRY.register(self._collector)
         ends.callback(REGISTRY.unregister, self._collector)
         await asyncio.to_thread(self._control.join)
@@ -92,6 +99,8 @@ class Node:
         self._on_view(self.view)
         desired = self.view.desired.get(self._config.node, self._config.initial_instances)
         self._supervisor.proxy().want.defer(desired)
+        if self._config.migration:
+            self._loop.call_later(self._config.migration_interval, self._tick)
 
     async def stop(self) -> None:
         """Let what runs end, within --drain-timeout; then leave, in reverse order of start."""
@@ -115,14 +124,16 @@ class Node:
         self._client = ClusterClient(self._exchange, self._route, config.max_instances)
         self._client.instances = self._ready
         self._client.on_undelivered = self._undo
+        self._client.on_gap = MIGRATION_GAP_SECONDS.observe
         self._reporter = LoadReporter(
             self._exchange.hosted.values, self._control.registry.report_loads
         )
         self._gateway = Gateway(lambda: self._frontend, self.standing)
         admin = Admin(config.node, self.standing, self._view_and_age, self._sound)
+        moves = Moves(lambda: self._migrations, partial(authorised, self._arguments))
         demo = DemoRoute(lambda: self._frontend, self.standing)
         peer = (PATH, self._peers.accept)
-        app = make_app(self._gateway, admin, demo.handle, peer, config.max_body_bytes)
+        app = make_app(self._gateway, admin, moves, demo.handle, peer, config.max_body_bytes)
         self._listener = Listener(app, self._arguments)
 
     def _start_actors(self) -> None:
@@ -142,8 +153,28 @@ class Node:
             config.node, self._model, config.max_instances, config.drain_timeout, around
         )
         self._supervise = self._supervisor.proxy()
-        self._actors = [self._supervisor, self._dispatcher]
-        for actor in (self._dispatch, self._supervise):
+        thresholds = Thresholds(config.migration_out_below, config.migration_in_above)
+        migration = MigrationActor.start(
+            self._control.handshake, config.migration_max_requests, config.migration_max_blocks
+        )
+        limits = Limits(
+            config.migration_max_stages,
+            config.migration_last_stage_max_blocks,
+            config.migration_tail_tokens,
+            config.migration_timeout,
+        )
+        self._migrations = Migrations(
+            self._exchange,
+            migration.proxy(),
+            lambda: self.view,
+            Rules(limits, config.migration_request, thresholds),
+        )
+        manager = ManagerActor.start(
+            self._leads, lambda: self._control.registry.alive, self._command, thresholds
+        )
+        self._manage = manager.proxy()
+        self._actors = [manager, migration, self._supervisor, self._dispatcher]
+        for actor in (self._dispatch, self._supervise, self._manage):
             actor.ping().get(timeout=ASK_SECONDS)
         self._acting = True
 
@@ -159,6 +190,7 @@ class Node:
         if self._acting:
             self._dispatch.update_view.defer(view)
             self._supervise.update_view.defer(view)
+            self._manage.update_view.defer(view)
             self._loop.call_soon_threadsafe(self._look, view)
 
     def _look(self, view: ClusterView) -> None:
@@ -208,6 +240,37 @@ class Node:
         if decision is None:
             raise NoInstance("no instance is ready; try again in a few seconds")
         return Route(decision.instance, decision.node, decision.sequence)
+
+    def _leads(self) -> int | None:
+        return self._control.election.epoch or None
+
+    def _tick(self) -> None:
+        """An interval of rescheduling has passed."""
+        if self._acting:
+            self._manage.tick.defer()
+            self._loop.call_later(self._config.migration_interval, self._tick)
+
+    def _command(self, command: MoveCommand) -> None:
+        """Have a source move a request, as this node leads; called on the manager's thread."""
+        asyncio.run_coroutine_threadsafe(self._carry_out(command), self._loop)
+
+    async def _carry_out(self, command: MoveCommand) -> None:
+        try:
+            await self._migrations.command(
+                command.source_node,
+                command.source,
+                command.destination,
+                command.reason,
+                epoch=command.epoch,
+            )
+            outcome = MOVED
+        except EngineError as error:
+            outcome = str(error)
+        except Exception as error:  # the manager must hear of the end, whatever it is
+            logger.exception("a move from %s failed", command.source)
+            outcome = f"internal error: {type(error).__name__}"
+        if self._acting:
+            self._manage.finished.defer(command.pair, outcome)
 
     def _undo(self, route: Route) -> None:
         self._dispatch.undo.defer(route.instance, route.sequence)

@@ -27,6 +27,9 @@ class Worker(Actor):
     def fail(self) -> None:
         raise KeyError("no such thing")
 
+    def add_later(self, a: int, b: int) -> Any:
+        return self._proxy.add(a, b)
+
     def wait(self, go: threading.Event) -> str:
         go.wait(10.0)
         return "went"
@@ -143,6 +146,10 @@ def test_what_kills_an_actor_is_told(worker: Any, caplog: pytest.LogCaptureFixtu
     worker.fail.defer()
     eventually(lambda: not worker.actor_ref.is_alive())
     assert "no such thing" in caplog.text
+
+
+def test_an_actor_can_be_told_something_by_itself(worker: Any) -> None:
+    assert worker.add_later(1, 2).get(timeout=5.0).get(timeout=5.0) == 3
 
 
 def test_a_ping_is_a_barrier(worker: Any) -> None:

@@ -12,6 +12,7 @@ from llumnix.engine.vllm.frontend import Frontend
 from llumnix.entrypoints.server import asgi
 from llumnix.entrypoints.server.admin import Admin, Standing
 from llumnix.entrypoints.server.errors import RETRY_AFTER, Handler, error_response, openai_errors
+from llumnix.entrypoints.server.moves import Moves
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ async def _post_only(request: web.Request) -> web.StreamResponse:
 def make_app(
     gateway: Gateway,
     admin: Admin,
+    moves: Moves,
     generate: Handler,
     peer: tuple[str, Handler],
     max_body_bytes: int,
@@ -103,10 +105,13 @@ def make_app(
         "/health": admin.health,
         "/status": admin.status,
         "/metrics": admin.metrics,
+        "/llumnix/requests": moves.requests,
     }
     for path, handler in looks.items():
         app.router.add_get(path, handler)
         app.router.add_route("*", path, _get_only)
+    app.router.add_post("/llumnix/migrate", moves.migrate)
+    app.router.add_route("*", "/llumnix/migrate", _post_only)
     app.router.add_post("/generate", generate)
     app.router.add_route("*", "/generate", _post_only)
     app.router.add_route("*", "/{path:.*}", gateway.handle)

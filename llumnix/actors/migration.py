@@ -1,0 +1,157 @@
+"""This node's side of every migration: what may leave, what may come, and how far each one is.
+
+The only actor that does blocking I/O: it keeps the migrations' records in etcd. While etcd is
+silent no migration begins, and one that has not committed is given up.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from llumnix.actors.base import Actor
+from llumnix.cluster import InstanceId
+from llumnix.control.errors import EtcdError, EtcdOutcomeUnknown
+from llumnix.control.handshake import (
+    Handshake,
+    HandshakeError,
+    MigrationRecord,
+    MigrationState,
+)
+from llumnix.engine.departure import MigrationError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A migration that was admitted at its source."""
+
+    migration: str
+    request: str
+    source: InstanceId
+    destination: InstanceId
+    blocks: int
+
+
+class MigrationActor(Actor):
+    """Admits migrations within their limits, and takes each through its handshake."""
+
+    def __init__(self, handshake: Handshake, requests_limit: int, blocks_limit: int) -> None:
+        super().__init__()
+        self._handshake = handshake
+        self._requests_limit = requests_limit  # at a time, out of and into each instance
+        self._blocks_limit = blocks_limit  # KV blocks of these together; 0: any number
+        self._leaving: dict[str, Plan] = {}
+        self._coming: dict[str, Plan] = {}
+        self._ending: dict[str, Plan] = {}  # departures that are over, while their records stay
+        self._doubtful: set[str] = set()  # of which a late proposal may yet be written
+
+    def propose(
+        self,
+        migration: str,
+        request: str,
+        epoch: int,
+        source: InstanceId,
+        destination: InstanceId,
+        blocks: int,
+        reason: str,
+    ) -> None:
+        """Admit a departure and write its record. Raises MigrationError to refuse.
+
+        Whatever the answer is, or if none comes, `ended` is to be called in the end.
+        """
+        self._admit(self._leaving, source, lambda plan: plan.source, blocks, "leave")
+        record = MigrationRecord(
+            request, source, destination, epoch, reason=reason, migration=migration
+        )
+        self._leaving[migration] = Plan(migration, request, source, destination, blocks)
+        try:
+            self._ask_etcd(lambda: self._handshake.propose(record))
+        except MigrationError as error:
+            if isinstance(error.__cause__, EtcdOutcomeUnknown):
+                self._doubtful.add(migration)
+            raise
+
+    def accept(self, migration: str, request: str, instance: InstanceId, blocks: int) -> None:
+        """Admit an arrival and say so in its record. Raises MigrationError to refuse.
+
+        Whatever the answer is, or if none comes, `departed` is to be called in the end.
+        """
+        self._admit(self._coming, instance, lambda plan: plan.destination, blocks, "come to")
+        record = self._ask_etcd(
+            lambda: self._handshake.advance(
+                request, migration, MigrationState.PROPOSED, MigrationState.ACCEPTED
+            )
+        )
+        plan = Plan(migration, request, record.source, record.destination, blocks)
+        self._coming[migration] = plan
+
+    def advance(self, migration: str, to: str) -> None:
+        """Take a departure to its next state: copying, or committed. Raises MigrationError."""
+        plan = self._leaving[migration]
+        state = MigrationState(to)
+        before = {
+            MigrationState.COPYING: MigrationState.ACCEPTED,
+            MigrationState.COMMITTED: MigrationState.COPYING,
+        }[state]
+        self._ask_etcd(lambda: self._handshake.advance(plan.request, migration, before, state))
+
+    def ended(self, migration: str, failure: str | None) -> bool:
+        """A departure is over, and its record goes; whether it is certainly gone.
+
+        If not, because etcd is silent, this is to be called again.
+        """
+        if (plan := self._leaving.pop(migration, None)) is not None:
+            self._ending[migration] = plan
+        plan = self._ending.get(migration)
+        if plan is None:
+            return True
+        try:
+            if failure is not None:
+                self._handshake.abort(plan.request, migration, failure)
+            self._handshake.remove(plan.request, migration)
+        except HandshakeError as error:
+            logger.warning("the record of migration %s is not touched: %s", migration, error)
+        except EtcdError as error:
+            logger.warning("the record of migration %s stays for now: %s", migration, error)
+            return False
+        if migration in self._doubtful:
+            self._doubtful.remove(migration)
+            return False
+        del self._ending[migration]
+        return True
+
+    def departed(self, migration: str) -> None:
+        """An arrival is over, with or without the request."""
+        self._coming.pop(migration, None)
+
+    def under_way(self) -> Counter[str]:
+        """How many migrations leave from, and come to, this node's instances."""
+        return Counter(out=len(self._leaving)) + Counter({"in": len(self._coming)})
+
+    def _admit(
+        self,
+        table: dict[str, Plan],
+        instance: InstanceId,
+        side: Callable[[Plan], InstanceId],
+        blocks: int,
+        verb: str,
+    ) -> None:
+        plans = [plan for plan in table.values() if side(plan) == instance]
+        if len(plans) >= self._requests_limit:
+            raise MigrationError(f"{len(plans)} requests {verb} instance {instance} already")
+        total = sum(plan.blocks for plan in plans) + blocks
+        if plans and 0 < self._blocks_limit < total:
+            raise MigrationError(f"{total} KV blocks would {verb} instance {instance} at once")
+
+    def _ask_etcd(self, ask: Callable[[], T]) -> T:
+        try:
+            return ask()
+        except HandshakeError as error:
+            raise MigrationError(str(error)) from error
+        except EtcdError as error:
+            raise MigrationError(f"etcd does not answer: {error}") from error

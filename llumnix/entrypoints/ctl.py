@@ -1,0 +1,177 @@
+"""llumnixctl: look at a cluster, and move its requests, through the HTTP server of any node."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+import orjson
+
+SECONDS = 150.0  # longer than the longest migration
+
+Row = dict[str, Any]
+
+
+class CommandError(Exception):
+    """What was asked was not done; the message says why."""
+
+
+class Cluster:
+    """One node's HTTP server, through which the whole cluster can be seen."""
+
+    def __init__(self, url: str, token: str | None) -> None:
+        self._url = url.rstrip("/")
+        self._headers = {"Content-Type": "application/json"}
+        if token:
+            self._headers["Authorization"] = f"Bearer {token}"
+
+    def get(self, path: str) -> Any:
+        """The decoded answer to GET. Raises CommandError."""
+        return self._ask(Request(self._url + path, headers=self._headers))
+
+    def post(self, path: str, body: Row) -> Any:
+        """The decoded answer to POST. Raises CommandError."""
+        data = orjson.dumps(body)
+        return self._ask(Request(self._url + path, data=data, headers=self._headers))
+
+    def _ask(self, request: Request) -> Any:
+        try:
+            with urlopen(request, timeout=SECONDS) as answer:
+                return orjson.loads(answer.read())
+        except HTTPError as error:
+            raise CommandError(_message(error.read()) or f"the node answers {error}") from error
+        except (URLError, OSError) as error:
+            reason = getattr(error, "reason", error)
+            raise CommandError(
+                f"no node answers at {self._url} ({reason}); name one with --url"
+            ) from error
+        except orjson.JSONDecodeError as error:
+            raise CommandError(f"{self._url} is no llumnix node") from error
+
+
+def _message(body: bytes) -> str:
+    try:
+        return str(orjson.loads(body)["error"]["message"])
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return ""
+
+
+def requests(cluster: Cluster, arguments: argparse.Namespace) -> list[Row]:
+    """All requests, running and waiting."""
+    return list(cluster.get("/llumnix/requests"))
+
+
+def instances(cluster: Cluster, arguments: argparse.Namespace) -> list[Row]:
+    """All instances with their loads."""
+    shown = ("id", "node", "state", "model", "total_blocks", "load")
+    return [{name: one[name] for name in shown} for one in cluster.get("/status")["instances"]]
+
+
+def nodes(cluster: Cluster, arguments: argparse.Namespace) -> list[Row]:
+    """All nodes, and which of them leads."""
+    status = cluster.get("/status")
+    return [
+        {name: one[name] for name in ("id", "address", "version")}
+        | {"leads": one["id"] == status["leader"]}
+        for one in status["nodes"]
+    ]
+
+
+def migrate(cluster: Cluster, arguments: argparse.Namespace) -> list[Row]:
+    """Move a request to another instance while it runs."""
+    body = {"request": arguments.request, "to": arguments.to}
+    return [cluster.post("/llumnix/migrate", body)]
+
+
+COMMANDS: Mapping[str, Callable[[Cluster, argparse.Namespace], list[Row]]] = {
+    "requests": requests,
+    "instances": instances,
+    "nodes": nodes,
+    "migrate": migrate,
+}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as columns for people."""
+    if not rows:
+        return "none"
+    flat = [_flat(row) for row in rows]
+    names = list(dict.fromkeys(name for row in flat for name in row))
+    lines = [[name.upper() for name in names]]
+    lines += [["-" if row.get(n) is None else str(row[n]) for n in names] for row in flat]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def _flat(row: Row) -> Row:
+    """What is grouped in a row, beside the rest."""
+    flat: Row = {}
+    for name, value in row.items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _url(text: str) -> str:
+    url = text if "//" in text else f"http://{text}"
+    if not urlsplit(url).hostname:
+        raise argparse.ArgumentTypeError(f"{text} is no address of a node")
+    return url
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--url",
+        type=_url,
+        default=argparse.SUPPRESS,
+        help="address of any node (default: $LLUMNIX_URL, or http://127.0.0.1:8000)",
+    )
+    common.add_argument(
+        "-o",
+        "--output",
+        choices=("table", "json"),
+        default=argparse.SUPPRESS,
+        help="how to print (default: table)",
+    )
+    parser = argparse.ArgumentParser(
+        prog="llumnixctl", description="Look at a cluster and move its requests.", parents=[common]
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        text = (command.__doc__ or "").strip()
+        one = commands.add_parser(name, help=text, description=text, parents=[common])
+        if name == "migrate":
+            one.add_argument("request", help="id of the request, or its beginning")
+            one.add_argument("--to", required=True, metavar="INSTANCE", help="where it is to go")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, or 1 after one sentence on standard error."""
+    arguments = make_parser().parse_args(argv)
+    url = getattr(arguments, "url", None) or _url(
+        os.environ.get("LLUMNIX_URL", "http://127.0.0.1:8000")
+    )
+    cluster = Cluster(url, os.environ.get("VLLM_API_KEY"))
+    try:
+        rows = COMMANDS[arguments.command](cluster, arguments)
+    except CommandError as error:
+        print(f"llumnixctl: {error}", file=sys.stderr)
+        return 1
+    if getattr(arguments, "output", "table") == "json":
+        print(orjson.dumps(rows, option=orjson.OPT_INDENT_2).decode())
+    else:
+        print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

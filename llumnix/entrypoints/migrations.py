@@ -1,0 +1,301 @@
+"""The migrations of a node as a whole: what operators, the leader and other nodes ask for.
+
+Lives on the node's event loop. The actor admits and records, `Departure` and `Arrivals` do.
+"""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pykka import ActorDeadError
+
+from llumnix import metrics
+from llumnix.cluster import ClusterView, InstanceId, NodeId
+from llumnix.engine.arrival import Arrivals
+from llumnix.engine.base import EngineDead, EngineError
+from llumnix.engine.departure import Departure, Ended, Groups, Limits, MigrationError
+from llumnix.engine.exchange import Exchange
+from llumnix.engine.hosted import HostedInstance
+from llumnix.engine.tenant import Tenant
+from llumnix.policy.rebalance import Pair, Thresholds, room
+from llumnix.policy.select import DRAIN_RULE, Candidate, choose
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MIGRATE_SECONDS = 60.0  # the longest that a commanded migration may take
+LIST_SECONDS = 5.0  # for a node to list its requests
+TIDY_FIRST, TIDY_LONGEST = 0.5, 8.0  # seconds until a record is removed again, doubling
+SETTLE_SECONDS = 1.0  # that a move which was made waits for its record to go
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How this node's migrations are chosen and done."""
+
+    limits: Limits
+    rule: str  # a key of policy.select.RULES
+    thresholds: Thresholds
+
+
+async def _pass(step: str) -> None:
+    """Nothing stops a migration on its way, except in tests."""
+
+
+class Migrations:
+    """Everything about migrations that other parts of the node call."""
+
+    def __init__(
+        self, exchange: Exchange, actor: Any, view: Callable[[], ClusterView], rules: Rules
+    ) -> None:
+        self._exchange = exchange
+        self._actor = actor  # proxy of the MigrationActor
+        self._view = view
+        self._rules = rules
+        self._groups = Groups()
+        self._under_way: set[asyncio.Task[Any]] = set()
+        self.at: Callable[[str], Awaitable[None]] = _pass
+        self._arrivals = Arrivals(exchange, actor, lambda step: self.at(step))
+        exchange.procedures |= {"migrate": self._migrate, "requests": self._list}
+
+    async def close(self) -> None:
+        """End what is under way; the requests stay where they are."""
+        while self._under_way:  # a migration that ends leaves its record to be removed
+            for task in self._under_way:
+                task.cancel()
+            await asyncio.gather(*self._under_way, return_exceptions=True)
+        await self._arrivals.close()
+
+    # ---- for operators and the leader ----
+
+    async def requests(self) -> list[dict[str, Any]]:
+        """All requests of the cluster, as far as its nodes answer."""
+        nodes = sorted(self._view().nodes)
+        lists = await asyncio.gather(
+            *(self._exchange.call(node, "", "requests", (), LIST_SECONDS) for node in nodes),
+            return_exceptions=True,
+        )
+        found: list[dict[str, Any]] = []
+        for node, answer in zip(nodes, lists, strict=True):
+            if isinstance(answer, EngineError | TimeoutError):
+                logger.warning("node %s did not list its requests: %s", node, answer)
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                found += answer
+        return found
+
+    async def migrate(self, request_id: str, destination: InstanceId) -> dict[str, Any]:
+        """Move a request by hand. Raises MigrationError if that can't be, LookupError if it is not.
+
+        `request_id` may be a beginning of the id that only one request has.
+        """
+        if destination not in self._view().instances:
+            raise LookupError(f"there is no instance {destination}")
+        listed = await self.requests()
+        exact = [r for r in listed if r["id"] == request_id]
+        found = exact or [r for r in listed if r["id"].startswith(request_id)]
+        if len(found) != 1:
+            many = f"{len(found)} requests begin with" if found else "there is no request"
+            raise LookupError(f"{many} {request_id}")
+        return await self.command(
+            found[0]["node"], found[0]["instance"], destination, "operator", found[0]["id"]
+        )
+
+    async def command(
+        self,
+        node: NodeId,
+        source: InstanceId,
+        destination: InstanceId,
+        reason: str,
+        request_id: str = "",
+        epoch: int = 0,
+    ) -> dict[str, Any]:
+        """Have a source move a request, of its own choice if none is named.
+
+        Raises MigrationError. `epoch` is the leader's, 0 if it is no leader who asks.
+        """
+        arguments = (request_id, destination, reason, epoch)
+        try:
+            answer = await self._exchange.call(node, source, "migrate", arguments, MIGRATE_SECONDS)
+        except TimeoutError as error:
+            raise MigrationError(f"node {node} did not say what became of the move") from error
+        return dict(answer)
+
+    # ---- what nodes ask of each other ----
+
+    async def _list(self, instance: InstanceId) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": tenant.request_id,
+                "instance": hosted.id,
+                "node": self._exchange.node,
+                "state": "running" if tenant.started else "waiting",
+                "tokens": tenant.tokens,
+                "generated": tenant.position,
+                "priority": tenant.priority,
+            }
+            for hosted in self._exchange.hosted.values()
+            for tenant in hosted.tenants
+        ]
+
+    async def _migrate(
+        self, source: InstanceId, request_id: str, destination: InstanceId, reason: str, epoch: int
+    ) -> dict[str, Any]:
+        """Move a request away from an instance of this node. Raises MigrationError."""
+        view = self._view()
+        if epoch and epoch < view.leader_epoch:
+            metrics.MIGRATION_CONFLICTS.inc()
+            raise MigrationError(
+                f"epoch {epoch} is over: node {view.leader} leads in epoch {view.leader_epoch}"
+            )
+        hosted = self._exchange.hosted.get(source)
+        if hosted is None:
+            raise EngineDead(f"instance {source} is not on node {self._exchange.node}")
+        if request_id:
+            tenant = hosted.find(request_id)
+            if tenant is None:
+                raise Ended(f"request {request_id} is not at instance {source}")
+        else:
+            tenant = self._choose(hosted, destination, reason == "drain")
+        return await self._spawn(self._depart(hosted, tenant, destination, reason))
+
+    def _choose(self, hosted: HostedInstance, destination: InstanceId, drains: bool) -> Tenant:
+        free = room(self._view(), Pair(hosted.id, destination), self._rules.thresholds)
+        if free is None:
+            raise MigrationError(f"the load of {hosted.id} or {destination} is not known")
+        size = hosted.facts.block_size if hosted.facts else 1
+        candidates = {
+            tenant.request_id: Candidate(
+                request=tenant.request_id,
+                priority=tenant.priority,
+                tokens=tenant.tokens,
+                blocks=-(-(tenant.tokens + 1) // size),
+                running=tenant.started,
+                order=order,
+                generated=tenant.position,
+            )
+            for order, tenant in enumerate(hosted.tenants)
+            if tenant.stuck is None and not tenant.leaving
+        }
+        rule = DRAIN_RULE if drains else self._rules.rule
+        chosen = choose(candidates.values(), rule, free)
+        tenant = hosted.find(chosen.request) if chosen is not None else None
+        if tenant is None:
+            raise MigrationError(f"no request of {hosted.id} would fit {destination}")
+        return tenant
+
+    async def _depart(
+        self, hosted: HostedInstance, tenant: Tenant, destination: InstanceId, reason: str
+    ) -> dict[str, Any]:
+        """One migration from its proposal to its end, counted."""
+        self._check(hosted, tenant, destination)
+        info = self._view().instances[destination]
+        migration = uuid.uuid4().hex
+        departure = Departure(
+            migration,
+            hosted,
+            tenant,
+            destination,
+            info.node,
+            self._exchange,
+            self._actor,
+            self._groups,
+            self._rules.limits,
+            lambda step: self.at(step),
+        )
+        began = time.monotonic()
+        tenant.leaving = True
+        outcome, failure = "aborted", "this node stops"
+        try:
+            await self.at("propose")
+            await self._actor.propose(
+                migration,
+                tenant.request_id,
+                tenant.epoch,
+                hosted.id,
+                destination,
+                -(-(tenant.tokens + 1) // departure.block_size),
+                reason,
+            )
+            await departure.run()
+            outcome, failure = "moved", ""
+        except Ended as error:
+            outcome, failure = "ended", str(error)
+            raise
+        except (EngineError, TimeoutError) as error:
+            outcome, failure = "aborted", str(error) or "an answer did not come in time"
+            raise MigrationError(failure) from error
+        finally:
+            tenant.leaving = False
+            seconds = time.monotonic() - began
+            self._count(departure, reason, outcome, seconds)
+            if failure:
+                logger.info("request %s stays at %s: %s", tenant.request_id, hosted.id, failure)
+            # It hears of the end before anything else of this request is proposed.
+            told = self._actor.ended(migration, failure or None)
+            tidying = self._spawn(self._tidy(told, migration, failure or None))
+        await asyncio.wait([tidying], timeout=SETTLE_SECONDS)
+        logger.info(
+            "request %s moved from %s to %s in %.0f ms (%s)",
+            *(tenant.request_id, hosted.id, destination, seconds * 1e3, reason),
+        )
+        progress = departure.progress
+        return {
+            "request": tenant.request_id,
+            "source": hosted.id,
+            "destination": destination,
+            "outcome": outcome,
+            "seconds": round(seconds, 4),
+            "stages": progress.stages,
+            "blocks_sent": progress.blocks_sent,
+            "blocks_skipped": progress.blocks_skipped,
+            "bytes_sent": progress.bytes_sent,
+        }
+
+    async def _tidy(self, told: Any, migration: str, failure: str | None) -> None:
+        """See that a record is removed, which takes as long as etcd is silent."""
+        pause = TIDY_FIRST
+        while True:
+            try:
+                if await told:
+                    return
+            except TimeoutError:
+                logger.info("the end of migration %s is not yet in the books", migration)
+            except ActorDeadError:
+                return  # this node stops, and its lease takes the record along
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, TIDY_LONGEST)
+            told = self._actor.ended(migration, failure)
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+        task = asyncio.get_running_loop().create_task(work)
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        return task
+
+    def _check(self, hosted: HostedInstance, tenant: Tenant, destination: InstanceId) -> None:
+        if destination == hosted.id:
+            raise MigrationError(f"request {tenant.request_id} is at {destination} already")
+        if destination not in self._view().instances:
+            raise MigrationError(f"there is no instance {destination}")
+        if tenant.leaving:
+            raise MigrationError(f"request {tenant.request_id} is moving already")
+        if tenant.stuck is not None:
+            raise MigrationError(f"request {tenant.request_id} can't move: {tenant.stuck}")
+        if hosted.facts is None or not hosted.facts.resumes:
+            raise MigrationError(f"instance {hosted.id} has a scheduler of its own")
+
+    @staticmethod
+    def _count(departure: Departure, reason: str, outcome: str, seconds: float) -> None:
+        progress = departure.progress
+        metrics.MIGRATIONS.labels(reason, outcome, str(progress.stages)).inc()
+        metrics.MIGRATION_SECONDS.observe(seconds)
+        metrics.MIGRATION_BLOCKS.labels("sent").inc(progress.blocks_sent)
+        metrics.MIGRATION_BLOCKS.labels("skipped").inc(progress.blocks_skipped)
+        metrics.MIGRATION_BYTES.inc(progress.bytes_sent)

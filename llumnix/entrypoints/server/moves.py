@@ -1,0 +1,50 @@
+"""The routes by which operators see requests and move them."""
+
+from collections.abc import Callable, Mapping
+
+import orjson
+from aiohttp import web
+
+from llumnix.engine.base import EngineError
+from llumnix.entrypoints.migrations import Migrations
+from llumnix.entrypoints.server.admin import json_response
+from llumnix.entrypoints.server.errors import error_response
+
+
+class Moves:
+    """Lists the cluster's requests, and moves one by hand."""
+
+    def __init__(
+        self,
+        migrations: Callable[[], Migrations],
+        authorised: Callable[[Mapping[str, str]], bool],
+    ) -> None:
+        self._migrations = migrations
+        self._authorised = authorised
+
+    async def requests(self, request: web.Request) -> web.Response:
+        """All requests of the cluster, running and waiting."""
+        if not self._authorised(request.headers):
+            return error_response(401, "wrong or missing API key")
+        return json_response(await self._migrations().requests())
+
+    async def migrate(self, request: web.Request) -> web.Response:
+        """Move `request` to the instance `to`; answers when it has moved, or why it has not.
+
+        404 for an unknown request or instance, 409 if it goes on where it is.
+        """
+        if not self._authorised(request.headers):
+            return error_response(401, "wrong or missing API key")
+        try:
+            body = orjson.loads(await request.read())
+            request_id, destination = body["request"], body["to"]
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            return error_response(400, 'the body must be JSON: {"request": …, "to": …}')
+        if not (isinstance(request_id, str) and isinstance(destination, str) and request_id):
+            return error_response(400, "request and to must be strings")
+        try:
+            return json_response(await self._migrations().migrate(request_id, destination))
+        except LookupError as error:
+            return error_response(404, str(error.args[0]))
+        except EngineError as error:
+            return error_response(409, str(error))
