@@ -1,0 +1,307 @@
+"""Two vLLM engines and the parts of a node around them, for measurements of migrations."""
+
+import asyncio
+import itertools
+import os
+import random
+import tempfile
+import time
+from bisect import bisect_left
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.engine import EngineCoreRequest
+
+from llumnix.actors.migration import MigrationActor
+from llumnix.cluster import ClusterView, InstanceInfo, InstanceState
+from llumnix.control.embedded import EmbeddedEtcd
+from llumnix.control.etcd import Etcd
+from llumnix.control.handshake import Handshake
+from llumnix.control.keys import Keys, Kind
+from llumnix.control.session import Session
+from llumnix.engine.base import Transfer
+from llumnix.engine.client import ClusterClient, Route
+from llumnix.engine.departure import Limits
+from llumnix.engine.exchange import Exchange
+from llumnix.engine.hosted import HostedInstance
+from llumnix.engine.peer import Peers
+from llumnix.engine.vllm.arguments import engine_config, make_parser
+from llumnix.engine.vllm.blocks import Rendezvous
+from llumnix.engine.vllm.instance import VllmEngine
+from llumnix.engine.vllm.launcher import Placement, start_fork_server
+from llumnix.engine.vllm.placement import place
+from llumnix.entrypoints.migrations import Migrations, Rules
+from llumnix.policy.rebalance import Thresholds
+
+NODE = "bench"
+ON_CPU = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--block-size", "32"]
+# NCCL refuses two ranks on one GPU unless each says that it is on a host of its own.
+ONE_GPU = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+
+
+class Stream:
+    """One request as its client sees it: when each token came."""
+
+    def __init__(self, request: EngineCoreRequest, target: str) -> None:
+        self.request = request
+        self.target = target  # where it is to start
+        self.tokens: list[int] = []
+        self.times: list[float] = []
+        self._changed = asyncio.Event()
+        self.failure: str | None = None
+
+    @property
+    def position(self) -> int:
+        """Tokens so far."""
+        return len(self.tokens)
+
+    def take(self, tokens: Sequence[int], at: float) -> None:
+        """Some tokens have come."""
+        self.tokens += tokens
+        self.times += [at] * len(tokens)
+        self._changed.set()
+
+    def fail(self, reason: str) -> None:
+        """No more will come."""
+        self.failure = reason
+        self._changed.set()
+
+    async def reach(self, position: int) -> None:
+        """Wait for so many tokens. Raises RuntimeError if they will not come."""
+        async with asyncio.timeout(120):
+            while len(self.tokens) < position:
+                if self.failure is not None:
+                    raise RuntimeError(self.failure)
+                self._changed.clear()
+                await self._changed.wait()
+
+    def steps(self, since: float = 0.0, until: float = float("inf")) -> list[tuple[float, float]]:
+        """The time between two tokens, and when that was, for those within a span."""
+        first, last = bisect_left(self.times, since), bisect_left(self.times, until)
+        inside = self.times[first:last]
+        return [(b - a, b) for a, b in itertools.pairwise(inside)]
+
+    def widest(self, since: float, until: float) -> float:
+        """The longest time between two tokens within a span, its ends included."""
+        first = max(bisect_left(self.times, since) - 1, 0)
+        inside = [t for t in self.times[first:] if t <= until]
+        return max(b - a for a, b in itertools.pairwise(inside))
+
+
+class Stage:
+    """Two hosted engines of one node, and streams between them."""
+
+    def __init__(self, exchange: Exchange, migrations: Migrations, device: str) -> None:
+        self.device = device
+        self.exchange = exchange
+        self.instances = sorted(exchange.hosted)
+        self.client = ClusterClient(exchange, self._dispatch, len(self.instances))
+        self.client.on_failure = lambda request_id, reason, refused: self._fail(request_id, reason)
+        self._migrations = migrations
+        self._streams: dict[str, Stream] = {}
+        self._turn = 0
+
+    def open(self, request: EngineCoreRequest, instance: str | None = None) -> Stream:
+        """Send a request to an instance, in turn if none is named."""
+        self._turn += 1
+        stream = Stream(request, instance or self.instances[self._turn % 2])
+        self._streams[request.request_id] = stream
+        self.client.ledger.open(request.request_id, request)
+        self.client._spawn(self.client._place(request.request_id))
+        return stream
+
+    async def end(self, stream: Stream) -> None:
+        """End a stream, and forget what the engines remember of it."""
+        del self._streams[stream.request.request_id]
+        await self.client.abort_requests_async([stream.request.request_id])
+        if not self._streams:
+            await self.forget()
+
+    async def forget(self) -> None:
+        """Empty both prefix caches: a later move would find there what it ought to send."""
+        for hosted in self.exchange.hosted.values():
+            while not await hosted.engine.call("reset_prefix_cache", False, False):
+                await asyncio.sleep(0.01)
+
+    def ends(self, stream: Stream) -> tuple[str, str]:
+        """The instance where a stream is, and the other one."""
+        entry = self.client.ledger.get(stream.request.request_id)
+        assert entry is not None and entry.owner is not None
+        return entry.owner, next(i for i in self.instances if i != entry.owner)
+
+    def copy_cpu_seconds(self) -> float:
+        """CPU time that all transfers have taken."""
+        return sum(h.engine.blocks.cpu_seconds for h in self.exchange.hosted.values())  # type: ignore[attr-defined]
+
+    async def move(
+        self, stream: Stream, destination: str, how: str, fresh: bool = False
+    ) -> dict[str, float]:
+        """Move a stream live, or by one of the two ways that stop it first."""
+        source, _ = self.ends(stream)
+        if how == "live":
+            report = await self._migrations.command(
+                NODE, source, destination, "operator", stream.request.request_id
+            )
+            sent = {k: float(report[k]) for k in ("stages", "blocks_sent", "bytes_sent")}
+            return sent
+        hosted, target = self.exchange.hosted[source], self.exchange.hosted[destination]
+        tenant = hosted.find(stream.request.request_id)
+        assert tenant is not None and target.facts is not None
+        migration = f"{how}-{time.monotonic_ns()}"
+        copied = 0
+        await hosted.next_output(tenant, 10.0)
+        if how == "copy":
+            hashes = await hosted.engine.blocks.export(migration, tenant.name)
+        # From here on nothing is generated.
+        del hosted._tenants[tenant.name], hosted._names[tenant.request_id]
+        await hosted.engine.abort([tenant.name])
+        if how == "copy":
+            copied = await self._copy(migration, hosted, target, hashes)
+        hosted._tenants[tenant.name] = tenant
+        hosted._names[tenant.request_id] = tenant.name
+        await hosted.hand_over(tenant, destination, NODE)
+        await stream.reach(stream.position + 1)
+        await hosted.engine.blocks.drop(migration)
+        await target.engine.blocks.drop(migration)
+        return {"stages": 1.0, "blocks_sent": 0.0, "bytes_sent": float(copied)}
+
+    async def _copy(
+        self, migration: str, source: HostedInstance, target: HostedInstance, hashes: list[bytes]
+    ) -> int:
+        present = await target.engine.blocks.reserve(migration, hashes)
+        pair = f"{source.id}--{target.id}"
+        name = self._migrations._groups.name(pair)
+        transfer = Transfer(pair, name, present, len(hashes) - present, 60.0)
+        sent, _ = await asyncio.gather(
+            source.engine.blocks.send(migration, transfer),
+            target.engine.blocks.receive(migration, transfer),
+        )
+        return sent
+
+    async def read(self) -> None:
+        """Hand what the client accepts to its streams; a task of its own."""
+        while True:
+            outputs = await self.client.get_output_async()
+            now = time.monotonic()
+            for output in outputs.outputs:
+                if (stream := self._streams.get(output.request_id)) is not None:
+                    stream.take(output.new_token_ids, now)
+
+    def _fail(self, request_id: str, reason: str) -> None:
+        if (stream := self._streams.get(request_id)) is not None:
+            stream.fail(reason)
+
+    async def _dispatch(self, tokens: int, priority: int, avoid: frozenset[str]) -> Route:
+        waiting = [
+            s for i, s in self._streams.items() if (e := self.client.ledger.get(i)) and not e.owner
+        ]
+        return Route(waiting[0].target, NODE, 0)
+
+
+def request_of(name: str, prompt: int, seed: int, outputs: int) -> EngineCoreRequest:
+    """A request of so many random prompt tokens, which goes on for so many outputs."""
+    draw = random.Random(f"{name}{seed}{time.monotonic_ns()}")
+    return EngineCoreRequest(
+        request_id=f"{name}-{draw.getrandbits(32):x}",
+        prompt_token_ids=[draw.randrange(1000, 30_000) for _ in range(prompt)],
+        mm_features=None,
+        sampling_params=SamplingParams(
+            temperature=0.0, max_tokens=min(outputs, 4096 - prompt), ignore_eos=True
+        ),
+        pooling_params=None,
+        arrival_time=time.time(),
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+
+
+def engine_arguments(model: str, extra: Sequence[str]) -> VllmConfig:
+    """vLLM's configuration of both engines."""
+    parser = make_parser("bench")
+    own = ON_CPU if current_platform.is_cpu() else []
+    return engine_config(parser, parser.parse_args(["--model", model, *own, *extra]))
+
+
+def placements(config: VllmConfig) -> list[Placement]:
+    """A share of the machine for each engine; a lone GPU serves both."""
+    if current_platform.is_cpu():
+        return [place(config, slot, 2) for slot in range(2)]
+    if current_platform.device_count() > 1:
+        return [place(config, slot, 2) for slot in range(2)]
+    return [
+        Placement({"CUDA_VISIBLE_DEVICES": "0", "NCCL_HOSTID": f"host-{slot}", **ONE_GPU})
+        for slot in range(2)
+    ]
+
+
+@asynccontextmanager
+async def make_stage(model: str, extra: Sequence[str], seconds: float) -> AsyncIterator[Stage]:
+    """Two engines that are up, with an etcd of their own; everything ends with the block."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    start_fork_server()
+    config = engine_arguments(model, extra)
+    with tempfile.TemporaryDirectory(prefix="llumnix-bench-") as folder:
+        embedded = EmbeddedEtcd(Path(folder) / "etcd")
+        embedded.start()
+        etcd = Etcd(list(embedded.endpoints))
+        keys = Keys("bench")
+        session = Session(etcd, 6.0)
+        session.start()
+        actor = MigrationActor.start(Handshake(etcd, session, keys), 4, 0)
+        arguments = {"endpoints": list(embedded.endpoints), "prefix": f"{keys.prefix}{Kind.C10D}/"}
+        meet = Rendezvous("llumnix.control.c10d_store.EtcdStore", arguments, "127.0.0.1")
+        exchange = Exchange(NODE, Peers(NODE, "bench", "bench", lambda node: None))
+        home = _Home()
+        hosted = []
+        for slot, placement in enumerate(placements(config)):
+            name = f"{NODE}-{slot}"
+            log = Path(os.environ.get("LLUMNIX_BENCH_LOGS", folder)) / f"{name}.log"
+            engine = VllmEngine(name, config, placement, log, seconds, meet)
+            hosted.append(HostedInstance(engine, slot, home))
+        try:
+            await asyncio.gather(*(h.start() for h in hosted))
+            exchange.hosted |= {h.id: h for h in hosted}
+            rules = Rules(Limits(within=30.0), "low", Thresholds())
+            view = _view(hosted)
+            migrations = Migrations(exchange, actor.proxy(), lambda: view, rules)
+            stage = Stage(exchange, migrations, current_platform.device_name or "CPU")
+            home.client = stage.client
+            reading = asyncio.create_task(stage.read())
+            yield stage
+            reading.cancel()
+            await migrations.close()
+        finally:
+            await asyncio.gather(*(h.stop(10.0) for h in hosted))
+            await exchange.close()
+            actor.stop()
+            session.stop()
+            etcd.close()
+            embedded.stop()
+
+
+class _Home:
+    """The node's own API server, made after the instances."""
+
+    node = NODE
+    client: Any = None
+
+    def deliver(self, frame: Any, stats: Any = None) -> None:
+        if self.client is not None:
+            self.client.deliver(frame, stats)
+
+
+def _view(hosted: Sequence[HostedInstance]) -> ClusterView:
+    infos = {}
+    for one in hosted:
+        assert one.facts is not None
+        infos[one.id] = InstanceInfo(
+            one.id, NODE, "bench", InstanceState.READY, one.facts.total_blocks, one.facts.block_size
+        )
+    return ClusterView(instances=MappingProxyType(infos))
