@@ -1,0 +1,72 @@
+"""Nodes of one process over a real etcd; no actor and no thread may outlive its test."""
+
+import itertools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from llumnix.control.etcd import Etcd
+from llumnix.control.keys import Keys
+from llumnix.control.session import Session
+from llumnix.engine import arrival, departure
+from llumnix.entrypoints import migrations
+from tests.kit.etcd import EtcdCluster
+from tests.kit.migrating import Control
+from tests.kit.wait import eventually
+
+_numbers = itertools.count()
+
+
+@contextmanager
+def _controls(etcd: EtcdCluster, call_timeout: float) -> Iterator[dict[str, Control]]:
+    controls = {}
+    for name in ("a", "b", "c"):
+        client = Etcd(etcd.endpoints, call_timeout=call_timeout)
+        controls[name] = Control(client, Session(client, ttl=30))
+    try:
+        for control in controls.values():
+            control.session.start()
+            assert control.session.wait_held(5)
+        yield controls
+    finally:
+        for control in controls.values():
+            control.session.stop()
+            control.etcd.close()
+
+
+@pytest.fixture(scope="session")
+def controls() -> Iterator[dict[str, Control]]:
+    """The ways of three nodes to an etcd that all tests share."""
+    with EtcdCluster(1) as etcd, _controls(etcd, call_timeout=1.5) as controls:
+        yield controls
+
+
+@pytest.fixture(scope="session")
+def frail() -> Iterator[tuple[EtcdCluster, dict[str, Control]]]:
+    """An etcd to be frozen, and the ways of three nodes to it, which are given up early."""
+    with EtcdCluster(1) as etcd, _controls(etcd, call_timeout=0.3) as controls:
+        yield etcd, controls
+
+
+@pytest.fixture
+def keys() -> Keys:
+    """A cluster of its own for each test, as they share one etcd."""
+    return Keys(f"test{next(_numbers)}")
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is waited for in vain is given up early."""
+    monkeypatch.setattr(departure, "GRACE", 0.1)
+    monkeypatch.setattr(arrival, "FIRST_OUTPUT", 0.3)
+    monkeypatch.setattr(migrations, "TIDY_FIRST", 0.05)
+    monkeypatch.setattr(migrations, "TIDY_LONGEST", 0.2)
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    eventually(lambda: not (set(threading.enumerate()) - before), within=3)
