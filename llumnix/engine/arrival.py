@@ -55,6 +55,7 @@ class Arrivals:
         self._at = at  # told of each step before it is taken; tests stop a migration there
         self._arrivals: dict[str, Arrival] = {}  # by migration
         self._tasks: set[asyncio.Task[None]] = set()
+        self._stops = False
         exchange.on_node_lost.append(self._on_node_lost)
         exchange.procedures |= {
             "migration_offer": self.offer,
@@ -70,6 +71,8 @@ class Arrivals:
         self, instance: InstanceId, migration: str, request_id: str, source: NodeId, blocks: int
     ) -> None:
         """Accept or refuse a migration from a node. Raises EngineError to refuse."""
+        if self._stops:
+            raise EngineError(f"node {self._exchange.node} stops")
         hosted = self._exchange.hosted.get(instance)
         if hosted is None:
             raise EngineDead(f"instance {instance} is gone")
@@ -132,7 +135,8 @@ class Arrivals:
         self._finish(migration, arrival)
 
     async def close(self) -> None:
-        """End what waits here."""
+        """End what waits here, and accept nothing more."""
+        self._stops = True
         for arrival in self._arrivals.values():
             arrival.coming.cancel()
             if arrival.timer is not None:

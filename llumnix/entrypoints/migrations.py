@@ -59,12 +59,14 @@ class Migrations:
         self._rules = rules
         self._groups = Groups()
         self._under_way: set[asyncio.Task[Any]] = set()
+        self._stops = False
         self.at: Callable[[str], Awaitable[None]] = _pass
         self._arrivals = Arrivals(exchange, actor, lambda step: self.at(step))
         exchange.procedures |= {"migrate": self._migrate, "requests": self._list}
 
     async def close(self) -> None:
-        """End what is under way; the requests stay where they are."""
+        """End what is under way, and begin nothing more; the requests stay where they are."""
+        self._stops = True
         while self._under_way:  # a migration that ends leaves its record to be removed
             for task in self._under_way:
                 task.cancel()
@@ -148,6 +150,8 @@ class Migrations:
         self, source: InstanceId, request_id: str, destination: InstanceId, reason: str, epoch: int
     ) -> dict[str, Any]:
         """Move a request away from an instance of this node. Raises MigrationError."""
+        if self._stops:
+            raise MigrationError(f"node {self._exchange.node} stops")
         view = self._view()
         if epoch and epoch < view.leader_epoch:
             metrics.MIGRATION_CONFLICTS.inc()
@@ -163,7 +167,13 @@ class Migrations:
                 raise Ended(f"request {request_id} is not at instance {source}")
         else:
             tenant = self._choose(hosted, destination, reason == "drain")
-        return await self._spawn(self._depart(hosted, tenant, destination, reason))
+        departing = self._spawn(self._depart(hosted, tenant, destination, reason))
+        try:
+            return await departing
+        except asyncio.CancelledError:
+            if not self._stops:
+                raise  # not the migration is ended, but who waits for it
+            raise MigrationError(f"node {self._exchange.node} stops") from None
 
     def _choose(self, hosted: HostedInstance, destination: InstanceId, drains: bool) -> Tenant:
         free = room(self._view(), Pair(hosted.id, destination), self._rules.thresholds)
@@ -211,7 +221,7 @@ class Migrations:
         )
         began = time.monotonic()
         tenant.leaving = True
-        outcome, failure = "aborted", "this node stops"
+        outcome, failure = "aborted", "it was called off"
         try:
             await self.at("propose")
             await self._actor.propose(
