@@ -1,6 +1,7 @@
 """Live migrations on a mesh: real links and real records in etcd, to be stopped at any step."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from llumnix.engine.sim.instance import SimEngine
 from llumnix.engine.sim.model import ModelConfig
 from llumnix.entrypoints.migrations import Migrations, Rules
 from llumnix.policy.rebalance import Thresholds
+from tests.kit.loop import soon
 from tests.kit.mesh import SMALL, MeshNode, Stream, mesh
 from tests.kit.pace import Pace
 from tests.kit.requests import answer
@@ -114,6 +116,7 @@ class Cluster:
         self.paces: dict[str, Pace] = {}
         self.order: list[str] = []  # in which instances are tried for a request
         self.cut: set[frozenset[str]] = set()  # pairs of nodes that can't reach each other
+        self.lost: Counter[tuple[str, str]] = Counter()  # by whom a connection to whom
         self.stops: list[Stop] = []
         self.leader_epoch = 0
         self.answers: dict[str, list[int]] = {}  # the right ones
@@ -197,15 +200,22 @@ class Cluster:
         return self.stops[-1]
 
     async def lose_link(self, one: str, other: str) -> None:
-        """End the connections between two nodes, which may make new ones."""
-        for link in list(self.sites[one].node.peers._running):
-            if link.node == other:
-                await link.close()
+        """End the connections between two nodes, which may make new ones; both have seen it."""
+        links = [k for k in self.sites[one].node.peers._running if k.node == other]
+        was = Counter(self.lost)
+        for link in links:
+            await link.close()
+        if links:
+            both = ((one, other), (other, one))
+            await soon(lambda: all(self.lost[pair] > was[pair] for pair in both))
 
     async def sever(self, one: str, other: str) -> None:
         """End the connections between two nodes for good."""
         self.cut.add(frozenset((one, other)))
         await self.lose_link(one, other)
+
+    def losing(self, node: str) -> Callable[[str, str], None]:
+        return lambda other, reason: self.lost.update([(node, other)])
 
     def open(self) -> None:
         """Let all engines run."""
@@ -247,6 +257,7 @@ async def cluster(
                 record = handshake(control.etcd, control.session, keys)
                 whole.sites[node.name] = Site(node, record, whole)
                 node.dispatch = whole.dispatch_of(node)
+                node.exchange.on_node_lost.append(whole.losing(node.name))
                 addresses = node._mesh.addresses
                 node.peers._address_of = whole.address_of(node.name, addresses)
             yield whole

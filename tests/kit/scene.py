@@ -39,7 +39,10 @@ class Scene:
         self._moving = self.cluster.move(NAME, self.source, self.destination)
         reached = asyncio.ensure_future(self._stop.reached.wait())
         await asyncio.wait([reached, self._moving], return_when=asyncio.FIRST_COMPLETED)
-        if step != "resume":  # which the destination comes to by itself
+        if step == "resume":  # the destination's last step, when all is done at the source
+            await self._moving
+            await soon(lambda: self.cluster.where(NAME) == [self.destination])
+        else:
             assert not self._moving.done(), f"before {step!r}: {self._moving.result()}"
         await reached
 
@@ -79,11 +82,9 @@ class Scene:
         """Whatever has happened, it can move as any other."""
         await check_invariants(self.cluster)
         (here,) = self.cluster.where(NAME)
-        there = next(
-            i
-            for i in (self.destination, self.spare, self.source)
-            if i != here and self.cluster.alive(i) and self._can_go(here, i)
-        )
+        others = [i for i in (self.destination, self.spare, self.source) if i != here]
+        near = [i for i in others if self.cluster.alive(i) and self._can_go(here, i)]
+        there = near[0] if near else await self.cluster.host(self.layout.home)
         assert await self.cluster.move(NAME, here, there) == "moved"
         await soon(lambda: self.cluster.where(NAME) == [there])
 
