@@ -75,10 +75,9 @@ class Stop:
         self.reached = asyncio.Event()
         self._goes_on = asyncio.Event()
 
-    async def at(self, step: str) -> None:
-        if step == self.step and not self.reached.is_set():
-            self.reached.set()
-            await self._goes_on.wait()
+    async def wait(self) -> None:
+        self.reached.set()
+        await self._goes_on.wait()
 
     def release(self) -> None:
         self._goes_on.set()
@@ -89,6 +88,7 @@ class Site:
 
     def __init__(self, node: MeshNode, handshake: Handshake, cluster: "Cluster") -> None:
         self.node = node
+        self.handshake = handshake
         self.ref = MigrationActor.start(handshake, cluster.requests_limit, cluster.blocks_limit)
         self.actor = self.ref.proxy()
         rules = Rules(cluster.limits, "low", Thresholds())
@@ -192,7 +192,9 @@ class Cluster:
 
     async def at(self, step: str) -> None:
         for stop in self.stops:
-            await stop.at(step)
+            if stop.step == step and not stop.reached.is_set():
+                await stop.wait()
+                break
 
     def stop(self, step: str) -> Stop:
         """Stop the next migration that comes to this step."""
