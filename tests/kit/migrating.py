@@ -177,14 +177,14 @@ class Cluster:
         self.answers[name] = answer(prompt, tokens)
         return await self.sites[home].node.ask(name, prompt, tokens, **kwargs)
 
-    def move(self, name: str, source: str, destination: str) -> "asyncio.Task[str]":
-        """Begin to move a request; `moved`, or why it was not."""
+    def move(self, name: str, source: str, destination: str, asks: str = "") -> "asyncio.Task[str]":
+        """Begin to move a request, as that node asks; `moved`, or why it was not."""
         node = self.node_of(source).name
-        return asyncio.create_task(self._moved(node, source, destination, name))
+        return asyncio.create_task(self._moved(asks or node, node, source, destination, name))
 
-    async def _moved(self, node: str, source: str, destination: str, name: str) -> str:
+    async def _moved(self, asks: str, node: str, source: str, destination: str, name: str) -> str:
         try:
-            migrations = self.sites[node].migrations
+            migrations = self.sites[asks].migrations
             report = await migrations.command(node, source, destination, "operator", name)
         except EngineError as error:
             return str(error)
