@@ -1,6 +1,7 @@
 """What a live migration costs: the gap in the moved stream, and the slow-down of all others.
 
-    python benchmarks/migration.py [--json FILE] [--plots FOLDER]
+    python benchmarks/migration.py [--json FILE]
+    python benchmarks/migration_plots.py FILE FOLDER
 
 Two vLLM engines, each a process of its own, on the parts that a node is made of: the hosted
 instances, the exchange, the ledger, the migration actor with its record in a real etcd. Only HTTP
@@ -33,7 +34,7 @@ WARM = 24  # tokens before a stream is moved
 
 async def moved(stage: Stage, how: str, context: int, number: int) -> dict[str, float]:
     """One stream of so many prompt tokens is moved once; the gap in it, in seconds."""
-    stream = stage.open(request_of(f"{how}-{context}-{number}", context, number, 160))
+    stream = stage.open(request_of(f"{how}-{context}-{number}", context, number, 2000))
     await stream.reach(WARM)
     _, destination = stage.ends(stream)
     began = time.monotonic()
@@ -63,59 +64,67 @@ async def gaps(stage: Stage, rounds: int, contexts: Sequence[int]) -> list[dict[
     return rows
 
 
-async def slow_down(stage: Stage, seconds: float, others: int, context: int) -> dict[str, Any]:
-    """Step times of other streams on both engines, with one more stream moving to and fro or not.
+async def slow_down(stage: Stage, cycles: int, others: int, context: int) -> dict[str, Any]:
+    """Step times of other streams on both engines, while one more stream moves between them or not.
 
-    Windows of both kinds take turns, so that whatever else the machine does meets both.
+    In each cycle a new stream comes, which nothing is cached of yet, and is moved in every second
+    one; in the others a span of the same length is looked at, in which it stays where it is.
     """
     crowd = [
         stage.open(request_of(f"other-{n}", 64, n, 100_000), stage.instances[n % 2])
         for n in range(2 * others)
     ]
-    traveller = stage.open(request_of("traveller", context, 99, 100_000))
-    for stream in (*crowd, traveller):
+    for stream in crowd:
         await stream.reach(8)
-    times: dict[bool, list[float]] = {False: [], True: []}
-    moves = [0, 0.0]  # number, CPU seconds of the transfers
-    for window in tqdm(range(8), desc="slow-down", disable=None):
-        moving = window % 2 == 1
-        began = time.monotonic()
-        cpu = stage.copy_cpu_seconds()
-        while time.monotonic() - began < seconds / 8:
-            if moving:
-                _, destination = stage.ends(traveller)
-                await stage.move(traveller, destination, "live", fresh=True)
-                moves[0] += 1
-            else:
-                await asyncio.sleep(0.1)
+    steps: dict[str, list[float]] = {"still": [], "source": [], "destination": []}
+    copying, moving, span = 0.0, 0.0, 0.5  # seconds: CPU of transfers, of moves, of the last one
+    for cycle in tqdm(range(cycles), desc="slow-down", disable=None):
+        source = stage.instances[cycle // 2 % 2]
+        traveller = stage.open(request_of(f"traveller-{cycle}", context, cycle, 1000), source)
+        await traveller.reach(4)
+        _, destination = stage.ends(traveller)
+        cpu, began = stage.copy_cpu_seconds(), time.monotonic()
+        moves = cycle % 2 == 1
+        if moves:
+            await stage.move(traveller, destination, "live")
+            await traveller.reach(traveller.position + 1)
+            span = time.monotonic() - began
+            moving += span
+            copying += stage.copy_cpu_seconds() - cpu
+        else:
+            await asyncio.sleep(span)
         ended = time.monotonic()
-        moves[1] += stage.copy_cpu_seconds() - cpu
-        for stream in crowd:
-            times[moving] += [s for s, at in stream.steps(since=began) if at <= ended]
-    for stream in (*crowd, traveller):
+        for number, stream in enumerate(crowd):
+            here = stage.instances[number % 2]
+            role = "still" if not moves else "source" if here == source else "destination"
+            # A step that began within the span; the first belongs to what was before.
+            steps[role] += [s for s, at in stream.steps(since=began) if at <= ended]
+        await stage.end(traveller)
+    for stream in crowd:
         await stage.end(stream)
-    still, moving_mean = statistics.mean(times[False]), statistics.mean(times[True])
-    spent = sum(times[True]) / (2 * others)  # wall seconds in the moving windows
-    copy_share = moves[1] / 2 / spent  # of each engine's core
+    still = statistics.mean(steps["still"])
+    share = copying / 2 / moving  # of each engine's core
+    slower = {r: statistics.mean(steps[r]) / still - 1 for r in ("source", "destination")}
     return {
         "others": others,
         "context": context,
-        "migrations": moves[0],
-        "migrations_per_second": moves[0] / spent,
+        "migrations": cycles // 2,
+        "seconds_a_migration": moving / (cycles // 2),
         "step": still,
-        "step_while_migrating": moving_mean,
-        "slow_down": moving_mean / still - 1,
-        "copy_share_of_a_core": copy_share,
-        "slow_down_beyond_copy": moving_mean / still - 1 - copy_share,
+        "steps": {role: len(found) for role, found in steps.items()},
+        "slow_down": slower,
+        "copy_share_of_a_core": share,
+        "slow_down_beyond_copy": {role: value - share for role, value in slower.items()},
     }
 
 
 async def identity(stage: Stage, number: int, context: int) -> dict[str, int]:
     """How many of so many requests give the same tokens when they move as when they stay.
 
-    Beside it how many do in two runs without a move: an engine may differ from itself.
+    Beside it how many do when they stay in company: another batch rounds otherwise, so an engine
+    may differ from itself.
     """
-    same = {"requests": number, "moved": 0, "unmoved": 0}
+    same = {"requests": number, "moved": 0, "in company": 0}
     for n in tqdm(range(number), desc="identity", disable=None):
         first = request_of(f"same-{n}", context + 7 * n, n, 200)
         first.sampling_params = SamplingParams(
@@ -125,19 +134,24 @@ async def identity(stage: Stage, number: int, context: int) -> dict[str, int]:
             max_tokens=200,
             ignore_eos=True,
         )
-        runs = []
-        for run in range(3):
+        found = {}
+        for how in ("alone", "moved", "in company"):
             request = copy.deepcopy(first)
-            request.request_id = f"{first.request_id}-{run}"
+            request.request_id = f"{first.request_id}-{how}"
+            crowd = [
+                stage.open(request_of(f"crowd-{c}", 100, c, 2000), stage.instances[0])
+                for c in range(3 if how == "in company" else 0)
+            ]
             stream = stage.open(request, stage.instances[0])
-            if run == 0:
+            if how == "moved":
                 await stream.reach(20 + 11 * n % 100)
                 await stage.move(stream, stage.instances[1], "live")
             await stream.reach(200)
-            await stage.end(stream)
-            runs.append(stream.tokens)
-        same["moved"] += runs[0] == runs[1]
-        same["unmoved"] += runs[1] == runs[2]
+            for one in (stream, *crowd):
+                await stage.end(one)
+            found[how] = stream.tokens
+        for how in ("moved", "in company"):
+            same[how] += found[how] == found["alone"]
     return same
 
 
@@ -158,12 +172,17 @@ def table(gap_rows: list[dict[str, Any]], slow: dict[str, Any] | None) -> str:
             f"| {copy:.0f} ms ({copy / live:.1f}x) | {again:.0f} ms ({again / live:.1f}x) |"
         )
     if slow is not None:
-        lines += ["", "| other streams, a step | |", "|---|---|"]
-        lines += [f"| without migrations | {slow['step'] * 1e3:.2f} ms |"]
-        rate, step = slow["migrations_per_second"], slow["step_while_migrating"] * 1e3
-        lines += [f"| with {rate:.1f} migrations a second | {step:.2f} ms |"]
-        lines += [f"| slow-down | {slow['slow_down']:+.1%} |"]
-        lines += [f"| the copy's own share of a core | {slow['copy_share_of_a_core']:.1%} |"]
+        lines += ["", "| other streams, a step | source | destination |", "|---|---|---|"]
+        still, slower = slow["step"], slow["slow_down"]
+        ends = ("source", "destination")
+        rows = {
+            "without a migration": [f"{still * 1e3:.2f} ms"] * 2,
+            "during one": [f"{still * (1 + slower[e]) * 1e3:.2f} ms" for e in ends],
+            "slow-down": [f"{slower[e]:+.1%}" for e in ends],
+            "the copy's own share of a core": [f"{slow['copy_share_of_a_core']:.1%}"] * 2,
+            "slow-down beyond that": [f"{slow['slow_down_beyond_copy'][e]:+.1%}" for e in ends],
+        }
+        lines += [f"| {what} | {' | '.join(values)} |" for what, values in rows.items()]
     return "\n".join(lines)
 
 
@@ -174,10 +193,10 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.identity:
             result["identity"] = await identity(stage, args.identity, args.contexts[0])
             print(f"the same tokens: {result['identity']}", flush=True)
-        result["gaps"] = await gaps(stage, args.rounds, args.contexts)
-        if args.seconds:
+        result["gaps"] = await gaps(stage, args.rounds, args.contexts) if args.rounds else []
+        if args.cycles:
             result["slow_down"] = await slow_down(
-                stage, args.seconds, args.others, args.contexts[0]
+                stage, args.cycles, args.others, args.slow_down_context
             )
     return result
 
@@ -186,16 +205,20 @@ def main() -> None:
     """Measure, print a table, write JSON and plots."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=None, help="default: the small model of `make model`")
-    parser.add_argument("--rounds", type=int, default=5, help="moves of each kind and length")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="moves of each kind and length; 0: none"
+    )
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, help="prompt tokens")
     parser.add_argument("--identity", type=int, default=0, help="requests to compare with unmoved")
-    parser.add_argument("--seconds", type=float, default=80.0, help="for the slow-down; 0: without")
+    parser.add_argument("--cycles", type=int, default=100, help="of the slow-down; 0: without")
     parser.add_argument("--others", type=int, default=2, help="other streams on each engine")
+    parser.add_argument(
+        "--slow-down-context", type=int, default=512, help="prompt tokens of what moves"
+    )
     parser.add_argument(
         "--timeout", type=float, default=600.0, help="seconds for the engines to start"
     )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plots", type=Path, help="folder for the plots")
     args, args.engine_args = parser.parse_known_args()
     logging.getLogger("llumnix").setLevel(logging.WARNING)
     args.model = args.model or model_folder()
@@ -204,10 +227,6 @@ def main() -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1))
-    if args.plots:
-        from benchmarks.migration_plots import draw
-
-        draw(result, args.plots)
 
 
 if __name__ == "__main__":

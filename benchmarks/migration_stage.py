@@ -139,9 +139,7 @@ class Stage:
         """CPU time that all transfers have taken."""
         return sum(h.engine.blocks.cpu_seconds for h in self.exchange.hosted.values())  # type: ignore[attr-defined]
 
-    async def move(
-        self, stream: Stream, destination: str, how: str, fresh: bool = False
-    ) -> dict[str, float]:
+    async def move(self, stream: Stream, destination: str, how: str) -> dict[str, float]:
         """Move a stream live, or by one of the two ways that stop it first."""
         source, _ = self.ends(stream)
         if how == "live":
