@@ -18,6 +18,8 @@ import configargparse
 import yaml
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -128,6 +130,7 @@ def check(parser: NodeArgumentParser, arguments: argparse.Namespace) -> config.C
     """Check the whole configuration, llumnix's and vLLM's; ends with status 2 if it can't work."""
     try:
         node = config.from_arguments(arguments)
+        _load_parsers(arguments)
         server_symbol("validate_parsed_serve_args")(arguments)
         if arguments.data_parallel_size > 1:
             raise config.ConfigError(
@@ -136,6 +139,20 @@ def check(parser: NodeArgumentParser, arguments: argparse.Namespace) -> config.C
     except _REFUSALS as error:
         parser.error(_sentence(error))
     return node
+
+
+def _load_parsers(arguments: argparse.Namespace) -> None:
+    """Make the operator's own parsers known by name, as vLLM's server does at its start."""
+    if arguments.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(arguments.tool_parser_plugin)
+    if arguments.reasoning_parser_plugin:
+        ReasoningParserManager.import_reasoning_parser(arguments.reasoning_parser_plugin)
+    for option, name, known in (
+        ("tool-call", arguments.tool_call_parser, ToolParserManager.list_registered()),
+        ("reasoning", arguments.reasoning_parser, ReasoningParserManager.list_registered()),
+    ):
+        if name and name not in known:
+            raise config.ConfigError(f"--{option}-parser: there is no parser {name}")
 
 
 def engine_config(parser: NodeArgumentParser, arguments: argparse.Namespace) -> VllmConfig:

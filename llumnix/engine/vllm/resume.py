@@ -17,6 +17,8 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 _KEY = "llumnix_generated"
+# What was asked of the prompt was delivered with the first output. (The last two are new in 0.32.)
+_OF_THE_PROMPT = ("prompt_logprobs", "prompt_logprob_token_ids", "prompt_logprob_start")
 
 
 def with_generated(request: EngineCoreRequest, generated: Sequence[int]) -> EngineCoreRequest:
@@ -26,7 +28,9 @@ def with_generated(request: EngineCoreRequest, generated: Sequence[int]) -> Engi
     assert request.sampling_params is not None
     params = copy(request.sampling_params)
     params.extra_args = {**(params.extra_args or {}), _KEY: list(generated)}
-    params.prompt_logprobs = None  # they were delivered before the first output
+    for name in _OF_THE_PROMPT:
+        if hasattr(params, name):
+            setattr(params, name, None)
     resumed: EngineCoreRequest = msgspec.structs.replace(request, sampling_params=params)
     return resumed
 
