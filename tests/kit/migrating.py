@@ -56,6 +56,9 @@ LAYOUTS = {
     "API server elsewhere": Layout("a", "b", "c"),
     "both elsewhere": Layout("a", "a", "c"),
 }
+# Enough where it matters little who is where.
+NEAR_AND_FAR = ("all on one node", "API server elsewhere")
+TYPICAL = (*NEAR_AND_FAR, "API server at the destination")
 APART = {name: layout for name, layout in LAYOUTS.items() if layout.source != layout.destination}
 
 

@@ -13,13 +13,14 @@ from llumnix.engine.base import EngineError
 from llumnix.engine.departure import Limits
 from llumnix.engine.sim.instance import SimEngine
 from tests.kit.loop import on_loop
-from tests.kit.migrating import LAYOUTS, STEPS, THERE, Control, before
+from tests.kit.migrating import LAYOUTS, NEAR_AND_FAR, STEPS, THERE, TYPICAL, Control, before
 from tests.kit.requests import answer
 from tests.kit.scene import NAME, Scene, scene
 
 every_step = pytest.mark.parametrize("step", STEPS)
 everywhere = pytest.mark.parametrize("where", LAYOUTS)
-near_and_far = pytest.mark.parametrize("where", ["all on one node", "API server elsewhere"])
+typically = pytest.mark.parametrize("where", TYPICAL)
+near_and_far = pytest.mark.parametrize("where", NEAR_AND_FAR)
 
 
 def _kill(s: Scene, instance: str) -> None:
@@ -27,7 +28,7 @@ def _kill(s: Scene, instance: str) -> None:
 
 
 @every_step
-@everywhere
+@typically
 @on_loop
 async def test_the_source_dies(
     controls: dict[str, Control], keys: Keys, where: str, step: str
@@ -45,7 +46,7 @@ async def test_the_source_dies(
 
 
 @every_step
-@everywhere
+@typically
 @on_loop
 async def test_the_destination_dies(
     controls: dict[str, Control], keys: Keys, where: str, step: str
@@ -153,7 +154,7 @@ HASTY = Limits(within=0.2)
 
 
 @pytest.mark.parametrize("step", [step for step in STEPS if step in THERE - {"resume"}])
-@everywhere
+@typically
 @on_loop
 async def test_the_destination_is_slow(
     controls: dict[str, Control], keys: Keys, where: str, step: str

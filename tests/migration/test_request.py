@@ -11,7 +11,7 @@ import pytest
 from llumnix.control.keys import Keys
 from tests.kit.loop import on_loop, soon
 from tests.kit.mesh import SMALL
-from tests.kit.migrating import LAYOUTS, STEPS, Control
+from tests.kit.migrating import LAYOUTS, NEAR_AND_FAR, STEPS, TYPICAL, Control
 from tests.kit.requests import answer
 from tests.kit.scene import NAME, OTHER, scene
 
@@ -36,7 +36,7 @@ async def test_it_moves(controls: dict[str, Control], keys: Keys, where: str) ->
 
 
 @every_step
-@everywhere
+@pytest.mark.parametrize("where", TYPICAL)
 @on_loop
 async def test_it_ends(controls: dict[str, Control], keys: Keys, where: str, step: str) -> None:
     async with scene(controls, keys, LAYOUTS[where]) as s:
@@ -65,7 +65,7 @@ async def test_it_is_cancelled(
 
 
 @pytest.mark.parametrize("step", STEPS[STEPS.index("copy") : STEPS.index("resume")])
-@pytest.mark.parametrize("where", ["all on one node", "API server elsewhere"])
+@pytest.mark.parametrize("where", NEAR_AND_FAR)
 @on_loop
 async def test_it_is_preempted(
     controls: dict[str, Control], keys: Keys, where: str, step: str

@@ -12,7 +12,7 @@ from llumnix.engine.departure import Limits
 from tests.kit.invariants import check_invariants
 from tests.kit.loop import on_loop, soon
 from tests.kit.mesh import Stream
-from tests.kit.migrating import LAYOUTS, STEPS, Cluster, Control, before, cluster
+from tests.kit.migrating import LAYOUTS, NEAR_AND_FAR, STEPS, Cluster, Control, before, cluster
 from tests.kit.scene import NAME, scene
 
 everywhere = pytest.mark.parametrize("where", LAYOUTS)
@@ -22,7 +22,7 @@ everywhere = pytest.mark.parametrize("where", LAYOUTS)
 
 
 @pytest.mark.parametrize("step", before("resume"))
-@everywhere
+@pytest.mark.parametrize("where", NEAR_AND_FAR)
 @on_loop
 async def test_a_second_migration_of_a_request_is_refused(
     controls: dict[str, Control], keys: Keys, where: str, step: str

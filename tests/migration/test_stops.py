@@ -4,7 +4,7 @@ import pytest
 
 from llumnix.control.keys import Keys
 from tests.kit.loop import on_loop
-from tests.kit.migrating import LAYOUTS, STEPS, Control, before
+from tests.kit.migrating import LAYOUTS, NEAR_AND_FAR, STEPS, Control, before
 from tests.kit.scene import NAME, Scene, scene
 
 every_step = pytest.mark.parametrize("step", STEPS)
@@ -41,7 +41,7 @@ async def test_a_node_stops(
 
 
 @pytest.mark.parametrize("step", before("resume"))
-@pytest.mark.parametrize("where", LAYOUTS)
+@pytest.mark.parametrize("where", NEAR_AND_FAR)
 @on_loop
 async def test_migrations_end_before_the_engines(
     controls: dict[str, Control], keys: Keys, where: str, step: str
