@@ -69,8 +69,8 @@ class Arrivals:
 
     async def offer(
         self, instance: InstanceId, migration: str, request_id: str, source: NodeId, blocks: int
-    ) -> None:
-        """Accept or refuse a migration from a node. Raises EngineError to refuse."""
+    ) -> str:
+        """Accept or refuse a migration from a node; which engine it is. Raises EngineError."""
         if self._stops:
             raise EngineError(f"node {self._exchange.node} stops")
         hosted = self._exchange.hosted.get(instance)
@@ -92,6 +92,7 @@ class Arrivals:
             raise
         loop = asyncio.get_running_loop()
         arrival.timer = loop.call_later(LONGEST, self._give_up, migration, arrival)
+        return hosted.life
 
     async def reserve(self, instance: InstanceId, migration: str, hashes: list[bytes]) -> int:
         """Hold room for blocks; how many of them are here already. Raises EngineError."""

@@ -62,14 +62,22 @@ class Progress:
 
 
 class Groups:
-    """Names of the transfer groups from this node's instances to others, new after a failure."""
+    """Names of the transfer groups from this node's instances to others.
+
+    A name is new after a failure, and when one of the two has been restarted: the other's end of
+    the former group leads nowhere.
+    """
 
     def __init__(self) -> None:
         self._names: dict[str, str] = {}
+        self._lives: dict[str, tuple[str, str]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
 
-    def name(self, pair: str) -> str:
-        """The group that is in use between two instances."""
+    def name(self, pair: str, lives: tuple[str, str]) -> str:
+        """The group that is in use between two instances, in these lives of their engines."""
+        if self._lives.setdefault(pair, lives) != lives:
+            self._lives[pair] = lives
+            self.renew(pair)
         return self._names.setdefault(pair, uuid.uuid4().hex[:12])
 
     def renew(self, pair: str) -> None:
@@ -109,6 +117,7 @@ class Departure:
         self._limits = limits
         self._at = at  # told of each step before it is taken; tests stop a migration there
         self._pair = f"{source.id}--{destination}"
+        self._life = ""  # of the destination's engine
         self._covered = 0  # blocks that are at the destination
 
     async def run(self) -> None:
@@ -121,7 +130,7 @@ class Departure:
             await self._at("offer")
             blocks = -(-(self._tenant.tokens + 1) // self.block_size)
             who = (self.migration, self._tenant.request_id, self._exchange.node)
-            await self._ask("migration_offer", *who, blocks)
+            self._life = str(await self._ask("migration_offer", *who, blocks))
             await self._at("copy")
             await self._handshakes.advance(self.migration, "copying")
             await self._copy()
@@ -171,13 +180,14 @@ class Departure:
     async def _until_block_full(self) -> None:
         """Wait for the block that the request is filling: less is left to recompute then.
 
-        Its KV is complete one step after its last token was sampled.
+        Its KV is complete one step after its last token was sampled. One that fills up too slowly
+        is not waited for any longer; a request that makes no progress at all is an error.
         """
         size = self.block_size
         target = (self._tenant.tokens // size + (self._tenant.tokens % size > 0)) * size + 1
         deadline = time.monotonic() + self._limits.within
         while self._tenant.tokens < target and time.monotonic() < deadline:
-            await self._next_output(deadline - time.monotonic())
+            await self._next_output(self._limits.within)
 
     async def _send(self, fresh: list[bytes]) -> None:
         """One stage: the blocks with these hashes, as far as the destination has them not."""
@@ -192,7 +202,7 @@ class Departure:
 
     async def _transfer(self, first: int, count: int) -> None:
         within = self._limits.within
-        name = self._groups.name(self._pair)
+        name = self._groups.name(self._pair, (self._source.life, self._life))
         transfer = Transfer(self._pair, name, first, count, within)
         arguments = (self.migration, self._pair, name, first, count, within)
         sending = self._source.engine.blocks.send(self.migration, transfer)

@@ -6,6 +6,7 @@ once for each step. Everything runs on the node's event loop.
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Callable, Iterable
 
 import msgspec
@@ -27,6 +28,7 @@ class HostedInstance:
         self.engine = engine
         self.slot = slot  # 0, 1, … on this node; the `engine` label of vLLM's own metrics
         self.facts: EngineFacts | None = None
+        self.life = uuid.uuid4().hex[:8]  # of this engine; another one has the id after a restart
         self.on_load: Callable[[], None] = lambda: None
         self.on_death: Callable[[str], None] = lambda reason: None
         self._home = home  # the API server of this node: it gets the engine's statistics
