@@ -58,6 +58,8 @@ class Blocks(Protocol):
     All methods raise EngineError with one sentence, and EngineDead if the engine is gone.
     """
 
+    block_bytes: int  # of a block in all workers together; 0 until the first export
+
     async def export(self, migration: str, request_id: str) -> list[bytes]:
         """Hold all full blocks of a request, from now until `drop`; their hashes."""
 

@@ -23,6 +23,8 @@ class _Arriving:
 class SimBlocks:
     """See `engine.base.Blocks`."""
 
+    block_bytes = BLOCK_BYTES
+
     def __init__(self, model: ModelledEngine) -> None:
         self._model = model
         self._size = model.config.block_size

@@ -48,6 +48,7 @@ class VllmBlocks:
         self._path = ""
         self._socket: socket.socket | None = None
         self._pending: dict[str, _Pending] = {}
+        self.block_bytes = 0
         self.cpu_seconds = 0.0  # that the workers' transfers have taken
 
     def open(self, folder: Path) -> None:
@@ -69,7 +70,8 @@ class VllmBlocks:
 
     async def export(self, migration: str, request_id: str) -> list[bytes]:
         """Hold all full blocks of a request; their hashes."""
-        hashes, _ = await self._operate("export", migration, request_id)
+        hashes, block_bytes = await self._operate("export", migration, request_id)
+        self.block_bytes = block_bytes * self._workers
         return [bytes(block_hash) for block_hash in hashes]
 
     async def reserve(self, migration: str, hashes: list[bytes]) -> int:

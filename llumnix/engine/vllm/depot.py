@@ -46,8 +46,14 @@ class BlockDepot:
             return "KV cache events are on"
         return None
 
+    @property
+    def block_bytes(self) -> int:
+        """What a block takes in each worker."""
+        groups = self._scheduler.kv_cache_config.kv_cache_groups
+        return sum(len(g.layer_names) * g.kv_cache_spec.page_size_bytes for g in groups)
+
     def export(self, migration: str, request_id: str) -> tuple[list[bytes], int]:
-        """Hold all full blocks of a request; their hashes, and its tokens computed so far.
+        """Hold all full blocks of a request; their hashes, and the bytes of each in a worker.
 
         Raises DepotError if the request is not here any more.
         """
@@ -55,20 +61,20 @@ class BlockDepot:
         if request is None:
             raise DepotError(f"request {request_id} has ended")
         if self.why_not is not None:
-            return [], request.num_computed_tokens
+            return [], self.block_bytes
         held = self._held.setdefault(migration, _Held())
         size = self._scheduler.block_size
         full = min(request.num_computed_tokens // size, len(request.block_hashes))
         blocks = self._manager.get_blocks(request_id).blocks[0][:full]
         if any(block.is_null for block in blocks):  # outside a sliding window
-            return [], request.num_computed_tokens
+            return [], self.block_bytes
         fresh = blocks[len(held.blocks) :]
         if blocks[: len(held.blocks)] != held.blocks[:full]:
             raise DepotError(f"request {request_id} was preempted")
         self._pool.touch(fresh)
         held.blocks += fresh
         held.hashes = list(request.block_hashes[: len(held.blocks)])
-        return held.hashes, request.num_computed_tokens
+        return held.hashes, self.block_bytes
 
     def reserve(self, migration: str, hashes: list[bytes]) -> int:
         """Hold room for further blocks with these hashes; how many of them are here already.

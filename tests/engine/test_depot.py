@@ -1,0 +1,198 @@
+"""Blocks held for migrations, in vLLM's own block pool: none is ever lost or shared."""
+
+from typing import Any
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request
+
+from llumnix.engine.vllm.depot import BlockDepot, DepotError
+
+SIZE, TOTAL = 4, 20
+SPEC = FullAttentionSpec(block_size=SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32)
+
+
+class Scheduler:
+    """What a depot needs of vLLM's scheduler, around its real block manager."""
+
+    def __init__(self, blocks: int = TOTAL, groups: int = 1, caching: bool = True) -> None:
+        names = [[f"layer.{n}.{group}" for n in range(2)] for group in range(groups)]
+        self.kv_cache_config = KVCacheConfig(
+            blocks + 1, [], [KVCacheGroupSpec(layers, SPEC) for layers in names]
+        )
+        self.kv_cache_manager = KVCacheManager(
+            self.kv_cache_config, 512, SIZE, SIZE, enable_caching=caching
+        )
+        self.block_size = SIZE
+        self.requests: dict[str, Request] = {}
+        self.running: list[Request] = []
+        self.depot = BlockDepot(self)
+        init_none_hash(sha256)
+
+    def run(self, name: str, tokens: list[int], computed: int | None = None) -> int:
+        """A request whose first `computed` tokens, or all, are computed; how many were cached."""
+        params: Any = SamplingParams(max_tokens=64)
+        hasher = get_request_block_hasher(SIZE, sha256)
+        request = Request(name, tokens, params, None, block_hasher=hasher)
+        self.requests[name] = request
+        self.running.append(request)
+        cached = self.kv_cache_manager.get_computed_blocks(request)
+        blocks, hit = cached[0], cached[1]
+        count = len(tokens) if computed is None else computed
+        assert self.kv_cache_manager.allocate_slots(request, count - hit, hit, blocks)
+        request.num_computed_tokens = count
+        return hit
+
+    def grow(self, name: str, tokens: list[int]) -> None:
+        """It has generated these, and computed all but the last of them."""
+        request = self.requests[name]
+        for token in tokens:
+            assert self.kv_cache_manager.allocate_slots(request, 1)
+            request.num_computed_tokens += 1
+            request.append_output_token_ids(token)
+
+    def end(self, name: str) -> None:
+        request = self.requests.pop(name)
+        self.running.remove(request)
+        self.kv_cache_manager.free(request)
+
+    @property
+    def free(self) -> int:
+        return int(self.depot.books()["free"])
+
+
+def prompt(seed: int, count: int) -> list[int]:
+    return [1000 * seed + n for n in range(count)]
+
+
+def test_a_request_is_exported_block_by_block_as_it_grows() -> None:
+    scheduler = Scheduler()
+    scheduler.run("r", prompt(1, 10))
+    first, size = scheduler.depot.export("m", "r")
+    assert len(first) == 2, "full blocks only"
+    assert size == 2 * SPEC.page_size_bytes
+    scheduler.grow("r", [7, 8, 9])
+    second, _ = scheduler.depot.export("m", "r")
+    assert second[:2] == first and len(second) == 3
+    held = scheduler.kv_cache_manager.get_blocks("r").get_block_ids()[0][:3]
+    assert scheduler.depot.ids("m", 0, 3) == held
+    assert scheduler.depot.ids("m", 1, 2) == held[1:]
+
+
+def test_blocks_stay_held_when_their_request_ends() -> None:
+    scheduler = Scheduler()
+    scheduler.run("r", prompt(1, 12))
+    scheduler.depot.export("m", "r")
+    held = scheduler.depot.ids("m", 0, 3)
+    scheduler.end("r")
+    assert scheduler.free == TOTAL - 3
+    for n in range(3):  # others take all that there is
+        scheduler.run(f"other{n}", prompt(2 + n, 20))
+        taken = scheduler.kv_cache_manager.get_blocks(f"other{n}").get_block_ids()[0]
+        assert not set(taken) & set(held)
+    scheduler.depot.drop("m")
+    for n in range(3):
+        scheduler.end(f"other{n}")
+    assert scheduler.free == TOTAL
+    assert scheduler.depot.books()["held"] == scheduler.depot.books()["migrations"] == 0
+
+
+def test_only_what_is_computed_leaves() -> None:
+    """A request in its prefill has blocks for tokens whose KV is not there yet."""
+    scheduler = Scheduler()
+    scheduler.run("r", prompt(1, 16), computed=6)
+    hashes, _ = scheduler.depot.export("m", "r")
+    assert len(hashes) == 1
+
+
+def test_what_arrived_is_found_as_a_prefix() -> None:
+    source, destination = Scheduler(), Scheduler()
+    source.run("r", prompt(1, 18))
+    hashes, _ = source.depot.export("m", "r")
+    assert destination.depot.reserve("m", hashes) == 0
+    assert destination.free == TOTAL - 4
+    destination.depot.store("m")
+    assert destination.run("r", prompt(1, 18)) == 16
+    arrived = destination.depot.ids("m", 0, 4)
+    assert destination.kv_cache_manager.get_blocks("r").get_block_ids()[0][:4] == arrived
+    destination.depot.drop("m")
+    destination.end("r")
+    assert destination.free == TOTAL
+
+
+def test_blocks_that_are_there_already_are_not_sent_again() -> None:
+    source, destination = Scheduler(), Scheduler()
+    source.run("r", prompt(1, 18))
+    destination.run("cousin", [*prompt(1, 8), 5, 5, 5, 5])
+    destination.end("cousin")
+    hashes, _ = source.depot.export("m", "r")
+    assert destination.depot.reserve("m", hashes) == 2
+    free = destination.free
+    assert free == TOTAL - 4
+    # They can't be evicted meanwhile.
+    destination.run("other", prompt(9, 4 * free))
+    destination.end("other")
+    destination.depot.store("m")
+    assert destination.run("r", prompt(1, 18)) == 16
+
+
+def test_a_later_stage_asks_for_an_unbroken_prefix_only() -> None:
+    source, destination = Scheduler(), Scheduler()
+    source.run("r", prompt(1, 9))
+    first, _ = source.depot.export("m", "r")
+    assert destination.depot.reserve("m", first) == 0
+    source.grow("r", [1, 2, 3, 4])
+    second, _ = source.depot.export("m", "r")
+    # The first stage has not arrived: what is behind it would hang in the air.
+    assert destination.depot.reserve("m", second[2:]) == 0
+    destination.depot.store("m")
+    tokens = list(source.requests["r"].all_token_ids)
+    assert destination.run("r", tokens) == 12
+
+
+def test_no_room_is_a_refusal_that_leaves_nothing() -> None:
+    source, destination = Scheduler(), Scheduler(blocks=8)
+    source.run("r", prompt(1, 24))
+    destination.run("other", prompt(2, 8))
+    hashes, _ = source.depot.export("m", "r")
+    with pytest.raises(DepotError, match="6 KV blocks are needed and 5 are free"):
+        destination.depot.reserve("m", hashes)  # one is left for the request that runs
+    assert destination.depot.books()["held"] == destination.depot.books()["migrations"] == 0
+    assert destination.free == 6
+
+
+def test_a_request_that_was_preempted_is_not_sent_on() -> None:
+    scheduler = Scheduler()
+    scheduler.run("r", prompt(1, 10))
+    scheduler.depot.export("m", "r")
+    request = scheduler.requests["r"]
+    scheduler.kv_cache_manager.free(request)
+    request.num_computed_tokens = 0
+    with pytest.raises(DepotError, match="preempted"):
+        scheduler.depot.export("m", "r")
+    scheduler.depot.drop("m")
+    assert scheduler.free == TOTAL
+
+
+def test_a_request_that_is_not_here() -> None:
+    scheduler = Scheduler()
+    with pytest.raises(DepotError, match="request r has ended"):
+        scheduler.depot.export("m", "r")
+    with pytest.raises(DepotError, match="not held any more"):
+        scheduler.depot.ids("m", 0, 1)
+    with pytest.raises(DepotError, match="not held any more"):
+        scheduler.depot.store("m")
+    scheduler.depot.drop("m")
+
+
+def test_without_prefix_caching_no_block_moves() -> None:
+    scheduler = Scheduler(caching=False)
+    scheduler.run("r", prompt(1, 10))
+    assert scheduler.depot.export("m", "r")[0] == []
+    with pytest.raises(DepotError, match="prefix caching is off"):
+        scheduler.depot.reserve("m", [b"x"])
