@@ -149,7 +149,7 @@ def make_parser() -> argparse.ArgumentParser:
         text = (command.__doc__ or "").strip()
         one = commands.add_parser(name, help=text, description=text, parents=[common])
         if name == "migrate":
-            one.add_argument("request", help="id of the request, or its beginning")
+            one.add_argument("request", help="id of the request, or a part of it")
             one.add_argument("--to", required=True, metavar="INSTANCE", help="where it is to go")
     return parser
 
