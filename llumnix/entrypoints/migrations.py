@@ -95,15 +95,16 @@ class Migrations:
     async def migrate(self, request_id: str, destination: InstanceId) -> dict[str, Any]:
         """Move a request by hand. Raises MigrationError if that can't be, LookupError if it is not.
 
-        `request_id` may be a beginning of the id that only one request has.
+        `request_id` may be any part of the id that only one request has, such as what its client
+        sent as X-Request-Id.
         """
         if destination not in self._view().instances:
             raise LookupError(f"there is no instance {destination}")
         listed = await self.requests()
         exact = [r for r in listed if r["id"] == request_id]
-        found = exact or [r for r in listed if r["id"].startswith(request_id)]
+        found = exact or [r for r in listed if request_id in r["id"]]
         if len(found) != 1:
-            many = f"{len(found)} requests begin with" if found else "there is no request"
+            many = f"{len(found)} requests have ids with" if found else "there is no request"
             raise LookupError(f"{many} {request_id}")
         return await self.command(
             found[0]["node"], found[0]["instance"], destination, "operator", found[0]["id"]
