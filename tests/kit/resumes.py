@@ -55,7 +55,7 @@ class Bench:
 
     def __init__(self, model: str, folder: Path, **options: Any) -> None:
         arguments = AsyncEngineArgs(
-            model=model, dtype="float32", enforce_eager=True, max_model_len=2048, **options
+            model=model, dtype="float32", enforce_eager=True, **({"max_model_len": 2048} | options)
         )
         self.config = arguments.create_engine_config()
         assert scheduler.install(self.config)
@@ -107,12 +107,16 @@ class Bench:
         self, request: EngineCoreRequest, beginnings: Sequence[Sequence[int]]
     ) -> list[Result]:
         """The same with several beginnings, all at once."""
-        return self.do(self._run_all(request, beginnings))
+        return self.run_each([(request, generated) for generated in beginnings])
 
-    async def _run_all(
-        self, request: EngineCoreRequest, beginnings: Sequence[Sequence[int]]
+    def run_each(self, works: Sequence[tuple[EngineCoreRequest, Sequence[int]]]) -> list[Result]:
+        """Different requests, each with its beginning, all at once."""
+        return self.do(self._run_each(works))
+
+    async def _run_each(
+        self, works: Sequence[tuple[EngineCoreRequest, Sequence[int]]]
     ) -> list[Result]:
-        results = [await self._add(request, generated) for generated in beginnings]
+        results = [await self._add(request, generated) for request, generated in works]
         async with asyncio.timeout(LONGEST):
             for result in results:
                 await result.done.wait()
