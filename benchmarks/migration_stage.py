@@ -174,7 +174,7 @@ class Stage:
     ) -> int:
         present = await target.engine.blocks.reserve(migration, hashes)
         pair = f"{source.id}--{target.id}"
-        name = self._migrations._groups.name(pair)
+        name = self._migrations._groups.name(pair, (source.life, target.life))
         transfer = Transfer(pair, name, present, len(hashes) - present, 60.0)
         sent, _ = await asyncio.gather(
             source.engine.blocks.send(migration, transfer),

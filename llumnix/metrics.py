@@ -23,7 +23,9 @@ MIGRATIONS = Counter(
 MIGRATION_BLOCKS = Counter(
     "llumnix_migration_blocks", "KV blocks of migrations, sent or there already", ["what"]
 )
-MIGRATION_BYTES = Counter("llumnix_migration_sent_bytes", "KV cache sent in migrations")
+MIGRATION_BYTES = Counter(
+    "llumnix_migration_bytes", "KV cache of migrations, sent or there already", ["what"]
+)
 MIGRATION_CONFLICTS = Counter(
     "llumnix_epoch_conflicts", "Commands refused because their leader leads no more"
 )

@@ -58,6 +58,7 @@ class Progress:
     blocks_sent: int = 0
     blocks_skipped: int = 0  # the destination had them
     bytes_sent: int = 0
+    bytes_skipped: int = 0
     began: float = field(default_factory=time.monotonic)
 
 
@@ -198,6 +199,7 @@ class Departure:
                 await self._transfer(self._covered + present, count)
         self._covered += len(fresh)
         self.progress.blocks_skipped += present
+        self.progress.bytes_skipped += present * self._source.engine.blocks.block_bytes
         self.progress.blocks_sent += count
 
     async def _transfer(self, first: int, count: int) -> None:

@@ -309,4 +309,5 @@ class Migrations:
         metrics.MIGRATION_SECONDS.observe(seconds)
         metrics.MIGRATION_BLOCKS.labels("sent").inc(progress.blocks_sent)
         metrics.MIGRATION_BLOCKS.labels("skipped").inc(progress.blocks_skipped)
-        metrics.MIGRATION_BYTES.inc(progress.bytes_sent)
+        metrics.MIGRATION_BYTES.labels("sent").inc(progress.bytes_sent)
+        metrics.MIGRATION_BYTES.labels("skipped").inc(progress.bytes_skipped)
