@@ -1,12 +1,16 @@
 """Requests that change their instance while they run, and all that their clients get of them."""
 
+import contextlib
+import itertools
 import json
+import os
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from tests.kit.node import Node
+from tests.kit.node import Node, descendants
 from tests.kit.wait import eventually
 
 # What differs between any two runs of the same request.
@@ -27,6 +31,7 @@ class Run(threading.Thread):
         self.body = {"model": "small", "cache_salt": self.mark, "request_id": self.mark} | body
         self.answer: dict[str, Any] = {}
         self.broken: Exception | None = None
+        self._left = threading.Event()
 
     def begin(self) -> "Run":
         self.start()
@@ -36,8 +41,9 @@ class Run(threading.Thread):
         try:
             if self.body.get("stream"):
                 with self.node.stream(self.path, self.body, within=120.0) as events:
-                    self.answer = fold(list(events))
-                    assert events.done, "the stream broke off"
+                    got = list(itertools.takewhile(lambda _: not self._left.is_set(), events))
+                    self.answer = fold(got)
+                    assert events.done or self._left.is_set(), "the stream broke off"
             else:
                 answer = self.node.post(self.path, self.body, within=120.0)
                 self.answer = fold([answer.json])
@@ -51,6 +57,11 @@ class Run(threading.Thread):
         assert self.broken is None, self.broken
         assert "error" not in self.answer, self.answer["error"]
         return self.answer
+
+    def hang_up(self) -> None:
+        """Go away at the next event of a stream."""
+        self._left.set()
+        self.join(30.0)
 
     # ---- where it is ----
 
@@ -85,6 +96,17 @@ def move(node: Node, request: Mapping[str, Any], to: str = "") -> Any:
     answer = node.post("/llumnix/migrate", body, within=60.0)
     assert answer.status == 200, f"{answer.text} (at {request})"
     return answer.json
+
+
+def engine_of(node: Node, instance: str, what: str = "EngineCore") -> int:
+    """The process of an instance's engine core, or of its Worker."""
+    for pid in sorted(descendants(node.pid)):
+        with contextlib.suppress(OSError):
+            title = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+            log = Path(os.readlink(f"/proc/{pid}/fd/1")).name
+            if what in title and log == f"{instance}.log":
+                return pid
+    raise AssertionError(f"{instance} has no {what}")
 
 
 def fold(events: Sequence[Any]) -> dict[str, Any]:

@@ -1,16 +1,26 @@
 """One real node with two vLLM instances for all tests here; they leave it as they found it."""
 
+import json
 from collections.abc import Iterator
 
 import pytest
 from openai import OpenAI
 
+from tests.kit import aloud
 from tests.kit.etcd import EtcdCluster
 from tests.kit.node import Node, Nodes
 from tests.kit.wait import eventually
 
+REASONING = {"reasoning_start_str": aloud.START, "reasoning_end_str": aloud.END}
+MIGRATION_TIMEOUT = 3.0  # seconds
 OPTIONS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048")
 OPTIONS += ("--block-size", "32", "--max-instances", "3")
+# Some of the moves hand over at once, others wait until a block is full.
+OPTIONS += ("--migration-max-requests", "32", "--migration-tail-tokens", "20")
+OPTIONS += ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+OPTIONS += ("--reasoning-parser", "aloud", "--reasoning-parser-plugin", aloud.__file__)
+OPTIONS += ("--reasoning-config", json.dumps(REASONING))
+OPTIONS += ("--migration-timeout", str(MIGRATION_TIMEOUT))
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 START = 180.0  # seconds that a first instance may take on a small machine
 
