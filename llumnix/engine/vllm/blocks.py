@@ -97,7 +97,10 @@ class VllmBlocks:
         return dict(await self._operate("books"))
 
     async def _operate(self, operation: str, *arguments: Any) -> Any:
-        return await self._call("migration", operation, list(arguments))
+        result, refusal = await self._call("migration", operation, list(arguments))
+        if refusal is not None:
+            raise EngineError(refusal)
+        return result
 
     async def _transfer(self, operation: str, migration: str, transfer: Transfer) -> int:
         job = Job(

@@ -5,12 +5,18 @@ Called between steps; nothing here waits for a transfer, which runs in threads o
 
 from typing import Any
 
-from llumnix.engine.vllm.depot import BlockDepot
+from llumnix.engine.vllm.depot import BlockDepot, DepotError
 
 
-def migration(core: Any, operation: str, arguments: list[Any]) -> Any:
-    """Carry out one operation; its name is a key of OPERATIONS."""
-    return OPERATIONS[operation](core, core.scheduler.depot, *arguments)
+def migration(core: Any, operation: str, arguments: list[Any]) -> tuple[Any, str | None]:
+    """Carry out one operation, a key of OPERATIONS; its result, or why it was refused.
+
+    A refusal is an answer: vLLM would log what is raised here as a failure of the engine's own.
+    """
+    try:
+        return OPERATIONS[operation](core, core.scheduler.depot, *arguments), None
+    except DepotError as refusal:
+        return None, str(refusal)
 
 
 def _transfer(
