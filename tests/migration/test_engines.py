@@ -1,6 +1,7 @@
 """An engine dies, is full or refuses, at each step of a migration: the request runs on, once."""
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from vllm.v1.engine import EngineCoreRequest
 
+from llumnix.control.handshake import Handshake, MigrationRecord, MigrationState
 from llumnix.control.keys import Keys
 from llumnix.engine.base import EngineError
 from llumnix.engine.departure import Limits
@@ -170,6 +172,34 @@ async def test_the_destination_is_slow(
         await s.ends_well()
 
 
+class Late(Handshake):
+    """Takes its time to say that an arrival is accepted."""
+
+    says_so = threading.Event()
+
+    def advance(
+        self, request: str, migration: str, expected: MigrationState, to: MigrationState
+    ) -> MigrationRecord:
+        record = super().advance(request, migration, expected, to)
+        if to is MigrationState.ACCEPTED:
+            assert Late.says_so.wait(10.0)
+        return record
+
+
+@on_loop
+async def test_it_is_accepted_too_late(controls: dict[str, Control], keys: Keys) -> None:
+    """The record says that it may come; the source has given it up, and the destination sees it."""
+    Late.says_so.clear()
+    layout = LAYOUTS["API server elsewhere"]
+    async with scene(controls, keys, layout, limits=HASTY, handshake=Late) as s:
+        outcome = await s.cluster.move(NAME, s.source, s.destination)
+        assert outcome == f"{s.destination} did not answer in time"
+        Late.says_so.set()
+        await s.is_at(s.source)
+        await s.moves_again()
+        await s.ends_well()
+
+
 @pytest.mark.parametrize("side", ["send", "receive", "both"])
 @everywhere
 @on_loop
@@ -198,9 +228,8 @@ async def test_the_transfer_hangs(
         assert outcome == f"{s.destination} did not answer in time"
         await s.is_at(s.source)
         assert len(groups) == len(ended) == 1 + (side == "both"), "no transfer is left behind"
-        del source.__dict__["send" if side != "receive" else "gone"]
-        destination.__dict__.pop("receive", None)
-        source.gone = None
+        for blocks, method in ((source, "send"), (destination, "receive")):
+            vars(blocks).pop(method, None)
         kept = source.send
 
         async def note(migration: str, transfer: Any) -> int:
@@ -210,6 +239,40 @@ async def test_the_transfer_hangs(
         source.send = note  # type: ignore[method-assign]
         await s.moves_again()
         assert groups[-1] != groups[0]
+        await s.ends_well()
+
+
+@pytest.mark.parametrize("fails", ["send", "receive"])
+@near_and_far
+@on_loop
+async def test_one_end_of_a_transfer_fails_while_the_other_hangs(
+    controls: dict[str, Control], keys: Keys, where: str, fails: str
+) -> None:
+    """The other end is ended too, before its blocks are given back."""
+    async with scene(controls, keys, LAYOUTS[where]) as s:
+        source, destination = (s.cluster.engine(i).blocks for i in (s.source, s.destination))
+        hanging = asyncio.Event()
+        ended: list[bool] = []
+
+        async def fail(migration: str, transfer: Any) -> int:
+            await hanging.wait()
+            raise EngineError("the cable is cut")
+
+        async def hang(migration: str, transfer: Any) -> int:
+            hanging.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append(bool(source.held if fails == "receive" else destination.held))
+            return 0
+
+        source.send = fail if fails == "send" else hang  # type: ignore[method-assign]
+        destination.receive = fail if fails == "receive" else hang  # type: ignore[method-assign]
+        assert await s.cluster.move(NAME, s.source, s.destination) == "the cable is cut"
+        await s.is_at(s.source)
+        assert ended == [True]
+        del source.send, destination.receive
+        await s.moves_again()
         await s.ends_well()
 
 
