@@ -1,4 +1,4 @@
-"""All differences between the supported versions of vLLM, and the one seam that has no plug-in.
+"""All differences between the supported versions of vLLM, and the seams that have no plug-in.
 
 Accepted: vLLM 0.26 to 0.33. Whatever moved between them is looked up here by its old and new name.
 """
@@ -7,6 +7,7 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
+from types import ModuleType
 from typing import Any
 
 import vllm
@@ -59,6 +60,31 @@ def engine_core_client(client: EngineCoreClient) -> Iterator[None]:
         yield
     finally:
         EngineCoreClient.make_async_mp_client = original
+
+
+def add_utility(name: str, function: Callable[..., Any]) -> None:
+    """Have this process's engine core answer one more utility call, with itself as first argument.
+
+    vLLM calls any method of the engine core by its name, and has no place to add one.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    setattr(EngineCore, name, function)
+
+
+def around_update_states(wrapper: Callable[[ModuleType, Callable[..., Any]], Any]) -> None:
+    """Put `wrapper(module, original)` in place of model runner V1's `_update_states`, once.
+
+    V1 makes the state of a new request there, always without outputs, and has no hook for it; V2 is
+    told by the scheduler. Raises ImportError if a version makes it elsewhere.
+    """
+    from vllm.v1.worker import gpu_model_runner as module
+
+    runner = module.GPUModelRunner
+    if not hasattr(module, "CachedRequestState") or not hasattr(runner, "_update_states"):
+        raise ImportError(f"vLLM {vllm.__version__} makes requests' states elsewhere")
+    if not hasattr(runner._update_states, "__wrapped__"):
+        runner._update_states = wrapper(module, runner._update_states)
 
 
 def stream_handlers(state: Any) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:

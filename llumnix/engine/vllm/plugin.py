@@ -4,7 +4,7 @@ Model runner V1 takes every new request to be without outputs. While it takes ov
 requests, those that brought some get them: penalties, min_tokens and bad words then see outputs as
 outputs, and a seeded generator stands where the last token left it (see `seeds`).
 
-The engine core gets one more utility, `migration`, since vLLM has no place to add one.
+The engine core gets one more utility, `migration`. Both are seams without a plug-in: see `compat`.
 """
 
 import functools
@@ -18,15 +18,11 @@ def register() -> None:
     """Called by vLLM in each of its processes; does nothing in a server that is not llumnix's."""
     if VARIABLE not in os.environ:
         return
-    from vllm.v1.engine.core import EngineCore
-    from vllm.v1.worker import gpu_model_runner
-
+    from llumnix.engine.vllm import compat
     from llumnix.engine.vllm.utility import migration
 
-    EngineCore.migration = migration
-    runner = gpu_model_runner.GPUModelRunner
-    if not hasattr(runner._update_states, "__wrapped__"):
-        runner._update_states = _taking_outputs(gpu_model_runner, runner._update_states)
+    compat.add_utility("migration", migration)
+    compat.around_update_states(_taking_outputs)
 
 
 def _taking_outputs(module: Any, update_states: Any) -> Any:
