@@ -1,6 +1,6 @@
 """Draws what `migration.py` has measured.
 
-python benchmarks/migration_plots.py FILE FOLDER
+python benchmarks/migration_plots.py FILE FOLDER [--title TEXT]
 """
 
 import argparse
@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 WAYS = {"recompute": "stop, recompute", "copy": "stop, copy, resume", "live": "live migration"}
 
 
-def gaps(result: dict[str, Any], file: Path) -> None:
+def gaps(result: dict[str, Any], title: str, file: Path) -> None:
     """The gap in the moved stream over the length of its context."""
     figure, axes = plt.subplots(figsize=(6, 4))
     for how, name in WAYS.items():
@@ -33,13 +33,13 @@ def gaps(result: dict[str, Any], file: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="gap, ms")
     axes.set_xticks(contexts, [str(context) for context in contexts])
     axes.minorticks_off()
-    axes.legend()
-    axes.set_title(f"Gap in the token stream ({result['model']}, {result['device']})", fontsize=10)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.set_title(f"Gap in the token stream: {title}", fontsize=10)
     figure.savefig(file, dpi=120, bbox_inches="tight")
     plt.close(figure)
 
 
-def slow_down(slow: dict[str, Any], file: Path) -> None:
+def slow_down(slow: dict[str, Any], title: str, file: Path) -> None:
     """How much slower other streams step during a migration, and what the copy itself takes."""
     ends = list(slow["slow_down"])
     figure, axes = plt.subplots(figsize=(4.5, 3.5))
@@ -49,10 +49,8 @@ def slow_down(slow: dict[str, Any], file: Path) -> None:
     axes.axhline(share + 2, color="grey", ls=":", label="that and 2 %")
     axes.axhline(0, color="black", lw=0.8)
     axes.set(ylabel="%")
-    axes.legend(fontsize=8)
-    axes.set_title(
-        f"Steps of other streams during a migration of {slow['context']} tokens", fontsize=9
-    )
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.set_title(f"Steps of others while {slow['context']} tokens move: {title}", fontsize=9)
     figure.savefig(file, dpi=120, bbox_inches="tight")
     plt.close(figure)
 
@@ -62,12 +60,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--title", help="what was measured; default: the model and the device")
     args = parser.parse_args()
     result = json.loads(args.file.read_text())
+    title = args.title or f"{result['model']}, {result['device']}"
     args.folder.mkdir(parents=True, exist_ok=True)
-    gaps(result, args.folder / f"{args.file.stem}-gap.png")
+    gaps(result, title, args.folder / f"{args.file.stem}-gap.png")
     if "slow_down" in result:
-        slow_down(result["slow_down"], args.folder / f"{args.file.stem}-slow-down.png")
+        slow_down(result["slow_down"], title, args.folder / f"{args.file.stem}-slow-down.png")
 
 
 if __name__ == "__main__":
