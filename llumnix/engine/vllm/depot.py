@@ -65,11 +65,12 @@ class BlockDepot:
         held = self._held.setdefault(migration, _Held())
         size = self._scheduler.block_size
         full = min(request.num_computed_tokens // size, len(request.block_hashes))
-        blocks = self._manager.get_blocks(request_id).blocks[0][:full]
+        blocks = list(self._manager.get_blocks(request_id).blocks[0][:full])  # () if it waits
         if any(block.is_null for block in blocks):  # outside a sliding window
             return [], self.block_bytes
         fresh = blocks[len(held.blocks) :]
-        if blocks[: len(held.blocks)] != held.blocks[:full]:
+        gone = held.blocks and not blocks
+        if gone or blocks[: len(held.blocks)] != held.blocks[:full]:
             raise DepotError(f"request {request_id} was preempted")
         self._pool.touch(fresh)
         held.blocks += fresh
