@@ -22,7 +22,7 @@ from llumnix.engine.vllm.placement import place
 
 T = TypeVar("T")
 
-LONGEST = 120.0  # seconds that anything may take
+LONGEST = 300.0  # seconds that anything may take
 
 
 @dataclass

@@ -22,6 +22,8 @@ class Case:
     path: str
     body: dict[str, Any]
     choices: int = 1
+    shows: str = ""  # what each choice of the answer must have
+    streams: bool = True  # vLLM refuses to stream some
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Wave:
         self.pairs = {
             name: [
                 Pair(Run(node, case.path, case.body | how), Run(node, case.path, case.body | how))
-                for how in ({}, USAGE)
+                for how in ({}, USAGE)[: 1 + case.streams]
             ]
             for name, case in cases.items()
         }

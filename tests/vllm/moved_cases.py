@@ -16,29 +16,29 @@ RANDOM: dict[str, Any] = GREEDY | {"temperature": 0.9, "seed": 11}
 SOON: dict[str, Any] = GREEDY | {"min_tokens": 40, "max_tokens": 90}
 
 
-def _completion(more: dict[str, Any], choices: int = 1) -> Case:
+def _completion(more: dict[str, Any], choices: int = 1, streams: bool = True) -> Case:
     prompt = story(_DRAW, _DRAW.randrange(2, 60))
     body = {"prompt": prompt, "return_token_ids": True}
-    return Case(COMPLETIONS, body | more, choices)
+    return Case(COMPLETIONS, body | more, choices, streams=streams)
 
 
-def _chat(more: dict[str, Any], ask: str = "", choices: int = 1) -> Case:
+def _chat(more: dict[str, Any], ask: str = "", choices: int = 1, shows: str = "") -> Case:
     words = story(_DRAW, _DRAW.randrange(2, 40))
     content = f"Tell me more: {words}{ask}"
     body = {"messages": [{"role": "user", "content": content}], "return_token_ids": True}
-    return Case(CHAT, body | more, choices)
+    return Case(CHAT, body | more, choices, shows)
 
 
 def _tool(more: dict[str, Any]) -> Case:
     function = {"name": "look_up", "description": "Looks a person up", "parameters": PERSON}
     tools = [{"type": "function", "function": function}]
-    base = {"temperature": 0.8, "seed": 2, "max_tokens": 90, "tools": tools}
-    return _chat(base | more)
+    base = {"temperature": 0.8, "seed": 2, "max_tokens": 120, "tools": tools}
+    return _chat(base | more, shows="tool_calls")
 
 
 CALL = (
     r'<tool_call>\n\{"name": "look_up", "arguments": '
-    r'\{"name": "[A-Z][a-z]{30,40}", "born": 1[0-9]{3}\}\}\n</tool_call>'
+    r'\{"name": "[A-Z][a-z]{12,20}", "born": 1[0-9]{3}\}\}\n</tool_call>'
 )
 THINK: dict[str, Any] = {"chat_template_kwargs": {"thinking": True}}
 
@@ -59,7 +59,7 @@ CASES: dict[str, Case] = {
     "logit_bias": _completion(GREEDY | {"logit_bias": {"260": -100, "284": 3}}),
     "allowed_token_ids": _completion(RANDOM | {"allowed_token_ids": list(range(250, 3000))}),
     "logprobs": _completion(GREEDY | {"logprobs": 4, "return_tokens_as_token_ids": True}),
-    "prompt_logprobs": _completion(GREEDY | {"prompt_logprobs": 2}),
+    "prompt_logprobs": _completion(GREEDY | {"prompt_logprobs": 2}, streams=False),
     "echo": _completion(GREEDY | {"echo": True, "logprobs": 1}),
     "n": _completion(RANDOM | {"n": 3}, choices=3),
     "several prompts": _completion(
@@ -101,12 +101,15 @@ CASES: dict[str, Case] = {
     ),
     "tool_choice": _tool({"tool_choice": "required"}),
     "tools": _tool({"structured_outputs": {"regex": CALL}, "temperature": 0}),
-    "reasoning": _chat(RANDOM | THINK | {"logit_bias": {"78": 4}}),
-    "thinking_token_budget": _chat(RANDOM | THINK | {"thinking_token_budget": 30}, ask=" ~"),
+    "reasoning": _chat(RANDOM | THINK | {"logit_bias": {"78": 4}}, shows="reasoning"),
+    "thinking_token_budget": _chat(
+        RANDOM | THINK | {"thinking_token_budget": 30}, ask="\n~", shows="reasoning"
+    ),
     "reasoning, then a schema": _chat(
         RANDOM
         | THINK
         | {"thinking_token_budget": 25, "max_tokens": 90, "structured_outputs": {"json": PERSON}},
         ask=" Think\n~",
+        shows="reasoning",
     ),
 }

@@ -41,6 +41,8 @@ def test_a_moved_request(node: Node, waves: Callable[[str], Wave], case: str) ->
         choices = {name for name, _, _ in pair.moves}
         assert len(choices) == CASES[case].choices, (pair.moves, pair.refused)
         assert not pair.different(), pair.moves
+        shows = CASES[case].shows
+        assert all(not shows or choice[shows] for choice in pair.twin.end()["choices"])
 
 
 def test_moves_send_blocks_and_happen_at_all_positions(

@@ -85,12 +85,14 @@ def test_preempted_while_its_blocks_are_held(model: str, tmp_path: Path) -> None
             last = list(bench._results)[-1]
             while not results[-1].steps:
                 await asyncio.sleep(0.01)
-            await blocks.export("one", last)
+            assert await blocks.export("one", last)
             with pytest.raises(EngineError, match="was preempted"):
                 while not results[-1].done.is_set():
                     await blocks.export("one", last)
                     await asyncio.sleep(0.02)
             await blocks.drop("one")
+            assert await blocks.export("two", last) == [], "it waits, and has no blocks to move"
+            await blocks.drop("two")
             for result in results:
                 await result.done.wait()
             return results
@@ -151,7 +153,7 @@ def test_with_an_adapter_a_logits_processor_and_reasoning(model: str, tmp_path: 
             ),
             "none": params(GREEDY),
         }
-        prompts = {name: "Think about the king: ~" for name in cases}
+        prompts = {name: "Think about the king:\n~" for name in cases}
         thinking = {"chat_template_kwargs": {"thinking": True}}
         more = {"thought": {"reasoning_parser_kwargs": thinking}}
         wholes = run_whole(bench, cases, seed=6, prompts=prompts, more=more)
@@ -165,7 +167,7 @@ def test_with_an_adapter_a_logits_processor_and_reasoning(model: str, tmp_path: 
         assert told["logits processor"][2::3] == [260] * 8
         end = bench.inputs.tokenizer.encode(aloud.END)[0]
         for name in ("thinking_token_budget", "thought"):
-            assert told[name].index(end) == 8, told[name]
+            assert told[name].index(end) == 9, told[name]
         text = bench.inputs.tokenizer.decode(told["thought"])
         assert text.partition(aloud.END)[2].lstrip().startswith("{"), text
         del wholes["adapter"]
