@@ -17,7 +17,7 @@ from vllm.config import VllmConfig
 
 from llumnix.actors.base import ASK_SECONDS
 from llumnix.actors.dispatcher import Dispatched, DispatcherActor
-from llumnix.actors.manager import MOVED, ManagerActor, MoveCommand
+from llumnix.actors.manager import ManagerActor
 from llumnix.actors.migration import MigrationActor
 from llumnix.actors.node import NodeActor, Surroundings
 from llumnix.cluster import ClusterView, InstanceId, NodeId
@@ -33,6 +33,7 @@ from llumnix.entrypoints.control import ControlPlane
 from llumnix.entrypoints.engines import engine_maker
 from llumnix.entrypoints.loads import LoadReporter
 from llumnix.entrypoints.migrations import Migrations, Rules
+from llumnix.entrypoints.rescheduling import Rescheduling
 from llumnix.entrypoints.server.admin import Admin, Standing
 from llumnix.entrypoints.server.app import Gateway, make_app
 from llumnix.entrypoints.server.generate import DemoRoute
@@ -90,6 +91,7 @@ class Node:
         ends.push_async_callback(self._exchange.close)
         ends.callback(self._stop_actors)
         self._start_actors()
+        ends.callback(self._rescheduling.stop)
         ends.push_async_callback(self._halt)
         ends.push_async_callback(self._migrations.close)
         REGISTRY.register(self._collector)
@@ -100,7 +102,7 @@ class Node:
         desired = self.view.desired.get(self._config.node, self._config.initial_instances)
         self._supervisor.proxy().want.defer(desired)
         if self._config.migration:
-            self._loop.call_later(self._config.migration_interval, self._tick)
+            self._rescheduling.start(self._manage)
 
     async def stop(self) -> None:
         """Let what runs end, within --drain-timeout; then leave, in reverse order of start."""
@@ -169,13 +171,17 @@ class Node:
             lambda: self.view,
             Rules(limits, config.migration_request, thresholds),
         )
+        self._rescheduling = Rescheduling(self._loop, self._migrations, config.migration_interval)
         manager = ManagerActor.start(
-            self._leads, lambda: self._control.registry.alive, self._command, thresholds
+            self._leads,
+            lambda: self._control.registry.alive,
+            self._rescheduling.command,
+            thresholds,
         )
         self._manage = manager.proxy()
         self._actors = [manager, migration, self._supervisor, self._dispatcher]
-        for actor in (self._dispatch, self._supervise, self._manage):
-            actor.ping().get(timeout=ASK_SECONDS)
+        for actor in self._actors:
+            actor.proxy().ping().get(timeout=ASK_SECONDS)
         self._acting = True
 
     @property
@@ -243,34 +249,6 @@ class Node:
 
     def _leads(self) -> int | None:
         return self._control.election.epoch or None
-
-    def _tick(self) -> None:
-        """An interval of rescheduling has passed."""
-        if self._acting:
-            self._manage.tick.defer()
-            self._loop.call_later(self._config.migration_interval, self._tick)
-
-    def _command(self, command: MoveCommand) -> None:
-        """Have a source move a request, as this node leads; called on the manager's thread."""
-        asyncio.run_coroutine_threadsafe(self._carry_out(command), self._loop)
-
-    async def _carry_out(self, command: MoveCommand) -> None:
-        try:
-            await self._migrations.command(
-                command.source_node,
-                command.source,
-                command.destination,
-                command.reason,
-                epoch=command.epoch,
-            )
-            outcome = MOVED
-        except EngineError as error:
-            outcome = str(error)
-        except Exception as error:  # the manager must hear of the end, whatever it is
-            logger.exception("a move from %s failed", command.source)
-            outcome = f"internal error: {type(error).__name__}"
-        if self._acting:
-            self._manage.finished.defer(command.pair, outcome)
 
     def _undo(self, route: Route) -> None:
         self._dispatch.undo.defer(route.instance, route.sequence)
