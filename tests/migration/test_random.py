@@ -11,6 +11,7 @@ from tests.kit.loop import on_loop
 from tests.kit.migrating import Control, cluster
 
 THINGS = 500
+ROUNDS = 4  # at most: on a machine that is busy otherwise, many moves are given up for want of time
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 4, "a new one"])
@@ -23,9 +24,12 @@ async def test_whatever_happens(controls: dict[str, Control], keys: Keys, seed: 
         for node in "aabbcc":
             await whole.host(node)
         chaos = Chaos(whole, number)
-        await chaos.run(THINGS)
-        assert not chaos.wrong()
-        moved = chaos.outcomes().count("moved")
-        ended = sum(s.finish is not None for s in chaos.streams.values())
-        print(f"{moved} moves of {len(chaos.moves)}; {ended} ended of {len(chaos.streams)}")
-        assert moved > 10 and ended > 10
+        for _ in range(ROUNDS):
+            await chaos.run(THINGS)
+            assert not chaos.wrong()
+            moved = chaos.outcomes().count("moved")
+            ended = sum(s.finish is not None for s in chaos.streams.values())
+            print(f"{moved} moves of {len(chaos.moves)}; {ended} ended of {len(chaos.streams)}")
+            if moved > 10 and ended > 10:
+                return
+        pytest.fail("hardly anything has moved, or come to its end")
