@@ -35,6 +35,11 @@ class Pair:
     moves: list[tuple[str, int, Any]] = field(default_factory=list)  # choice, position, answer
     refused: list[str] = field(default_factory=list)
 
+    @property
+    def choices(self) -> set[str]:
+        """The requests that have moved, one for each choice."""
+        return {name for name, _, _ in self.moves}
+
     def different(self) -> list[str]:
         """Where the client of the moved one got something else."""
         return differences(self.twin.end(), self.moved.end())
@@ -45,6 +50,7 @@ class Wave:
 
     def __init__(self, node: Node, cases: Mapping[str, Case], seed: int) -> None:
         self._node = node
+        self._cases = cases
         self._draw = random.Random(seed)
         self._instances = node.instances()
         self.pairs = {
@@ -72,6 +78,10 @@ class Wave:
                 time.sleep(EVERY)
         for move in self._under_way.values():
             move.result()
+
+    def all_moved(self, name: str) -> bool:
+        """Whether each choice of a case has moved, whole and streamed."""
+        return all(len(pair.choices) == self._cases[name].choices for pair in self.pairs[name])
 
     def _look(self, pool: ThreadPoolExecutor, pairs: Sequence[Pair], request: Any) -> None:
         name = request["id"]

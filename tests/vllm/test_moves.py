@@ -6,52 +6,64 @@ from collections.abc import Callable
 import pytest
 
 from tests.kit.node import Node
-from tests.kit.waves import Wave
+from tests.kit.waves import Pair, Wave
 from tests.vllm.moved_cases import CASES
 
 pytestmark = pytest.mark.vllm
 
 OF_ONE_WAVE = 4  # more of them, and moves queue until the requests have ended
+# vLLM 0.32 can leave the thinking budget of a request that has ended to one without any, which then
+# takes over its place in the batch: so those with a budget are among themselves.
+BUDGETED = {name for name, case in CASES.items() if "thinking_token_budget" in case.body}
+OTHERS = [name for name in CASES if name not in BUDGETED]
 WAVES = [
-    dict(list(CASES.items())[start : start + OF_ONE_WAVE])
-    for start in range(0, len(CASES), OF_ONE_WAVE)
+    {name: CASES[name] for name in names}
+    for names in (
+        *(OTHERS[n : n + OF_ONE_WAVE] for n in range(0, len(OTHERS), OF_ONE_WAVE)),
+        BUDGETED,
+    )
 ]
+TRIES = 3  # for a case: on a machine that is busy otherwise, moves are given up for want of time
 
 
 @pytest.fixture(scope="module")
-def waves(whole: Node) -> Callable[[str], Wave]:
-    """The wave that has a case, which runs on first use."""
-    run: dict[int, Wave] = {}
+def waves(whole: Node) -> Callable[[str], list[Pair]]:
+    """The pairs of a case, from the wave that has it and runs on first use."""
+    pairs: dict[str, list[Pair]] = {}
 
-    def of(case: str) -> Wave:
-        number = next(n for n, wave in enumerate(WAVES) if case in wave)
-        if number not in run:
-            run[number] = Wave(whole, WAVES[number], number)
-            run[number].run()
-        return run[number]
+    def of(name: str) -> list[Pair]:
+        number = next(n for n, wave in enumerate(WAVES) if name in wave)
+        left = {case: WAVES[number][case] for case in WAVES[number] if case not in pairs}
+        for again in range(TRIES):
+            if left:
+                wave = Wave(whole, left, len(WAVES) * again + number)
+                wave.run()
+                pairs.update(wave.pairs)
+                left = {case: left[case] for case in left if not wave.all_moved(case)}
+                for case in left:
+                    assert not any(pair.different() for pair in wave.pairs[case]), case
+        return pairs[name]
 
     return of
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_moved_request(node: Node, waves: Callable[[str], Wave], case: str) -> None:
+def test_a_moved_request(node: Node, waves: Callable[[str], list[Pair]], case: str) -> None:
     """Whole and streamed: text, tokens, log-probabilities, reasons for the end, usage."""
-    wave = waves(case)
-    for pair in wave.pairs[case]:
-        choices = {name for name, _, _ in pair.moves}
-        assert len(choices) == CASES[case].choices, (pair.moves, pair.refused)
+    for pair in waves(case):
+        assert len(pair.choices) == CASES[case].choices, (pair.moves, pair.refused)
         assert not pair.different(), pair.moves
         shows = CASES[case].shows
         assert all(not shows or choice[shows] for choice in pair.twin.end()["choices"])
 
 
 def test_moves_send_blocks_and_happen_at_all_positions(
-    node: Node, waves: Callable[[str], Wave]
+    node: Node, waves: Callable[[str], list[Pair]]
 ) -> None:
     moves = [
         (position, answer)
         for case in itertools.islice(CASES, 4 * OF_ONE_WAVE)
-        for pair in waves(case).pairs[case]
+        for pair in waves(case)
         for _, position, answer in pair.moves
     ]
     assert any(answer["blocks_sent"] for _, answer in moves)
