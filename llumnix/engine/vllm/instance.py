@@ -124,13 +124,27 @@ class VllmEngine:
     async def call(self, method: str, *args: Any) -> Any:
         """Call a utility method of the engine core. Raises EngineError."""
         try:
-            return await self._require().call_utility_async(method, *args)
+            return await self._or_dead(self._require().call_utility_async(method, *args))
         except EngineError:
             raise
         except EngineDeadError as error:
             raise EngineDead(f"instance {self._id} is dead") from error
         except Exception as error:  # vLLM raises a bare Exception with the engine's message
             raise EngineError(str(error)) from error
+
+    async def _or_dead(self, work: Awaitable[T]) -> T:
+        """Wait for an answer, which never comes from a process that has ended meanwhile."""
+        task = asyncio.ensure_future(work)
+        either: set[asyncio.Future[Any]] = {task}
+        if self._ended is not None:
+            either.add(self._ended)
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise EngineDead(f"instance {self._id} is dead")
+            return task.result()
+        finally:
+            task.cancel()
 
     async def stop(self, timeout: float) -> None:
         """End the process (SIGTERM, then SIGKILL) and close the sockets."""
