@@ -4,6 +4,7 @@ import asyncio
 
 from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.tenant import Tenant
+from tests.kit.loop import soon
 from tests.kit.mesh import Gate
 
 
@@ -23,6 +24,11 @@ class Pace(Gate):
         """Let so many steps end."""
         self._left += steps
         self._changed.set()
+
+    async def step(self) -> None:
+        """Let one step end, and no second one before it has."""
+        self.let(1)
+        await soon(lambda: not self._left)
 
     def open(self) -> None:
         """Let all steps end from now on."""

@@ -96,8 +96,8 @@ async def _many(whole: Cluster, count: int) -> list[Stream]:
     source = whole.order[0]
     await soon(lambda: whole.hosted(source).requests == count and whole.paces[source].waiting)
     while not all(stream.tokens for stream in streams):
-        whole.paces[source].let(1)
-        await asyncio.sleep(0)
+        await whole.paces[source].step()
+        await asyncio.sleep(0.01)  # for its outputs to arrive, before the next one
     return streams
 
 
