@@ -17,6 +17,8 @@ from tests.kit.scene import NAME, scene
 
 everywhere = pytest.mark.parametrize("where", LAYOUTS)
 
+LENGTH = 200  # tokens: while one migration waits for outputs, the requests of all others go on
+
 
 # ---- the same request ----
 
@@ -90,7 +92,7 @@ async def test_a_move_that_makes_no_sense(
 async def _many(whole: Cluster, count: int) -> list[Stream]:
     """So many requests at the first instance, which all have begun."""
     streams = [
-        await whole.ask("a", f"r{n}", 60, prompt=[n * 100 + i for i in range(40)])
+        await whole.ask("a", f"r{n}", LENGTH, prompt=[n * 100 + i for i in range(40)])
         for n in range(count)
     ]
     source = whole.order[0]
