@@ -33,7 +33,7 @@ from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.peer import Peers
 from llumnix.engine.vllm.arguments import engine_config, make_parser
 from llumnix.engine.vllm.blocks import Rendezvous
-from llumnix.engine.vllm.instance import VllmEngine
+from llumnix.engine.vllm.instance import Patience, VllmEngine
 from llumnix.engine.vllm.launcher import Placement, start_fork_server
 from llumnix.engine.vllm.placement import place
 from llumnix.entrypoints.migrations import Migrations, Rules
@@ -261,7 +261,7 @@ async def make_stage(model: str, extra: Sequence[str], seconds: float) -> AsyncI
         for slot, placement in enumerate(placements(config)):
             name = f"{NODE}-{slot}"
             log = Path(os.environ.get("LLUMNIX_BENCH_LOGS", folder)) / f"{name}.log"
-            engine = VllmEngine(name, config, placement, log, seconds, meet)
+            engine = VllmEngine(name, config, placement, log, Patience(seconds), meet)
             hosted.append(HostedInstance(engine, slot, home))
         try:
             await asyncio.gather(*(h.start() for h in hosted))

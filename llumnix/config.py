@@ -50,6 +50,9 @@ class Config:
     etcd_ca: str = _knob("", "file with the certificate authority of etcd's servers")
     etcd_cert: str = _knob("", "file with the client certificate for etcd")
     etcd_key: str = _knob("", "file with the key of the client certificate for etcd")
+    etcd_timeout: float = _knob(
+        1.5, "seconds that a call waits for an etcd member; less where --lease-ttl is too short"
+    )
     lease_ttl: float = _knob(6.0, "seconds after which a silent node has left the cluster")
     cluster_token: str = _knob(
         "", "secret of the peer channel (default: generated, and kept in etcd)", secret=True
@@ -64,6 +67,13 @@ class Config:
     initial_instances: int = _knob(1, "instances that this node starts with")
     max_instances: int = _knob(8, "most instances on this node, whatever is desired in etcd")
     start_timeout: float = _knob(600.0, "seconds within which an instance must be up")
+    hang_timeout: float = _knob(
+        4.0, "seconds for which an engine may be silent while its processes do nothing at all"
+    )
+    step_timeout: float = _knob(300.0, "seconds that an engine may compute without an answer")
+    failover_timeout: float = _knob(
+        30.0, "seconds that a request waits for an instance when it has lost its own"
+    )
     dispatch_policy: str = _knob(
         "load",
         "load (freeness), queue (fewest waiting), balanced (fewest dispatched), rr or random",
@@ -108,6 +118,15 @@ class Config:
         10.0, "seconds for each answer of a migration's other end, and for each transfer"
     )
     drain_timeout: float = _knob(60.0, "seconds that running requests get to end at SIGTERM")
+    max_requests: int = _knob(
+        2048, "requests open at this API server, running or waiting; beyond them: 429; 0: no limit"
+    )
+    max_prompt_tokens: int = _knob(
+        0, "prompt tokens of the requests open at this API server; beyond them: 429; 0: no limit"
+    )
+    send_timeout: float = _knob(
+        300.0, "seconds after which a client that reads nothing of its stream is cut off; 0: never"
+    )
     max_body_bytes: int = _knob(64 * 2**20, "largest request body, in bytes; beyond it: 413")
 
     def resolved(self, host: str | None, port: int) -> "Config":
@@ -143,7 +162,10 @@ class Config:
                 f"--initial-instances is {self.initial_instances}, but must lie between 0 and "
                 f"--max-instances, which is {self.max_instances}"
             )
-        for knob in ("lease_ttl", "start_timeout", "drain_timeout"):
+        for knob in (
+            *("lease_ttl", "start_timeout", "drain_timeout", "failover_timeout"),
+            *("hang_timeout", "step_timeout", "send_timeout"),
+        ):
             if not math.isfinite(getattr(self, knob)):
                 raise ConfigError(
                     f"--{knob.replace('_', '-')} is {getattr(self, knob)}, but must be a number "
@@ -156,7 +178,7 @@ class Config:
                 raise ConfigError(
                     f"--{knob.replace('_', '-')} is {getattr(self, knob)}, but must be 1 or more"
                 )
-        for knob in ("migration_interval", "migration_timeout"):
+        for knob in ("migration_interval", "migration_timeout", "hang_timeout", "step_timeout"):
             if not 0 < getattr(self, knob) < math.inf:
                 raise ConfigError(f"--{knob.replace('_', '-')} must be more than 0 seconds")
         if not self.migration_out_below <= self.migration_in_above:
@@ -165,7 +187,9 @@ class Config:
                 "to and fro"
             )
         for knob in (
-            *("drain_timeout", "start_timeout", "max_body_bytes", "migration_max_blocks"),
+            *("drain_timeout", "failover_timeout", "start_timeout"),
+            *("max_body_bytes", "migration_max_blocks", "send_timeout"),
+            *("max_requests", "max_prompt_tokens"),
             *("migration_last_stage_max_blocks", "migration_tail_tokens"),
         ):
             if getattr(self, knob) < 0:

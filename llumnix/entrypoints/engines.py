@@ -12,7 +12,7 @@ from llumnix.engine.sim.instance import SimEngine
 from llumnix.engine.sim.model import ModelConfig
 from llumnix.engine.sim.profile import PROFILES
 from llumnix.engine.vllm.blocks import Rendezvous
-from llumnix.engine.vllm.instance import VllmEngine
+from llumnix.engine.vllm.instance import Patience, VllmEngine
 from llumnix.engine.vllm.placement import place
 
 MakeEngine = Callable[[InstanceId, int], Engine]
@@ -35,13 +35,12 @@ def engine_maker(
         return lambda instance, slot: SimEngine(instance, model)
 
     logs = Path(config.state_dir) / "logs"
+    patience = Patience(config.start_timeout, config.hang_timeout, config.step_timeout)
 
     def make(instance: InstanceId, slot: int) -> Engine:
         placement = place(vllm_config, slot, config.initial_instances)
         log_file = logs / f"{instance}.log"
-        return VllmEngine(
-            *(instance, vllm_config, placement, log_file, config.start_timeout), rendezvous()
-        )
+        return VllmEngine(instance, vllm_config, placement, log_file, patience, rendezvous())
 
     return make
 

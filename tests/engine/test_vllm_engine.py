@@ -12,7 +12,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from llumnix.engine.base import EngineError, EngineEvents
 from llumnix.engine.vllm import instance as module
 from llumnix.engine.vllm.blocks import Rendezvous
-from llumnix.engine.vllm.instance import VllmEngine
+from llumnix.engine.vllm.instance import Patience, VllmEngine
 from llumnix.engine.vllm.launcher import EngineProcess, Placement, _last_error, _rotate
 from tests.kit.loop import on_loop, soon
 
@@ -20,7 +20,7 @@ from tests.kit.loop import on_loop, soon
 def engine(tmp_path: Path) -> VllmEngine:
     config: Any = Namespace(parallel_config=Namespace(world_size=1))
     nowhere = Rendezvous("", {}, "")
-    return VllmEngine("a-0", config, Placement(), tmp_path / "a-0.log", 5.0, nowhere)
+    return VllmEngine("a-0", config, Placement(), tmp_path / "a-0.log", Patience(5.0), nowhere)
 
 
 def ignore(_: object) -> None:
@@ -53,6 +53,8 @@ async def test_a_request_that_cannot_be_encoded_is_refused(tmp_path: Path) -> No
 
 class Child:
     """A process that ends when it is asked to."""
+
+    pid = 2**22 + 1  # beyond the largest: there is none
 
     def __init__(self) -> None:
         self.running, self.closed = True, False

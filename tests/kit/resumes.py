@@ -17,7 +17,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from llumnix.engine.base import EngineEvents
 from llumnix.engine.vllm import scheduler
 from llumnix.engine.vllm.blocks import Rendezvous
-from llumnix.engine.vllm.instance import VllmEngine
+from llumnix.engine.vllm.instance import Patience, VllmEngine
 from llumnix.engine.vllm.placement import place
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class Bench:
         nowhere = Rendezvous("", {}, "127.0.0.1")
         log = self._folder / "engine.log"
         placement = place(self.config, 0, 2)
-        self.engine = VllmEngine("bench", self.config, placement, log, LONGEST, nowhere)
+        self.engine = VllmEngine("bench", self.config, placement, log, Patience(LONGEST), nowhere)
         await self.engine.start(EngineEvents(self._on_outputs, self._on_death))
 
     def close(self) -> None:

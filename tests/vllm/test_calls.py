@@ -9,7 +9,7 @@ import pytest
 
 from llumnix.engine.base import EngineDead
 from llumnix.engine.vllm.blocks import Rendezvous
-from llumnix.engine.vllm.instance import VllmEngine
+from llumnix.engine.vllm.instance import Patience, VllmEngine
 from llumnix.engine.vllm.launcher import Placement
 from tests.kit.loop import on_loop
 
@@ -28,7 +28,7 @@ class Client:
 def _engine(tmp_path: Path) -> tuple[VllmEngine, Client]:
     config: Any = Namespace(parallel_config=Namespace(world_size=1))
     log, nowhere = tmp_path / "a-0.log", Rendezvous("", {}, "")
-    engine, client = VllmEngine("a-0", config, Placement(), log, 5.0, nowhere), Client()
+    engine, client = VllmEngine("a-0", config, Placement(), log, Patience(5.0), nowhere), Client()
     engine._client = client  # type: ignore[assignment]
     engine._ended = asyncio.get_running_loop().create_future()
     return engine, client

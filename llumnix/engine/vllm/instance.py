@@ -6,6 +6,7 @@ import copy
 import logging
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,10 +26,20 @@ from llumnix.engine.vllm import scheduler
 from llumnix.engine.vllm.blocks import Rendezvous, VllmBlocks
 from llumnix.engine.vllm.launcher import EngineProcess, Placement
 from llumnix.engine.vllm.resume import with_generated
+from llumnix.engine.vllm.watchdog import Activity, Watchdog, activity
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long an engine may take; all in seconds."""
+
+    start: float = 600.0  # to come up
+    hang: float = 4.0  # to say or do anything at all
+    step: float = 300.0  # for one step
 
 
 class _Client(AsyncMPClient):
@@ -60,19 +71,22 @@ class VllmEngine:
         config: VllmConfig,
         placement: Placement,
         log_file: Path,
-        start_timeout: float,
+        patience: Patience,
         rendezvous: Rendezvous,
     ) -> None:
         self._id = instance
         # The client writes what the engine found out (blocks, lengths) into its configuration.
         self._config = copy.deepcopy(config)
         self._placement = placement
-        self._start_timeout = start_timeout
+        self._patience = patience
         self._process = EngineProcess(instance, log_file)
         self._sockets = tempfile.TemporaryDirectory(prefix="llumnix-")  # short: ipc paths are
         workers = config.parallel_config.world_size
         self.blocks = VllmBlocks(self.call, workers, rendezvous)
         self._client: _Client | None = None
+        self._watchdog = Watchdog(
+            self._ping, self._activity, self._hangs, patience.hang, patience.step
+        )
         self._events: EngineEvents | None = None  # from when it is up until it has died
         self._watching: int | None = None
         self._ended: asyncio.Future[None] | None = None  # done when the process is, or stopped
@@ -91,16 +105,17 @@ class VllmEngine:
     async def start(self, events: EngineEvents) -> EngineFacts:
         """Fork the engine core, shake hands and connect. Raises EngineError."""
         try:
-            async with asyncio.timeout(self._start_timeout):
+            async with asyncio.timeout(self._patience.start):
                 self.blocks.open(Path(self._sockets.name))
                 await self._handshake()
                 facts = await self._connect()
                 self._events = events
+                self._watchdog.start()
                 return facts
         except TimeoutError as error:
             await self.stop(0.0)
             raise EngineError(
-                f"instance {self._id} did not start in {self._start_timeout:.0f} s; "
+                f"instance {self._id} did not start in {self._patience.start:.0f} s; "
                 f"its log is {self._process.log_file}"
             ) from error
         except BaseException:
@@ -150,6 +165,7 @@ class VllmEngine:
         """End the process (SIGTERM, then SIGKILL) and close the sockets."""
         self._stopping = True
         self._unwatch()
+        self._watchdog.stop()
         if self._ended is not None and not self._ended.done():
             self._ended.set_result(None)  # a start under way ends here
         if self._client is not None:
@@ -243,6 +259,7 @@ class VllmEngine:
         )
 
     def _on_outputs(self, outputs: EngineCoreOutputs) -> None:
+        self._watchdog.heard()
         if self._events is None:
             return
         try:
@@ -251,6 +268,17 @@ class VllmEngine:
             logger.exception("the outputs of instance %s could not be handled", self._id)
             text = f"{type(error).__name__}: {error}"
             self._die(f"instance {self._id} died: its outputs could not be handled: {text}")
+
+    async def _ping(self) -> None:
+        # Answered by the loop that runs the steps, as soon as none is under way.
+        with contextlib.suppress(EngineError):
+            await self.call("is_sleeping")
+
+    def _activity(self) -> Activity:
+        return activity(self._process.pid or 0)
+
+    def _hangs(self, finding: str) -> None:
+        self._die(f"instance {self._id} hangs: {finding}")
 
     def _die(self, reason: str) -> None:
         """Report the death of an engine that was up, once."""

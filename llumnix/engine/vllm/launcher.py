@@ -123,6 +123,9 @@ class EngineProcess:
             )
             process.kill()
             process.join()
+        with contextlib.suppress(ProcessLookupError):
+            # Its workers are of its process group, and one that is stopped would never end.
+            os.killpg(process.pid, signal.SIGKILL)
         self._process = None
         process.close()
 
