@@ -74,7 +74,8 @@ class Chaos:
     # ---- what may happen ----
 
     async def ask(self) -> None:
-        if sum(not s.ended for s in self.streams.values()) >= OPEN:
+        going = [n for n, s in self.streams.items() if not s.ended and n not in self.cancelled]
+        if len(going) >= OPEN:
             return
         name = f"r{len(self.streams)}"
         home = self.random.choice(list(self.cluster.sites))

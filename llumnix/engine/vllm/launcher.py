@@ -125,7 +125,7 @@ class EngineProcess:
             process.join()
         with contextlib.suppress(ProcessLookupError):
             # Its workers are of its process group, and one that is stopped would never end.
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid or 2**31 - 1, signal.SIGKILL)
         self._process = None
         process.close()
 
