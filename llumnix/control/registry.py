@@ -25,6 +25,7 @@ class Registry:
     """
 
     def __init__(self, etcd: Etcd, session: Session, keys: Keys) -> None:
+        self._etcd = etcd
         self._session = session
         self._keys = keys
         self._builder = ViewBuilder(keys)
@@ -90,6 +91,14 @@ class Registry:
         if self._node is None:
             raise RuntimeError("a node announces itself before it reports loads")
         self._publisher.report(loads)
+
+    def put_drain(self, name: str) -> None:
+        """Has a node or an instance emptied until `delete_drain`. Blocks; raises EtcdError."""
+        self._etcd.put(self._keys.drain(name), b"{}")
+
+    def delete_drain(self, name: str) -> None:
+        """Has it emptied no more. Blocks; raises EtcdError."""
+        self._etcd.delete(self._keys.drain(name))
 
     def _write_loads(self, value: bytes) -> None:
         assert self._node is not None

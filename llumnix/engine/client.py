@@ -82,6 +82,8 @@ class ClusterClient(EngineCoreClient):
         # Called for a request that can't be answered: its id, one sentence, and whether it is
         # the request itself that no engine can run.
         self.on_failure: Callable[[str, str, bool], None] = lambda request_id, reason, refused: None
+        # Called for each request of the frontend, in its handler's context.
+        self.on_open: Callable[[EngineCoreRequest], None] = lambda request: None
         # Called with the seconds that a move has interrupted a stream of tokens.
         self.on_gap: Callable[[float], None] = lambda seconds: None
         self._moving: dict[str, Move] = {}
@@ -103,6 +105,7 @@ class ClusterClient(EngineCoreClient):
         Raises ValueError if a request of that id is open already.
         """
         self.ledger.open(request.request_id, request)
+        self.on_open(request)
         self._spawn(self._place(request.request_id))
 
     async def get_output_async(self) -> EngineCoreOutputs:

@@ -1,8 +1,9 @@
-"""llumnixctl: look at a cluster, and move its requests, through the HTTP server of any node."""
+"""llumnixctl: look at a cluster, move its requests, and empty parts of it, through any node."""
 
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -12,6 +13,8 @@ from urllib.request import Request, urlopen
 import orjson
 
 SECONDS = 150.0  # longer than the longest migration
+DRAIN_SECONDS = 600.0  # that a drain is watched for, unless --wait says
+DRAIN_LOOK = 0.5  # seconds between two looks at it
 
 Row = dict[str, Any]
 
@@ -87,11 +90,48 @@ def migrate(cluster: Cluster, arguments: argparse.Namespace) -> list[Row]:
     return [cluster.post("/llumnix/migrate", body)]
 
 
+def drain(cluster: Cluster, arguments: argparse.Namespace) -> list[Row]:
+    """Empty a node or an instance: nothing new goes there, what runs there moves away."""
+    body = {"name": arguments.name, "cancel": arguments.cancel}
+    found = cluster.post("/llumnix/drain", body)
+    if not arguments.cancel and arguments.wait > 0:
+        found = _watch(cluster, found, arguments.wait)
+    return [{name: found[name] for name in ("name", "kind", "drained", "left")}]
+
+
+def _watch(cluster: Cluster, found: Row, seconds: float) -> Row:
+    """Tell how many requests are left until none is. Raises CommandError if some stay."""
+    deadline, told, name = time.monotonic() + seconds, None, found["name"]
+    while True:
+        if found["left"] != told:
+            told = found["left"]
+            print(f"requests left at {name}: {told}", file=sys.stderr)
+        if told == 0 and found["drained"]:
+            return found
+        if time.monotonic() >= deadline:
+            raise CommandError(_unfinished(found, seconds))
+        time.sleep(DRAIN_LOOK)
+        drains = {one["name"]: one for one in cluster.get("/llumnix/drain")}
+        if name not in drains and found["drained"]:
+            raise CommandError(f"the drain of {name} was cancelled")
+        found = drains.get(name, found | {"drained": False})
+
+
+def _unfinished(found: Row, seconds: float) -> str:
+    reasons = "".join(f"; {one} can't move: {why}" for one, why in found["stuck"].items())
+    names = ", ".join(found["requests"]) or f"{found['left']}, whose node does not list them"
+    return (
+        f"{found['name']} is drained, but requests are left there after {seconds:g} s: "
+        f"{names}{reasons}"
+    )
+
+
 COMMANDS: Mapping[str, Callable[[Cluster, argparse.Namespace], list[Row]]] = {
     "requests": requests,
     "instances": instances,
     "nodes": nodes,
     "migrate": migrate,
+    "drain": drain,
 }
 
 
@@ -125,6 +165,13 @@ def _url(text: str) -> str:
     return url
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < float("inf"):
+        raise ValueError
+    return seconds
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     common = argparse.ArgumentParser(add_help=False)
@@ -142,7 +189,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="how to print (default: table)",
     )
     parser = argparse.ArgumentParser(
-        prog="llumnixctl", description="Look at a cluster and move its requests.", parents=[common]
+        prog="llumnixctl",
+        description="Look at a cluster, move its requests, and empty parts of it.",
+        parents=[common],
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
@@ -151,6 +200,16 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "migrate":
             one.add_argument("request", help="id of the request, or a part of it")
             one.add_argument("--to", required=True, metavar="INSTANCE", help="where it is to go")
+        if name == "drain":
+            one.add_argument("name", metavar="NODE|INSTANCE", help="what is to be emptied")
+            one.add_argument("--cancel", action="store_true", help="let it take requests again")
+            one.add_argument(
+                "--wait",
+                type=_seconds,
+                default=DRAIN_SECONDS,
+                metavar="SECONDS",
+                help="tell what is left there until nothing is, for so long (default: %(default)g)",
+            )
     return parser
 
 

@@ -142,6 +142,7 @@ class Migrations:
                 "tokens": tenant.tokens,
                 "generated": tenant.position,
                 "priority": tenant.priority,
+                "stuck": tenant.stuck,
             }
             for hosted in self._exchange.hosted.values()
             for tenant in hosted.tenants

@@ -35,7 +35,9 @@ from llumnix.entrypoints.loads import LoadReporter
 from llumnix.entrypoints.migrations import Migrations, Rules
 from llumnix.entrypoints.rescheduling import Rescheduling
 from llumnix.entrypoints.server.admin import Admin, Standing
+from llumnix.entrypoints.server.admission import Admission
 from llumnix.entrypoints.server.app import Gateway, make_app
+from llumnix.entrypoints.server.drains import Drains
 from llumnix.entrypoints.server.generate import DemoRoute
 from llumnix.entrypoints.server.listener import Listener
 from llumnix.entrypoints.server.moves import Moves
@@ -130,12 +132,19 @@ class Node:
         self._reporter = LoadReporter(
             self._exchange.hosted.values, self._control.registry.report_loads
         )
-        self._gateway = Gateway(lambda: self._frontend, self.standing)
+        self._gateway = Gateway(lambda: self._frontend, self.standing, config.send_timeout)
+        admission = Admission(config.max_requests, config.max_prompt_tokens)
+        self._client.on_open = admission.enter
         admin = Admin(config.node, self.standing, self._view_and_age, self._sound)
-        moves = Moves(lambda: self._migrations, partial(authorised, self._arguments))
-        demo = DemoRoute(lambda: self._frontend, self.standing)
+        may = partial(authorised, self._arguments)
+        moves = Moves(lambda: self._migrations, may)
+        drains = Drains(lambda: self._control.registry, lambda: self._migrations, may)
+        demo = DemoRoute(lambda: self._frontend, self.standing, config.send_timeout)
         peer = (PATH, self._peers.accept)
-        app = make_app(self._gateway, admin, moves, demo.handle, peer, config.max_body_bytes)
+        app = make_app(
+            *(self._gateway, admin, moves, drains, admission, demo.handle),
+            *(peer, config.max_body_bytes),
+        )
         self._listener = Listener(app, self._arguments)
 
     def _start_actors(self) -> None:

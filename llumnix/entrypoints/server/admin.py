@@ -42,10 +42,13 @@ class Admin:
         return web.Response(text="a part of the node has died\n", status=503)
 
     async def readyz(self, request: web.Request) -> web.Response:
-        """200 while this node should get traffic."""
-        if self._standing.serving and self._sound():
-            return web.Response(text="ok\n")
-        return web.Response(text=self._standing.sentence + "\n", status=503)
+        """200 while this node should get traffic; 503 while it is drained, though it serves."""
+        if not (self._standing.serving and self._sound()):
+            return web.Response(text=self._standing.sentence + "\n", status=503)
+        if self._node in self._view()[0].draining:
+            text = f"node {self._node} is drained; llumnixctl drain {self._node} --cancel ends that"
+            return web.Response(text=text + "\n", status=503)
+        return web.Response(text="ok\n")
 
     async def health(self, request: web.Request) -> web.Response:
         """vLLM's own health route: 200 with an empty body when requests can be answered."""

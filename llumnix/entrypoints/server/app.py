@@ -11,8 +11,11 @@ from aiohttp import web
 from llumnix.engine.vllm.frontend import Frontend
 from llumnix.entrypoints.server import asgi
 from llumnix.entrypoints.server.admin import Admin, Standing
+from llumnix.entrypoints.server.admission import Admission
+from llumnix.entrypoints.server.drains import Drains
 from llumnix.entrypoints.server.errors import RETRY_AFTER, Handler, error_response, openai_errors
 from llumnix.entrypoints.server.moves import Moves
+from llumnix.entrypoints.server.outlet import Outlet
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +23,12 @@ logger = logging.getLogger(__name__)
 class Gateway:
     """Takes what is not the node's own business to vLLM's application."""
 
-    def __init__(self, frontend: Callable[[], Frontend | None], standing: Standing) -> None:
+    def __init__(
+        self, frontend: Callable[[], Frontend | None], standing: Standing, send_timeout: float
+    ) -> None:
         self._frontend = frontend
         self._standing = standing
+        self._send_timeout = send_timeout
         self._running: set[asyncio.Task[Any]] = set()
 
     @property
@@ -53,19 +59,21 @@ class Gateway:
         if frontend.streams is not None:
             events = await frontend.streams.open(scope, body)
             if events is not None:
-                return await stream(request, events)
-        return await asgi.serve(frontend.app, scope, request, body)
+                return await stream(request, events, self._send_timeout)
+        return await asgi.serve(frontend.app, scope, request, body, self._send_timeout)
 
 
-async def stream(request: web.Request, events: AsyncGenerator[str, None]) -> web.StreamResponse:
+async def stream(
+    request: web.Request, events: AsyncGenerator[str, None], send_timeout: float
+) -> web.StreamResponse:
     """Send server-sent events as they come."""
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+    outlet = Outlet(request, response, send_timeout)
     async with contextlib.aclosing(events):
-        writer = await response.prepare(request)
-        assert writer is not None
+        await outlet.open()
         async for event in events:
-            await writer.write(event.encode())
-        await response.write_eof()
+            await outlet.write(event.encode())
+        await outlet.close()
     return response
 
 
@@ -88,10 +96,16 @@ async def _post_only(request: web.Request) -> web.StreamResponse:
     raise web.HTTPMethodNotAllowed(request.method, ["POST"])
 
 
+async def _get_or_post_only(request: web.Request) -> web.StreamResponse:
+    raise web.HTTPMethodNotAllowed(request.method, ["GET", "POST"])
+
+
 def make_app(
     gateway: Gateway,
     admin: Admin,
     moves: Moves,
+    drains: Drains,
+    admission: Admission,
     generate: Handler,
     peer: tuple[str, Handler],
     max_body_bytes: int,
@@ -112,7 +126,10 @@ def make_app(
         app.router.add_route("*", path, _get_only)
     app.router.add_post("/llumnix/migrate", moves.migrate)
     app.router.add_route("*", "/llumnix/migrate", _post_only)
-    app.router.add_post("/generate", generate)
+    app.router.add_get("/llumnix/drain", drains.list)
+    app.router.add_post("/llumnix/drain", drains.drain)
+    app.router.add_route("*", "/llumnix/drain", _get_or_post_only)
+    app.router.add_post("/generate", admission.guard(generate))
     app.router.add_route("*", "/generate", _post_only)
-    app.router.add_route("*", "/{path:.*}", gateway.handle)
+    app.router.add_route("*", "/{path:.*}", admission.guard(gateway.handle))
     return app

@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from llumnix.entrypoints.server.outlet import ClientStuck, Outlet
+
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -23,10 +25,10 @@ LAST_SECONDS = 2.0  # for an application to end once it was told that its client
 
 
 async def serve(
-    app: AsgiApp, scope: dict[str, Any], request: web.Request, body: bytes
+    app: AsgiApp, scope: dict[str, Any], request: web.Request, body: bytes, send_timeout: float
 ) -> web.StreamResponse:
     """Have the application answer a request whose body has been read."""
-    exchange = _Exchange(request, body)
+    exchange = _Exchange(request, body, send_timeout)
     answering = asyncio.ensure_future(app(scope, exchange.receive, exchange.send))
     try:
         await asyncio.shield(answering)
@@ -77,12 +79,14 @@ def _server(request: web.Request) -> tuple[str, int | None] | None:
 class _Exchange:
     """One request and its response."""
 
-    def __init__(self, request: web.Request, body: bytes) -> None:
+    def __init__(self, request: web.Request, body: bytes, send_timeout: float) -> None:
         self._request = request
         self._body: bytes | None = body
+        self._send_timeout = send_timeout
         self._status = 200
         self._headers: list[tuple[bytes, bytes]] = []
         self.response: web.StreamResponse | None = None
+        self._outlet: Outlet | None = None
         self.gone = asyncio.Event()  # when the client is
 
     async def receive(self) -> Message:
@@ -99,17 +103,20 @@ class _Exchange:
             self._status, self._headers = message["status"], list(message.get("headers", ()))
             return
         body, more = message.get("body", b""), message.get("more_body", False)
-        if self.response is None:
+        if self._outlet is None:
             if not more:
                 self.response = self._prepared(web.Response(body=body, status=self._status))
                 return
-            stream = web.StreamResponse(status=self._status)
-            await self._prepared(stream).prepare(self._request)
-            self.response = stream
-        if body:
-            await self.response.write(body)
-        if not more:
-            await self.response.write_eof()
+            self.response = self._prepared(web.StreamResponse(status=self._status))
+            self._outlet = Outlet(self._request, self.response, self._send_timeout)
+            await self._outlet.open()
+        try:
+            if body:
+                await self._outlet.write(body)
+            if not more:
+                await self._outlet.close()
+        except ClientStuck:
+            self.gone.set()
 
     def _prepared(self, response: web.StreamResponse) -> Any:
         for name, value in self._headers:

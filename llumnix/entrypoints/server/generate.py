@@ -10,14 +10,18 @@ from llumnix.engine.vllm.frontend import Frontend
 from llumnix.engine.vllm.generate import BadRequest, Generation, Unavailable, generate
 from llumnix.entrypoints.server.admin import Standing
 from llumnix.entrypoints.server.errors import RETRY_AFTER, error_response
+from llumnix.entrypoints.server.outlet import Outlet
 
 
 class DemoRoute:
     """Answers `{"prompt": …, **sampling parameters}` with `{"text": […]}`, streamed on request."""
 
-    def __init__(self, frontend: Callable[[], Frontend | None], standing: Standing) -> None:
+    def __init__(
+        self, frontend: Callable[[], Frontend | None], standing: Standing, send_timeout: float
+    ) -> None:
         self._frontend = frontend
         self._standing = standing
+        self._send_timeout = send_timeout
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answer one request."""
@@ -30,7 +34,7 @@ class DemoRoute:
             generation = Generation.parse(orjson.loads(await request.read()))
             async with contextlib.aclosing(generate(frontend.llm, generation)) as texts:
                 if generation.stream:
-                    return await _stream(request, texts)
+                    return await _stream(request, texts, self._send_timeout)
                 whole = [text async for text in texts][-1]
                 return web.Response(body=_line(whole), content_type="application/json")
         except (BadRequest, orjson.JSONDecodeError) as error:
@@ -40,16 +44,17 @@ class DemoRoute:
 
 
 async def _stream(
-    request: web.Request, texts: AsyncGenerator[list[str], None]
+    request: web.Request, texts: AsyncGenerator[list[str], None], send_timeout: float
 ) -> web.StreamResponse:
     # The first text before the headers: a bad request is found out by then.
     first = await anext(texts)
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
-    await response.prepare(request)
-    await response.write(_line(first))
+    outlet = Outlet(request, response, send_timeout)
+    await outlet.open()
+    await outlet.write(_line(first))
     async for text in texts:
-        await response.write(_line(text))
-    await response.write_eof()
+        await outlet.write(_line(text))
+    await outlet.close()
     return response
 
 

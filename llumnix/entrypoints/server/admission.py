@@ -1,0 +1,112 @@
+"""How much may be open at this API server at once; beyond it, clients are told to come again."""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from aiohttp import web
+from vllm.v1.engine import EngineCoreRequest
+
+from llumnix.entrypoints.server.errors import Handler, error_response
+from llumnix.metrics import REFUSALS
+
+RETRY_SOON = {"Retry-After": "1"}  # seconds: room comes with every request that ends
+BYTES_PER_TOKEN = 4  # of a body whose prompt has not been tokenised yet
+
+# Routes behind which an engine computes; all others always answer.
+GENERATING = frozenset(
+    {
+        *("/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch"),
+        *("/v1/responses", "/v1/messages", "/cohere/v2/chat", "/v1/systemone"),
+        *("/v1/audio/transcriptions", "/v1/audio/translations"),
+        *("/generate", "/inference/v1/generate", "/invocations", "/generative_scoring"),
+        *("/v1/embeddings", "/v2/embed", "/pooling", "/classify"),
+        *("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
+    }
+)
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """What one HTTP request has open."""
+
+    requests: int = 1
+    tokens: int = 0  # of prompts
+    exact: bool = False  # whether a prompt has been tokenised
+    over: bool = False
+
+
+# Set in the handler's task, and so in all tasks that vLLM makes of it.
+_slot: ContextVar[Slot | None] = ContextVar("slot", default=None)
+
+
+class Admission:
+    """Counts open requests and the tokens of their prompts against two limits; 0 is no limit.
+
+    An HTTP request is one until its prompts are tokenised, and then as many as it has prompts and
+    choices, with the tokens of each. It is admitted whole, and gives everything back when its
+    handler ends, however it ends.
+    """
+
+    def __init__(self, max_requests: int, max_prompt_tokens: int) -> None:
+        self._max_requests = max_requests
+        self._max_prompt_tokens = max_prompt_tokens
+        self.requests = 0
+        self.prompt_tokens = 0
+
+    def guard(self, handler: Handler) -> Handler:
+        """The handler, with 429 in its place for what is beyond the limits."""
+
+        async def admit(request: web.Request) -> web.StreamResponse:
+            if request.method != "POST" or request.path not in GENERATING:
+                return await handler(request)
+            if (refusal := self._refuse()) is not None:
+                return refusal  # before its body, which may be large
+            size = len(await request.read())
+            if (refusal := self._refuse()) is not None:
+                return refusal
+            with self._taken(size // BYTES_PER_TOKEN):
+                return await handler(request)
+
+        return admit
+
+    def enter(self, request: EngineCoreRequest) -> None:
+        """Count a tokenised request of the handler that this is called from."""
+        slot = _slot.get()
+        if slot is None or slot.over:
+            return
+        tokens = len(request.prompt_token_ids or ())
+        if slot.exact:
+            self._add(slot, 1, tokens)
+        else:
+            slot.exact = True
+            self._add(slot, 0, tokens - slot.tokens)
+
+    def _refuse(self) -> web.Response | None:
+        if 0 < self._max_requests <= self.requests:
+            limit, text = "requests", f"{self._max_requests} requests"
+        elif 0 < self._max_prompt_tokens <= self.prompt_tokens:
+            limit, text = "prompt_tokens", f"prompts of {self._max_prompt_tokens} tokens"
+        else:
+            return None
+        REFUSALS.labels(limit).inc()
+        return error_response(429, f"{text} are open at this server; try again soon", RETRY_SOON)
+
+    @contextlib.contextmanager
+    def _taken(self, tokens: int) -> Iterator[None]:
+        slot = Slot(requests=0)
+        self._add(slot, 1, tokens)
+        _slot.set(slot)
+        try:
+            yield
+        finally:
+            self._add(slot, -slot.requests, -slot.tokens)
+            slot.over = True
+            _slot.set(None)  # the next request of this connection has the same task
+
+    def _add(self, slot: Slot, requests: int, tokens: int) -> None:
+        slot.requests += requests
+        slot.tokens += tokens
+        self.requests += requests
+        self.prompt_tokens += tokens
