@@ -173,6 +173,8 @@ class Config:
                 )
         if self.lease_ttl < 2:
             raise ConfigError(f"--lease-ttl is {self.lease_ttl}, but etcd grants 2 seconds or more")
+        if not 0 < self.etcd_timeout < math.inf:
+            raise ConfigError("--etcd-timeout must be more than 0 seconds")
         for knob in ("dispatch_top_k", "migration_max_stages", "migration_max_requests"):
             if getattr(self, knob) < 1:
                 raise ConfigError(

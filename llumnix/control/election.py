@@ -11,6 +11,7 @@ from llumnix.control.errors import EtcdError
 from llumnix.control.etcd import Etcd
 from llumnix.control.keys import Keys
 from llumnix.control.kv import Compare, Delete
+from llumnix.control.pulse import Pulse
 from llumnix.control.session import Session
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Election:
         self._node = node
         self._on_change = on_change
         self._interval = interval
+        self.pulse = Pulse("the election")
         self._lock = threading.Lock()
         self._won: tuple[int, int] | None = None  # epoch, lease
         self._stands_from = float("-inf")
@@ -75,10 +77,24 @@ class Election:
         Raises EtcdError when the key could not be deleted; this node does not lead then either.
         """
         with self._lock:
-            self._stands_from = time.monotonic() + aside
+            self._stands_from = max(self._stands_from, time.monotonic() + aside)
             won, self._won = self._won, None
+        if won is not None:
+            log.info("This node (%s) resigns, in epoch %d.", self._node, won[0])
         self._wake.set()
         return won is not None and self._give_up(*won)
+
+    def retire(self) -> None:
+        """Gives up leading, and stands no more; returns at once.
+
+        This object's thread deletes the key, and tries again as long as etcd is silent.
+        """
+        with self._lock:
+            self._stands_from = float("inf")
+            won, self._won = self._won, None
+        if won is not None:
+            log.info("This node (%s) resigns, in epoch %d, and stands no more.", self._node, won[0])
+        self._wake.set()
 
     def stop(self) -> None:
         """Ends the thread and resigns, if etcd can be reached."""
@@ -106,7 +122,9 @@ class Election:
             except EtcdError as error:
                 log.debug("Who leads is not known: %s.", error)
             self._tell()
+            self.pulse.beat()
             self._wake.wait(self._pause())
+            self.pulse.beat()
 
     def _pause(self) -> float:
         if not self._session.lease:
@@ -122,6 +140,7 @@ class Election:
             return
         found = self._etcd.get(self._key)
         if found is None and time.monotonic() >= self._stands_from:
+            self.pulse.beat()
             _, found = self._etcd.put_if_absent(self._key, encode_leader(self._node), lease)
         with self._lock:
             if found is None or found.lease != lease:
@@ -130,6 +149,7 @@ class Election:
             if time.monotonic() >= self._stands_from:
                 self._won = (found.create_revision, lease)
                 return
+        self.pulse.beat()
         self._give_up(found.create_revision, lease)  # won while we resigned
 
     def _give_up(self, epoch: int, lease: int) -> bool:
@@ -141,11 +161,12 @@ class Election:
         told = (epoch != 0, epoch)
         if told == self._told:
             return
-        self._told = told
+        last, self._told = self._told[1], told
         if epoch:
             log.info("This node (%s) leads, in epoch %d.", self._node, epoch)
         else:
-            log.info("This node (%s) does not lead any more.", self._node)
+            log.info("This node (%s) does not lead any more, as it did in epoch %d.",
+                     self._node, last)  # fmt: skip
         if self._on_change is not None:
             try:
                 self._on_change(*told)

@@ -22,6 +22,9 @@ class OwnedKeys:
         self._unwanted: set[str] = set()  # to be deleted
         self._written: dict[str, tuple[bytes, int]] = {}  # value, revision
         self._writing: tuple[str, bytes] | None = None
+        self._common: dict[str, bytes] = {}  # of no lease; any node may have put them
+        self._missing: set[str] = set()  # of these
+        self._revision = 0  # of the last snapshot
         self._repaired = float("-inf")
 
     def put(self, key: str, value: bytes) -> None:
@@ -35,6 +38,10 @@ class OwnedKeys:
                 self._written.pop(key, None)
                 self._unwanted.add(key)
 
+    def keep(self, key: str, value: bytes) -> None:
+        with self._lock:
+            self._common[key] = value
+
     def forget_written(self) -> None:
         """The lease is a new one: everything must be written again."""
         with self._lock:
@@ -46,6 +53,7 @@ class OwnedKeys:
         with self._lock:
             self._writing = self._next_unwritten()
             unwanted = next(iter(self._unwanted), None)
+            missing = next(iter(self._missing), None)
         if self._writing is not None:
             self._write(etcd, *self._writing, lease)
         elif unwanted is not None:
@@ -53,9 +61,21 @@ class OwnedKeys:
             etcd.txn([Compare(unwanted, "lease", lease)], [Delete(unwanted)])
             with self._lock:
                 self._unwanted.discard(unwanted)
+        elif missing is not None:
+            self._put_back(etcd, missing)
         else:
             return False
         return True
+
+    def _put_back(self, etcd: Etcd, key: str) -> None:
+        value = self._common[key]
+        ours, found = etcd.put_if_absent(key, value)
+        with self._lock:
+            self._missing.discard(key)
+        if ours:
+            log.info("etcd had lost %s, so it is written again.", key)
+        elif found.value != value:
+            log.warning("%s was lost, and is now another than the one that this node has.", key)
 
     def disturbed(self, items: Mapping[str, KeyValue], revision: int, lease: int) -> bool:
         """Whether a snapshot shows a key that somebody else changed and that is to be written now.
@@ -64,10 +84,17 @@ class OwnedKeys:
         """
         now = time.monotonic()
         with self._lock:
-            keys = [key for key in self._written if self._is_foreign(key, items, revision, lease)]
+            if revision < self._revision:  # etcd was wiped, or an older copy is back
+                keys = list(self._written)
+            else:
+                keys = [k for k in self._written if self._is_foreign(k, items, revision, lease)]
+            self._revision = revision
+            self._missing = self._common.keys() - items.keys()
             for key in keys:
                 log.info("%s is not as this node wrote it, so it is written again.", key)
                 del self._written[key]
+            if self._missing:
+                return True
             if not keys or now - self._repaired < _CALM:
                 return False
             self._repaired = now

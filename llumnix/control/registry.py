@@ -2,14 +2,18 @@
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceLoad, NodeId, NodeInfo
+from llumnix.control.changes import changes
 from llumnix.control.codec import encode_instance, encode_node
 from llumnix.control.etcd import Etcd
-from llumnix.control.keys import Keys
+from llumnix.control.grace import Grace
+from llumnix.control.keys import Keys, Kind
 from llumnix.control.kv import KeyValue
 from llumnix.control.loads import LoadPublisher
+from llumnix.control.pulse import Pulse
 from llumnix.control.session import Session
 from llumnix.control.view import ViewBuilder
 from llumnix.control.watch import PrefixWatch
@@ -20,16 +24,20 @@ log = logging.getLogger(__name__)
 class Registry:
     """Membership and load. Announcing never blocks and never fails: the session writes it.
 
-    `view` is the last snapshot, which stays while etcd is unreachable. The session must be started
-    and stopped by its owner; what was announced vanishes with it.
+    `view` is the last snapshot, which stays while etcd is unreachable. Nodes and instances that are
+    missing when etcd is back stay in it for `grace` seconds (see Grace). Its owner starts
+    and stops the session; what was announced vanishes with it.
     """
 
-    def __init__(self, etcd: Etcd, session: Session, keys: Keys) -> None:
+    def __init__(self, etcd: Etcd, session: Session, keys: Keys, *, grace: float = 6.0) -> None:
         self._etcd = etcd
         self._session = session
         self._keys = keys
         self._builder = ViewBuilder(keys)
-        self._watch = PrefixWatch(etcd, keys.prefix, self._on_change)
+        self._watch = PrefixWatch(etcd, keys.prefix, self._on_change, self._on_proof)
+        self._grace = Grace(grace, self._is_member)
+        self._grace_seconds = grace
+        self._revision = 0
         self._publisher = LoadPublisher(self._write_loads)
         self._node: NodeId | None = None
         self._view = ClusterView()
@@ -50,6 +58,11 @@ class Registry:
     def alive(self) -> bool:
         """Whether the view is current; False when it is what is left from before an outage."""
         return self._watch.alive
+
+    @property
+    def pulse(self) -> Pulse:
+        """That of the watch."""
+        return self._watch.pulse
 
     def start(self) -> None:
         """Begins to watch; returns at once."""
@@ -104,14 +117,49 @@ class Registry:
         assert self._node is not None
         self._session.put(self._keys.load(self._node), value)
 
-    def _on_change(self, items: Mapping[str, KeyValue], revision: int) -> None:
+    def _is_member(self, key: str) -> bool:
+        parsed = self._keys.parse(key)
+        return parsed is not None and parsed.kind in (Kind.NODE, Kind.INSTANCE, Kind.LOAD)
+
+    def _on_change(
+        self, items: Mapping[str, KeyValue], revision: int, deleted: Collection[str] | None
+    ) -> None:
         self._session.observe(items, revision)
-        self._view = view = self._builder.build(items, revision)
+        self._revision = revision
+        before = set(self._grace.kept)
+        if deleted is None:
+            shown = self._grace.after_list(items, time.monotonic())
+        else:
+            shown = self._grace.after_events(items, deleted)
+        self._tell_grace(before)
+        self._show(shown)
+
+    def _on_proof(self) -> None:
+        if self._grace.is_over(time.monotonic()):
+            self._say("%s did not come back within %.1f s, so they are gone.", self._grace.kept)
+            self._show(self._grace.end())
+
+    def _tell_grace(self, before: Collection[str]) -> None:
+        kept = set(self._grace.kept)
+        if kept - set(before):
+            self._say("etcd lacks %s, which stay in the view for %.1f s, to come back.", kept)
+        elif before and not kept:
+            log.info("All that etcd lacked is back, or was deleted.")
+
+    def _say(self, sentence: str, keys: Collection[str]) -> None:
+        names = ", ".join(key.removeprefix(self._keys.prefix) for key in sorted(keys))
+        log.warning(sentence, names, self._grace_seconds)
+
+    def _show(self, items: Mapping[str, KeyValue]) -> None:
+        old = self._view
+        self._view = view = self._builder.build(items, self._revision)
         if not self._builder.changed:
             return
+        for sentence in changes(old, view):
+            log.info("%s", sentence)
         for subscriber in self._subscribers:
             try:
                 subscriber(view)
             except Exception:
                 # One subscriber's fault must not hide the view from the others.
-                log.exception("A subscriber failed on the view of revision %d.", revision)
+                log.exception("A subscriber failed on the view of revision %d.", view.revision)

@@ -11,6 +11,8 @@ from llumnix.control.errors import EtcdError, EtcdUnavailable, LeaseNotFound
 from llumnix.control.etcd import Etcd
 from llumnix.control.kv import KeyValue
 from llumnix.control.owned import OwnedKeys
+from llumnix.control.pace import interval_of
+from llumnix.control.pulse import Pulse
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ class Session:
     def __init__(
         self, etcd: Etcd, ttl: float = 6.0, on_state: Callable[[LeaseState], None] | None = None
     ) -> None:
+        self.pulse = Pulse("the session")
         self._etcd = etcd
         self._ttl = ttl
         self._on_state = on_state
@@ -81,6 +84,10 @@ class Session:
         self._owned.remove(key)
         self._wake.set()
 
+    def keep(self, key: str, value: bytes) -> None:
+        """Puts the key back, without the lease, whenever `observe` is shown that it is missing."""
+        self._owned.keep(key, value)
+
     def observe(self, items: Mapping[str, KeyValue], revision: int) -> None:
         """Compares a snapshot that is complete up to `revision` with what was written.
 
@@ -110,6 +117,7 @@ class Session:
     def _run(self) -> None:
         while not self._stopping.is_set():
             self._wake.clear()
+            self.pulse.beat()
             try:
                 self._beat()
             except LeaseNotFound:
@@ -121,15 +129,20 @@ class Session:
                 self._complain(str(error))
             else:
                 self._backoff.reset()
+                self.pulse.beat()
                 self._wake.wait(max(0.0, self._due - time.monotonic()))
                 continue
+            self.pulse.beat()
             self._stopping.wait(self._backoff.delay())
 
     def _beat(self) -> None:
         """Does what is due: have a lease, prolong it, write and delete what is not yet."""
         self._keep_lease()
+        self.pulse.beat()
         while not self._stopping.is_set() and self._owned.settle_one(self._etcd, self._lease):
+            self.pulse.beat()
             self._keep_lease()
+            self.pulse.beat()
 
     def _keep_lease(self) -> None:
         asked = time.monotonic()
@@ -141,7 +154,7 @@ class Session:
                 raise LeaseNotFound("the lease has ended")
         else:
             return
-        self._deadline, self._due = asked + ttl, asked + min(self._ttl, ttl) / 3
+        self._deadline, self._due = asked + ttl, asked + interval_of(min(self._ttl, ttl))
         self._enter(LeaseState.HELD, f"for {ttl:.0f} s from now")
 
     def _lose(self) -> None:

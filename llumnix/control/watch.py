@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 
 from llumnix.control.backoff import Backoff
@@ -12,10 +12,11 @@ from llumnix.control.etcd import Etcd
 from llumnix.control.feed import Feed, Proof
 from llumnix.control.kv import Batch, KeyValue
 from llumnix.control.member import Member
+from llumnix.control.pulse import Pulse
 
 log = logging.getLogger(__name__)
 
-OnChange = Callable[[Mapping[str, KeyValue], int], None]
+OnChange = Callable[[Mapping[str, KeyValue], int, Collection[str] | None], None]
 
 _GAP = 0.005  # seconds between deliveries, so that a storm of changes costs a bounded share of CPU
 
@@ -28,16 +29,27 @@ class PrefixWatch:
     also agree with what the watch delivered; if it doesn't, everything is listed again on the next
     member. While no member answers, the last copy stays.
 
-    `on_change(items, revision)` runs on this object's thread: after the first list and after
-    each batch of changes, of which several may come as one. It must not block.
+    `on_change(items, revision, deleted)` runs on this object's thread: after each list that brought
+    something new and after each batch of changes, of which several may come as one. `deleted` are
+    the keys that the batch deletes; after a list it is None, as a list can't tell what has been
+    deleted from what has been lost. `on_proof()` runs there whenever etcd has confirmed the copy.
+    Neither may block.
     """
 
     def __init__(
-        self, etcd: Etcd, prefix: str, on_change: OnChange, *, probe_interval: float = 0.7
+        self,
+        etcd: Etcd,
+        prefix: str,
+        on_change: OnChange,
+        on_proof: Callable[[], None] = lambda: None,
+        *,
+        probe_interval: float = 0.7,
     ) -> None:
+        self.pulse = Pulse("the watch")
         self._etcd = etcd
         self._prefix = prefix
         self._on_change = on_change
+        self._on_proof = on_proof
         self._interval = probe_interval
         self._items: Mapping[str, KeyValue] = {}
         self._revision = 0
@@ -46,6 +58,7 @@ class PrefixWatch:
         self._in_doubt = False
         self._backoff = Backoff()
         self._lost_sight = False
+        self._static_since: float | None = None  # when it was found that etcd is silent
         self._listed = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"watch {prefix}", daemon=True)
@@ -78,12 +91,14 @@ class PrefixWatch:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
+            self.pulse.beat()
             member = self._etcd.current()
             try:
                 self._follow(member)
             except EtcdError as error:
                 self._etcd.move_on(member)
                 self._tell(member, error)
+                self.pulse.beat()
                 self._stopping.wait(self._backoff.delay())
 
     def _tell(self, member: Member, error: EtcdError) -> None:
@@ -91,11 +106,19 @@ class PrefixWatch:
             log.info("The watch of %s on %s broke off (%s), so it starts over on the next member.",
                      self._prefix, member.endpoint, error)  # fmt: skip
         self._lost_sight = not self.alive
+        if self._lost_sight and self._static_since is None and self._listed.is_set():
+            self._static_since = self._proven
+            log.warning("etcd is silent, so this node goes on with its view of revision %d.",
+                        self._revision)  # fmt: skip
 
     def _follow(self, member: Member) -> None:
         """Lists, then watches, on one member; returns when told to stop, raises when in doubt."""
         asked = time.monotonic()
         listed, revision = self._etcd.get_prefix(self._prefix, at=member)
+        self.pulse.beat()
+        if self._static_since is not None:
+            log.info("etcd answers again, after %.1f s.", asked - self._static_since)
+            self._static_since = None
         self._replace(listed, revision)
         self._proven = asked
         self._listed.set()
@@ -104,7 +127,9 @@ class PrefixWatch:
         try:
             feed.start()
             while not self._stopping.is_set():
+                self.pulse.beat()
                 news = feed.next()
+                self.pulse.beat()
                 if isinstance(news, Proof):
                     self._judge(news)
                 elif news is not None:
@@ -121,21 +146,23 @@ class PrefixWatch:
                         self._revision, revision)  # fmt: skip
         self._items, self._revision = items, revision
         if items != old or not self._listed.is_set():
-            self._deliver()
+            self._deliver(None)
 
     def _apply(self, batch: Batch, feed: Feed) -> None:
         items = dict(self._items)
+        deleted: set[str] = set()
         more: Batch | None = batch
         while more is not None:
             for key, kv in more.changes:
                 if kv is None:
                     items.pop(key, None)
+                    deleted.add(key)
                 else:
                     items[key] = kv
             batch, more = more, feed.next_at_once()
         self._items, self._revision = items, batch.revision
         self._in_doubt = False
-        self._deliver()
+        self._deliver(deleted)
         self._stopping.wait(_GAP)
 
     def _judge(self, proof: Proof) -> None:
@@ -145,16 +172,21 @@ class PrefixWatch:
             self._in_doubt = False
             self._proven = proof.asked
             self._backoff.reset()
+            self._call(self._on_proof)
         elif self._in_doubt:
             raise WatchEnded("the watch delivers less than the member holds")
         else:
             self._in_doubt = True
 
-    def _deliver(self) -> None:
+    def _deliver(self, deleted: Collection[str] | None) -> None:
+        items = MappingProxyType(self._items)
+        self._call(lambda: self._on_change(items, self._revision, deleted))
+
+    def _call(self, reader: Callable[[], None]) -> None:
         if self._stopping.is_set():
             return
         try:
-            self._on_change(MappingProxyType(self._items), self._revision)
+            reader()
         except Exception:
             # A reader's fault must not end the mirror for all other readers.
             log.exception("A reader of %s failed on revision %d.", self._prefix, self._revision)

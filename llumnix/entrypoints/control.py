@@ -16,12 +16,15 @@ from tenacity import (
 
 from llumnix.cluster import ClusterView, NodeInfo
 from llumnix.config import Config
+from llumnix.control.codec import encode_text
 from llumnix.control.election import Election
 from llumnix.control.embedded import EmbeddedEtcd
 from llumnix.control.errors import EtcdUnavailable
 from llumnix.control.etcd import Etcd
 from llumnix.control.handshake import Handshake
 from llumnix.control.keys import Keys, Kind
+from llumnix.control.pace import fitting_timeout, interval_of
+from llumnix.control.pulse import Pulse
 from llumnix.control.registry import Registry
 from llumnix.control.session import Session
 from llumnix.control.token import cluster_token
@@ -60,6 +63,7 @@ class ControlPlane:
         self.election: Election
         self.handshake: Handshake
         self._endpoints: list[str] = []
+        self._limit = config.lease_ttl
 
     def open(self, on_view: Callable[[ClusterView], None]) -> None:
         """Join the cluster. Raises EtcdError with one sentence if that is not possible."""
@@ -70,6 +74,8 @@ class ControlPlane:
             self._embedded.start()
             endpoints = list(self._embedded.endpoints)
         self._endpoints = list(endpoints)
+        timeout = fitting_timeout(config.lease_ttl, config.etcd_timeout)
+        self._limit = config.lease_ttl + timeout  # an outage may use up the ttl, but not this
         self._etcd = etcd = Etcd(
             endpoints,
             user=config.etcd_user or None,
@@ -77,12 +83,17 @@ class ControlPlane:
             ca=config.etcd_ca or None,
             cert=config.etcd_cert or None,
             key=config.etcd_key or None,
+            call_timeout=timeout,
         )
         keys = Keys(config.cluster)
         self.token = _patiently(cluster_token, etcd, keys, config.cluster_token or None)
         self.session = Session(etcd, config.lease_ttl)
-        self.registry = Registry(etcd, self.session, keys)
-        self.election = Election(etcd, self.session, keys, config.node)
+        if not config.cluster_token:
+            self.session.keep(keys.token, encode_text(self.token))
+        self.registry = Registry(etcd, self.session, keys, grace=config.lease_ttl)
+        self.election = Election(
+            etcd, self.session, keys, config.node, interval=interval_of(config.lease_ttl)
+        )
         self.handshake = Handshake(etcd, self.session, keys)
         self.registry.subscribe(on_view)
         self.registry.subscribe(self.election.observe)
@@ -114,6 +125,27 @@ class ControlPlane:
         epoch = time.time_ns() // 1000
         self.registry.announce_node(NodeInfo(config.node, config.advertise_address, VERSION, epoch))
         self.election.start()
+
+    @property
+    def loop_age(self) -> float:
+        """Seconds since the slowest thread of the control loop last came round."""
+        return max(pulse.age for pulse in self._pulses)
+
+    def standstill(self) -> str:
+        """One sentence that names what of the control loop hangs or has died; empty if nothing."""
+        slowest = max(self._pulses, key=lambda pulse: pulse.age)
+        if slowest.age <= self._limit:
+            return ""
+        since = f"{slowest.name} came round last {slowest.age:.0f} s ago"
+        return f"the control loop stands still: {since}"
+
+    @property
+    def _pulses(self) -> tuple[Pulse, ...]:
+        return self.session.pulse, self.registry.pulse, self.election.pulse
+
+    def retire(self) -> None:
+        """Hand over if this node leads, and never lead again; returns at once."""
+        self.election.retire()
 
     def close(self) -> None:
         """Leave the cluster: keys vanish at once; the embedded etcd ends last."""

@@ -1,6 +1,6 @@
 """The mirror of a prefix stays true whatever happens to the members."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import pytest
 from pyetcd import etcdrpc as pb
@@ -24,7 +24,9 @@ class Mirror:
         self.revisions: list[int] = []
         self.watch = PrefixWatch(self.etcd, keys.prefix, self._take)
 
-    def _take(self, items: Mapping[str, KeyValue], revision: int) -> None:
+    def _take(
+        self, items: Mapping[str, KeyValue], revision: int, deleted: Collection[str] | None
+    ) -> None:
         self.items = {key: kv.value for key, kv in items.items()}
         self.revisions.append(revision)
 
@@ -86,7 +88,7 @@ def test_a_reader_that_fails_does_not_end_the_watch(
 ) -> None:
     seen: list[int] = []
 
-    def reader(items: Mapping[str, KeyValue], revision: int) -> None:
+    def reader(items: Mapping[str, KeyValue], revision: int, deleted: object) -> None:
         seen.append(len(items))
         raise RuntimeError("a fault of the reader")
 
@@ -155,7 +157,7 @@ def test_a_compacted_revision_is_listed_again(single: EtcdCluster, etcd: Etcd, k
     """The list and the watch may be far apart when the node was stopped in between."""
     late = Compacted(single.endpoints)
     seen: list[Mapping[str, KeyValue]] = []
-    watch = PrefixWatch(late, keys.prefix, lambda items, _: seen.append(items))
+    watch = PrefixWatch(late, keys.prefix, lambda items, *_: seen.append(items))
     watch.start()
     eventually(lambda: seen and keys.node("late") in seen[-1], within=3)
     watch.stop()
