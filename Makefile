@@ -23,7 +23,7 @@ export VLLM_NO_USAGE_STATS = 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install model serve test lint type bench docs clean
+.PHONY: help install model serve test chaos lint type bench docs clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r t d; \
@@ -43,6 +43,9 @@ serve: install ## Start a node with two vLLM instances on port 8000 (PORT, INSTA
 
 test: model lint type ## Check and test everything (ARGS for pytest)
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: model ## Faults under load, from a seed (ARGS="--minutes 60 --seed 7"); report in build/chaos/
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 lint: install ## Style, format, and the arrows between the packages
 	$(BIN)/ruff check .

@@ -10,13 +10,16 @@ Not modelled: logprobs, structured output (the tokens know no grammar), pooling,
 decoding, pipeline parallelism, asynchronous scheduling, KV connectors.
 """
 
+import contextlib
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
 from vllm.v1.executor.abstract import Executor
@@ -25,6 +28,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from llumnix.engine.sim.profile import PROFILES
 from llumnix.engine.sim.stream import stream_seed, token_at
+from llumnix.engine.vllm.transfer import Ended, Job
 
 PROFILE_VARIABLE = "LLUMNIX_SIM_PROFILE"
 _DEFAULT_KV_BYTES = 4 << 30
@@ -32,7 +36,7 @@ _DEFAULT_KV_BYTES = 4 << 30
 # Worker methods that have nothing to do on a device without state.
 _NOTHING_TO_DO = frozenset(
     {"reset_mm_cache", "reset_encoder_cache", "profile", "sleep", "wake_up", "discard"}
-    | {"synchronize_device", "update_max_model_len"}
+    | {"synchronize_device", "update_max_model_len", "llumnix_abort"}
 )
 
 
@@ -97,6 +101,10 @@ class ModelledExecutor(Executor):
 
     def initialize_from_config(self, kv_cache_configs: list[KVCacheConfig]) -> None:
         """Nothing is allocated."""
+        groups = kv_cache_configs[0].kv_cache_groups
+        self._block_bytes = sum(
+            len(g.layer_names) * g.kv_cache_spec.page_size_bytes for g in groups
+        )
 
     def compile_or_warm_up_model(self) -> None:
         """There is nothing to compile."""
@@ -138,12 +146,14 @@ class ModelledExecutor(Executor):
         kwargs: dict[str, Any] | None = None,
         non_block: bool = False,
     ) -> list[Any] | Future[list[Any]]:
-        """What a worker without state would answer.
+        """What a worker without state would answer; a transfer of KV blocks ends at once.
 
         Raises:
             NotImplementedError: the method needs a real worker.
         """
-        if method not in _NOTHING_TO_DO:
+        if method in ("llumnix_send", "llumnix_receive"):
+            self._end_transfer(*args)
+        elif method not in _NOTHING_TO_DO:
             raise NotImplementedError(f"a modelled device has no worker to ask for {method}")
         if not non_block:
             return [None]
@@ -157,6 +167,16 @@ class ModelledExecutor(Executor):
     def shutdown(self) -> None:
         """There is nothing to release."""
         self._streams.clear()
+
+    def _end_transfer(self, blocks: list[int], job: Any) -> None:
+        """Tell the node that all blocks have moved, of which there is nothing but their number."""
+        job = msgspec.convert(job, Job)
+        message = msgspec.msgpack.encode(Ended(job.id, 0, len(blocks) * self._block_bytes, 0.0))
+        with (
+            contextlib.suppress(OSError),  # the node is gone, and this process soon too
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel,
+        ):
+            channel.sendto(message, job.notify)
 
     def _step(self, step: SchedulerOutput) -> ModelRunnerOutput:
         for request in step.finished_req_ids:

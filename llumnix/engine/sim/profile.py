@@ -53,6 +53,8 @@ PROFILES: Mapping[str, LatencyProfile] = MappingProxyType(
         "instant": LatencyProfile(),
         # A few milliseconds a step, for tests in real time.
         "cpu-smoke": LatencyProfile(2e-3, 1e-5, 0.0, 3e-3, 5e-5, 0.0),
+        # Slow enough for two cores to carry half a dozen engine processes, and their faults.
+        "cpu-steady": LatencyProfile(5e-3, 1e-5, 0.0, 20e-3, 1e-4, 0.0),
         # LLaMA-7B, fp16, vLLM 0.2.0: fitted to Fig. 10 of the paper (prefill within 3 %). The split
         # of the decode time into d and f rests on Fig. 4 and is uncertain; their sum at 8,192
         # tokens of context, 42.6 ms, is not.
