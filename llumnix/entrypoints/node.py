@@ -112,6 +112,7 @@ class Node:
         try:
             if self._serving:
                 self._serving = False
+                self._control.retire()  # another node's manager is to empty this one
                 deadline = self._loop.time() + self._config.drain_timeout
                 await self._listener.refuse_new()
                 await self._supervise.leave()
@@ -135,7 +136,7 @@ class Node:
         self._gateway = Gateway(lambda: self._frontend, self.standing, config.send_timeout)
         admission = Admission(config.max_requests, config.max_prompt_tokens)
         self._client.on_open = admission.enter
-        admin = Admin(config.node, self.standing, self._view_and_age, self._sound)
+        admin = Admin(config.node, self.standing, self._view_and_age, self._fault)
         may = partial(authorised, self._arguments)
         moves = Moves(lambda: self._migrations, may)
         drains = Drains(lambda: self._control.registry, lambda: self._migrations, may)
@@ -284,10 +285,12 @@ class Node:
         view = self.view
         return {i.id: i.node for i in view.instances.values() if is_candidate(view, i)}
 
-    def _sound(self) -> bool:
-        """Whether the parts that nothing restarts are alive: vLLM's frontend and the actors."""
-        frontend = self._frontend
-        return (frontend is None or frontend.sound) and all(a.is_alive() for a in self._actors)
+    def _fault(self) -> str:
+        """What has died or hangs of the parts that nothing restarts; empty if nothing."""
+        if self._frontend is not None and not self._frontend.sound:
+            return "vLLM's frontend has died"
+        dead = [actor.actor_class.__name__ for actor in self._actors if not actor.is_alive()]
+        return f"{dead[0]} has died" if dead else self._control.standstill()
 
     def _view_and_age(self) -> tuple[ClusterView, float]:
         return self.view, self._control.registry.age

@@ -28,23 +28,23 @@ class Admin:
         node: NodeId,
         standing: Standing,
         view: Callable[[], tuple[ClusterView, float]],
-        sound: Callable[[], bool],
+        fault: Callable[[], str],
     ) -> None:
         self._node = node
         self._standing = standing
         self._view = view  # and its age in seconds
-        self._sound = sound
+        self._fault = fault  # what has died or hangs, as a sentence; empty if nothing
 
     async def livez(self, request: web.Request) -> web.Response:
         """200 while the node works; what answers otherwise should be restarted."""
-        if self._sound():
-            return web.Response(text="ok\n")
-        return web.Response(text="a part of the node has died\n", status=503)
+        fault = self._fault()
+        return web.Response(text=f"{fault or 'ok'}\n", status=503 if fault else 200)
 
     async def readyz(self, request: web.Request) -> web.Response:
         """200 while this node should get traffic; 503 while it is drained, though it serves."""
-        if not (self._standing.serving and self._sound()):
-            return web.Response(text=self._standing.sentence + "\n", status=503)
+        fault = self._fault()
+        if fault or not self._standing.serving:
+            return web.Response(text=f"{fault or self._standing.sentence}\n", status=503)
         if self._node in self._view()[0].draining:
             text = f"node {self._node} is drained; llumnixctl drain {self._node} --cancel ends that"
             return web.Response(text=text + "\n", status=503)
@@ -52,7 +52,7 @@ class Admin:
 
     async def health(self, request: web.Request) -> web.Response:
         """vLLM's own health route: 200 with an empty body when requests can be answered."""
-        well = self._standing.serving and self._sound()
+        well = self._standing.serving and not self._fault()
         return web.Response(status=200 if well else 503)
 
     async def status(self, request: web.Request) -> web.Response:
