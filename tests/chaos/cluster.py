@@ -20,7 +20,7 @@ PREFIX = f"/llumnix/{CLUSTER}/"
 START = 240.0  # seconds for the first start, when every node imports vLLM at once
 EXECUTOR = "llumnix.engine.sim.executor.ModelledExecutor"
 OPTIONS = ("--distributed-executor-backend", EXECUTOR, "--no-async-scheduling")
-OPTIONS += ("--max-model-len", "2048", "--block-size", "16", "--no-enable-log-requests")
+OPTIONS += ("--max-model-len", "2048", "--block-size", "16", "--disable-uvicorn-access-log")
 OPTIONS += ("--num-gpu-blocks-override", "400", "--migration-interval", "0.3")
 # The rescheduler has something to do at this load, too.
 OPTIONS += ("--migration-out-below", "100", "--migration-in-above", "100")

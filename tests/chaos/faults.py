@@ -21,7 +21,7 @@ class Deed:
     """A fault that has been injected."""
 
     what: str  # in words: the target
-    heal: Callable[[], None] = lambda: None
+    heal: Callable[[], None] | None = None
     homes: frozenset[str] = frozenset()  # nodes whose clients may be told an error, or cut off
     at: float = 0.0  # when, on the clock on the wall; 0: at the beginning of the call
 
@@ -228,8 +228,10 @@ SILENCE = r"not answer|unavailable|unknown|unreachable|silent|Deadline|no member
 AGAIN = r"lease|written again|Joined|joined|registered|leads"
 
 FAULTS = (
-    Fault("engine SIGKILL", _engine(signal.SIGKILL), r"instance \S+ died", weight=6),
-    Fault("engine SIGSTOP", _engine(signal.SIGSTOP), r"instance \S+ (hangs|died)", weight=3),
+    Fault("engine SIGKILL", _engine(signal.SIGKILL), r"instance \S+ died", hold=3.0, weight=6),
+    Fault(
+        "engine SIGSTOP", _engine(signal.SIGSTOP), r"instance \S+ (hangs|died)", hold=10.0, weight=3
+    ),
     Fault("node SIGKILL", _any_node(_kill_node), DEATH, hold=8.0, within=START),
     Fault("node SIGSTOP", _any_node(_freeze_node), DEATH, hold=10.0),
     Fault("node SIGTERM", _terminate_node, r"finishing what runs", within=START, weight=1),
@@ -240,10 +242,10 @@ FAULTS = (
     Fault("etcd member frozen", _freeze_member, SILENCE, hold=10.0),
     Fault("etcd leader frozen", _freeze_etcd_leader, SILENCE, hold=10.0),
     Fault("etcd quorum lost", _lose_quorum, SILENCE, hold=20.0),
-    Fault("etcd restarted", _restart_members, SILENCE),
-    Fault("etcd wiped", _wipe, SILENCE, within=90.0),
-    Fault("lease revoked", _revoke, AGAIN),
-    Fault("etcd compacted", _compact, r"compact"),
+    Fault("etcd restarted", _restart_members, SILENCE, hold=3.0),
+    Fault("etcd wiped", _wipe, SILENCE, hold=5.0, within=90.0),
+    Fault("lease revoked", _revoke, AGAIN, hold=3.0),
+    Fault("etcd compacted", _compact, r"compact", hold=3.0),
     Fault("link cut", _link(Link(cut=True)), DEATH, hold=15.0),
     Fault("link dead", _link(Link(stalled=True)), DEATH, hold=15.0),
     Fault("link slow", _link(Link(delay=0.2, loss=0.02)), "", hold=15.0),

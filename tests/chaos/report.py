@@ -28,7 +28,7 @@ class Injection:
     resume: float | None = None  # until the last request that it stopped goes on
     gap: float = 0.0  # the longest silence in any stream
     waited: float = 0.0  # the longest time to a first token
-    recover: float = 0.0  # from the heal until the cluster is whole
+    recover: float = 0.0  # from the heal, or the injection if nobody heals it, until all is whole
     resumed: int = 0  # requests that went on elsewhere
     lost: int = 0  # tokens
     doubled: int = 0
