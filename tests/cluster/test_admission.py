@@ -146,7 +146,7 @@ def calm(
 WIDE = {"n": 8, "request_id": "wide" * 250}
 
 
-def _stuck(node: Node, path: str, body: dict[str, Any]) -> socket.socket:
+def _stuck(node: Node, path: str, body: dict[str, Any], headers: str = "") -> socket.socket:
     """A client with a small window that sends its request, and reads nothing."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -155,7 +155,7 @@ def _stuck(node: Node, path: str, body: dict[str, Any]) -> socket.socket:
     data = json.dumps(body | {"stream": True}).encode()
     head = (
         f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+        f"Content-Length: {len(data)}\r\nConnection: close\r\n{headers}\r\n"
     )
     connection.sendall(head.encode() + data)
     return connection
@@ -198,14 +198,17 @@ def test_a_reader_that_stops_gets_every_token_and_holds_nobody_up(calm: Node) ->
     eventually(calm.idle)
 
 
-@pytest.mark.parametrize("path", [COMPLETIONS, "/generate"])
-def test_a_client_that_never_reads_is_cut_off(swift: Node, path: str) -> None:
+@pytest.mark.parametrize("way", ["short", "whole application", "demo"])
+def test_a_client_that_never_reads_is_cut_off(swift: Node, way: str) -> None:
+    """However its stream is written: vLLM's application answers what comes from a browser."""
+    path = "/generate" if way == "demo" else COMPLETIONS
+    origin = "Origin: http://x\r\n" if way == "whole application" else ""
     body: dict[str, Any] = {"prompt": "Hello", "max_tokens": 1500, "n": 4}
     if path == COMPLETIONS:
         body = completion(**WIDE)
     said = len(swift.said)
     descriptors = swift.descriptors()
-    stuck = _stuck(swift, path, body)
+    stuck = _stuck(swift, path, body, origin)
     eventually(lambda: "is cut off" in swift.said[said:], within=40)
     with contextlib.suppress(ConnectionResetError):
         raw = b"".join(iter(lambda: stuck.recv(65536), b""))
