@@ -73,6 +73,14 @@ class EtcdCluster:
             shutil.rmtree(self._dir / str(i))
         self._launch(i)
 
+    def restart_all(self, *, wipe: bool = False) -> None:
+        """Kills all members before the first starts again, and waits until they serve."""
+        for i in range(len(self.endpoints)):
+            self.kill(i)
+        for i in range(len(self.endpoints)):
+            self.restart(i, wipe=wipe)
+        self.wait_ready()
+
     def heal(self) -> None:
         """Brings every member back and waits until each serves."""
         for i in range(len(self.endpoints)):
