@@ -1,6 +1,7 @@
 """make chaos: faults, one after the other and then at random, under a load whose answers are known.
 
     python -m tests.chaos --minutes 60 --seed 7
+    python -m tests.chaos --minutes 5 --engine sim
     python -m tests.chaos --minutes 0 --only "engine SIGKILL" "link cut"
 
 Exit status 1 if a token was lost, doubled or wrong, a request failed that should not have, or
@@ -30,6 +31,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0, help="of random faults and all")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--engine", choices=("vllm", "sim"), default="vllm")
     parser.add_argument("--instances", type=int, default=2, help="of each node")
     parser.add_argument("--clients", type=int, default=12, help="requests at a time")
     parser.add_argument("--moves", type=float, default=1.0, help="seconds between moves by hand")
@@ -47,7 +49,9 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     args = _arguments()
-    faults = [fault for fault in FAULTS if not args.only or fault.name in args.only]
+    faults = [f for f in FAULTS if f.name in (args.only or _names())]
+    if args.engine == "sim":  # which has no processes of its own to kill
+        faults = [f for f in faults if not f.name.startswith("engine")]
     if unknown := set(args.only or ()) - set(_names()):
         print(f"unknown faults: {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2
@@ -59,7 +63,7 @@ def main() -> int:
     report = Report(path, {k: str(v) for k, v in vars(args).items()} | {"logs": str(folder)})
     print(f"seed {args.seed}, logs in {folder}, report in {path}", flush=True)
     with EtcdCluster(3) as etcd, Proxies(args.seed) as proxies:
-        arena = Arena(folder, str(model), etcd, proxies, args.instances)
+        arena = Arena(folder, str(model), etcd, proxies, args.instances, args.engine)
         try:
             urls = arena.urls()
             load = Load(urls, model, args.clients, args.seed, args.moves)

@@ -18,13 +18,17 @@ NAMES = ("a", "b", "c")
 CLUSTER = "chaos"
 PREFIX = f"/llumnix/{CLUSTER}/"
 START = 240.0  # seconds for the first start, when every node imports vLLM at once
+PROFILE = "cpu-steady"
 EXECUTOR = "llumnix.engine.sim.executor.ModelledExecutor"
-OPTIONS = ("--distributed-executor-backend", EXECUTOR, "--no-async-scheduling")
-OPTIONS += ("--max-model-len", "2048", "--block-size", "16", "--disable-uvicorn-access-log")
-OPTIONS += ("--num-gpu-blocks-override", "400", "--migration-interval", "0.3")
+ENGINES = {  # vllm: engine cores in processes of their own; sim: engines inside the nodes
+    "vllm": ("--distributed-executor-backend", EXECUTOR, "--no-async-scheduling"),
+    "sim": ("--sim-profile", PROFILE),
+}
+OPTIONS = ("--max-model-len", "2048", "--num-gpu-blocks-override", "400", "--block-size", "16")
+OPTIONS += ("--disable-uvicorn-access-log", "--migration-interval", "0.3")
 # The rescheduler has something to do at this load, too.
 OPTIONS += ("--migration-out-below", "100", "--migration-in-above", "100")
-ENVIRONMENT = {"LLUMNIX_SIM_PROFILE": "cpu-steady", "VLLM_CPU_KVCACHE_SPACE": "1"}
+ENVIRONMENT = {"LLUMNIX_SIM_PROFILE": PROFILE, "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 _LINE = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) (?:INFO|WARNING|ERROR) (.*)$")
 
@@ -33,12 +37,19 @@ class Arena:
     """Starts everything, and starts again what was killed."""
 
     def __init__(
-        self, folder: Path, model: str, etcd: EtcdCluster, proxies: Proxies, instances: int
+        self,
+        folder: Path,
+        model: str,
+        etcd: EtcdCluster,
+        proxies: Proxies,
+        instances: int,
+        engine: str = "vllm",
     ) -> None:
         self.folder = folder
         self.etcd = etcd
         self.proxies = proxies
         self.instances = instances  # of each node
+        self.engine = engine
         self.nodes: dict[str, Node] = {}
         self.seen: set[int] = set()  # every process that a node has started
         self._starter = Nodes(folder, etcd.endpoints, CLUSTER, model)
@@ -52,9 +63,10 @@ class Arena:
         if name not in self._fronts:
             self._fronts[name] = self.proxies.front(name, port)
         front = ("--advertise-address", f"127.0.0.1:{self._fronts[name]}")
-        options = (*OPTIONS, *front, "--initial-instances", str(self.instances))
+        count = ("--initial-instances", str(self.instances))
+        options = (*ENGINES[self.engine], *OPTIONS, *front, *count)
         node = self._starter.start(
-            name, *options, engine="vllm", port=port, environment=ENVIRONMENT
+            name, *options, engine=self.engine, port=port, environment=ENVIRONMENT
         )
         self.nodes[name] = node
         return node

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ class Request:
 
     def gaps(self, begin: float, end: float) -> list[tuple[float, float]]:
         """The silences between two events of it that overlap this time."""
-        until = [*self.times[1:], self.ended or time.time()] if self.times else []
-        return [(a, b) for a, b in zip(self.times, until, strict=True) if b > begin and a < end]
+        times = [*self.times, self.ended or time.time()]  # a copy: the load's thread adds to them
+        return [(a, b) for a, b in pairwise(times) if b > begin and a < end]
 
 
 class Load:
