@@ -35,6 +35,7 @@ class Request:
     finish: str = ""
     refusals: int = 0
     failure: str = ""  # why it ended early; empty if it did not
+    judged: bool = False  # it is in the books of a fault
     broken: bool = False  # its connection broke, as it does if its node dies
 
     def gaps(self, begin: float, end: float) -> list[tuple[float, float]]:

@@ -48,7 +48,7 @@ def measure(
     if detects:
         when = next((t for t, _, text in said if re.search(detects, text)), None)
         injection.detect = None if when is None else when - begin
-    requests = load.since(begin)
+    requests = load.since(0.0)  # those too that ended while clients left a node
     by_id = {r.id: r for r in requests if r.id}
     for when, _, text in said:
         if (found := _RESUMED.search(text)) is not None:
@@ -70,8 +70,9 @@ def _add(
     injection.gap = max([injection.gap, *gaps])
     first = request.times[0] if request.times else request.ended or time.time()
     injection.waited = max(injection.waited, first - request.began)
-    if not request.ended:
+    if not request.ended or request.judged:
         return
+    request.judged = True
     verdict, who = request.verdict, f"request {request.id or '?'} at node {request.node}"
     injection.refusals += request.refusals
     injection.lost += verdict.lost

@@ -107,7 +107,9 @@ class Run:
 
     def _forget(self, injection: Injection) -> None:
         """What has ended is in the books."""
-        done, self.load.ended = self.load.ended, []
+        done = [r for r in list(self.load.ended) if r.judged]
+        for request in done:
+            self.load.ended.remove(request)
         self.report.requests += len(done)
         self.report.tokens += sum(r.verdict.position for r in done)
 
