@@ -26,11 +26,12 @@ from llumnix.control.handshake import Handshake
 from llumnix.control.keys import Keys, Kind
 from llumnix.control.session import Session
 from llumnix.engine.base import Transfer
-from llumnix.engine.client import ClusterClient, Route
+from llumnix.engine.client import ClusterClient
 from llumnix.engine.departure import Limits
 from llumnix.engine.exchange import Exchange
 from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.peer import Peers
+from llumnix.engine.placer import Route
 from llumnix.engine.vllm.arguments import engine_config, make_parser
 from llumnix.engine.vllm.blocks import Rendezvous
 from llumnix.engine.vllm.instance import Patience, VllmEngine

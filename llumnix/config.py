@@ -68,7 +68,7 @@ class Config:
     max_instances: int = _knob(8, "most instances on this node, whatever is desired in etcd")
     start_timeout: float = _knob(600.0, "seconds within which an instance must be up")
     hang_timeout: float = _knob(
-        4.0, "seconds for which an engine may be silent while its processes do nothing at all"
+        3.0, "seconds for which an engine may be silent while its processes do nothing at all"
     )
     step_timeout: float = _knob(300.0, "seconds that an engine may compute without an answer")
     failover_timeout: float = _knob(

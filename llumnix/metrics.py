@@ -40,6 +40,11 @@ MIGRATION_GAP_SECONDS = Histogram(
     "Between the last token of the old instance and the first of the new one",
     buckets=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
 )
+FAILOVER_SECONDS = Histogram(
+    "llumnix_failover_seconds",
+    "From when an instance or its node was known to be lost to a request's next token elsewhere",
+    buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0),
+)
 
 
 @dataclass(frozen=True)

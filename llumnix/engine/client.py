@@ -8,7 +8,6 @@ import asyncio
 import inspect
 import logging
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,26 +17,20 @@ from vllm.v1.engine.core_client import AsyncMPClient, EngineCoreClient
 from vllm.v1.metrics.stats import SchedulerStats
 
 from llumnix.cluster import InstanceId, NodeId
-from llumnix.engine.base import EngineDead, EngineError
+from llumnix.engine.base import EngineError
 from llumnix.engine.exchange import Exchange
-from llumnix.engine.frames import Cancel, HandOver, Lost, News, Submit
+from llumnix.engine.frames import HandOver, Lost, News
 from llumnix.engine.ledger import Entry, Ledger, Verdict
 from llumnix.engine.pinned import why_pinned
+from llumnix.engine.placer import CRASHES, DEATHS, Dispatch, Placer, Route
 
 logger = logging.getLogger(__name__)
 
 CALL_SECONDS = 30.0  # the longest that a utility call may take
-ATTEMPTS = 5  # instances tried for a request while their nodes don't answer
-DEATHS = 2  # owners that a request may survive: it may be what kills them
+FAILOVER_SECONDS = 30.0  # that a request waits for an instance
 
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Where the dispatcher sends a request."""
-
-    instance: InstanceId
-    node: NodeId
-    sequence: int
+# What becomes of outputs behind which a request runs that has another owner, or none.
+_DISOWNED = (Verdict.STALE, Verdict.UNKNOWN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +39,6 @@ class Move:
 
     began: float  # monotonic
     epoch: int  # that it has there
-
-
-class NoInstance(EngineError):
-    """No instance of the cluster is ready to take a request."""
-
-
-# Decides for a request of so many prompt tokens and this priority, if possible for none of these
-# instances; raises EngineError if it can't.
-Dispatch = Callable[[int, int, frozenset[InstanceId]], Awaitable[Route]]
 
 
 class Resources:
@@ -66,19 +50,22 @@ class Resources:
 class ClusterClient(EngineCoreClient):
     """vLLM's `EngineCoreClient` over all instances of the cluster, for one API server."""
 
-    def __init__(self, exchange: Exchange, dispatch: Dispatch, slots: int) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        dispatch: Dispatch,
+        slots: int,
+        failover_timeout: float = FAILOVER_SECONDS,
+    ) -> None:
         self.resources = Resources()
         # One engine label for each slot of this node in vLLM's metrics, the last for other nodes.
         self.engine_ranks_managed = list(range(slots + 1))
         self.ledger = Ledger()
         self._elsewhere = slots
         self._exchange = exchange
-        self._dispatch = dispatch
-        self.dispatched: Counter[InstanceId] = Counter()
-        self._nodes: dict[InstanceId, NodeId] = {}
+        self.placer = Placer(self.ledger, exchange, dispatch, self, failover_timeout)
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
-        self.instances: Callable[[], Mapping[InstanceId, NodeId]] = dict
         # Called for a request that can't be answered: its id, one sentence, and whether it is
         # the request itself that no engine can run.
         self.on_failure: Callable[[str, str, bool], None] = lambda request_id, reason, refused: None
@@ -86,9 +73,10 @@ class ClusterClient(EngineCoreClient):
         self.on_open: Callable[[EngineCoreRequest], None] = lambda request: None
         # Called with the seconds that a move has interrupted a stream of tokens.
         self.on_gap: Callable[[float], None] = lambda seconds: None
+        # Called with the seconds from the loss of an owner to the next token.
+        self.on_failover: Callable[[float], None] = lambda seconds: None
         self._moving: dict[str, Move] = {}
-        # Called for a dispatch that came to nothing.
-        self.on_undelivered: Callable[[Route], None] = lambda route: None
+        self._homeless = self.placer.homeless
         exchange.on_outputs = self.deliver
         exchange.on_node_lost.append(self._on_node_lost)
 
@@ -96,6 +84,11 @@ class ClusterClient(EngineCoreClient):
     def node(self) -> NodeId:
         """The node of this API server."""
         return self._exchange.node
+
+    @property
+    def instances(self) -> Mapping[InstanceId, NodeId]:
+        """The instances that are ready, wherever they are."""
+        return self.placer.instances()
 
     # ---- what vLLM's frontend calls ----
 
@@ -116,16 +109,15 @@ class ClusterClient(EngineCoreClient):
         """End requests wherever they run; a node that is gone has ended them already."""
         by_owner: dict[InstanceId, list[str]] = {}
         for request_id in request_ids:
-            entry = self.ledger.close(request_id)
-            self._moving.pop(request_id, None)
+            entry = self._close(request_id)
             if entry is not None and entry.owner is not None:
                 by_owner.setdefault(entry.owner, []).append(request_id)
         for instance, ids in by_owner.items():
-            await self._cancel(instance, ids)
+            await self.placer.cancel(instance, ids)
 
     async def get_supported_tasks_async(self) -> tuple[Any, ...]:
         """What the model can do, as the first instance that answers says."""
-        for instance, node in self.instances().items():
+        for instance, node in self.instances.items():
             try:
                 answer = await self._exchange.call(
                     node, instance, "get_supported_tasks", (), CALL_SECONDS
@@ -150,12 +142,13 @@ class ClusterClient(EngineCoreClient):
         """Take a frame from an instance: pass on what the ledger accepts."""
         if isinstance(frame, Lost):
             for request_id, epoch in zip(frame.request_ids, frame.epochs, strict=True):
-                self._lost(request_id, epoch, frame.reason, frame.retry)
+                self._lost(request_id, epoch, frame)
             return
         if isinstance(frame, HandOver):
             self._hand_over(frame)
             return
         accepted = []
+        unwanted: list[tuple[str, int]] = []
         for output, epoch, position in zip(
             frame.outputs, frame.epochs, frame.positions, strict=True
         ):
@@ -165,8 +158,14 @@ class ClusterClient(EngineCoreClient):
                 accepted.append(output)
                 if self._moving and (move := self._moving.pop(request_id, None)) and position:
                     self.on_gap(time.monotonic() - move.began)
+                if self._homeless and (since := self._homeless.pop(request_id, None)) and position:
+                    self.on_failover(time.monotonic() - since)
                 if output.finish_reason is not None:
                     self.ledger.close(request_id)
+            elif verdict in _DISOWNED:
+                unwanted.append((request_id, epoch))
+        if unwanted:
+            self._disown(frame.instance, unwanted)
         if accepted or stats is not None:
             hosted = self._exchange.hosted.get(frame.instance)
             self._outputs.put_nowait(
@@ -186,7 +185,7 @@ class ClusterClient(EngineCoreClient):
         if entry is None:
             return
         try:
-            failure = await self._try_places(request_id, entry, reason)
+            failure = await self.placer.place(request_id, entry, reason)
         except EngineError as error:
             failure = str(error)
         except Exception as error:
@@ -195,64 +194,13 @@ class ClusterClient(EngineCoreClient):
         if failure is not None:
             self._fail(request_id, failure)
 
-    async def _try_places(self, request_id: str, entry: Entry, reason: str) -> str | None:
-        """Try instances while their nodes don't answer; what has kept it from all, or None.
-
-        Raises EngineError if there is no instance, or none can run it.
-        """
-        request = entry.request
-        for _ in range(ATTEMPTS):
-            epoch = entry.epoch
-            tokens = len(request.prompt_token_ids or ()) + len(entry.tokens)
-            route = await self._dispatch(tokens, request.priority, frozenset(entry.lost_by))
-            if not self._stands(request_id, entry, epoch):
-                self.on_undelivered(route)
-                return None  # cancelled meanwhile
-            epoch = self._claim(request_id, route)
-            failure = await self._give(request_id, entry, route, epoch)
-            if failure is None:
-                self.dispatched[route.instance] += 1
-                return None
-            self.on_undelivered(route)
-            reason = failure
-            logger.warning("could not place request %s: %s", request_id, reason)
-            if entry.owner is not None:
-                return None  # cancelled, or given to another instance by now
-        return reason
-
-    def _claim(self, request_id: str, route: Route) -> int:
-        """Make an instance the owner of a request; the epoch in which it is."""
-        self._nodes[route.instance] = route.node
-        return self.ledger.move(request_id, route.instance).epoch
-
-    async def _give(self, request_id: str, entry: Entry, route: Route, epoch: int) -> str | None:
-        """Send a request to its new owner; why that failed, or None. Raises EngineError.
-
-        After a failure nobody owns the request, unless it has ended or was moved on meanwhile.
-        """
-        if not self._stands(request_id, entry, epoch):
-            return None
-        tokens = list(entry.tokens)
-        frame = Submit(route.instance, epoch, route.sequence, entry.request, tokens)
-        try:
-            await self._exchange.submit(route.node, self, frame)
-        except EngineError as error:
-            if self._stands(request_id, entry, epoch):
-                self.ledger.release(request_id)
-            if not isinstance(error, EngineDead):
-                raise
-            return str(error)
-        if self.ledger.get(request_id) is not entry or entry.owner != route.instance:
-            await self._cancel(route.instance, [request_id])
-        return None
-
     def _hand_over(self, frame: HandOver) -> None:
         """An owner has stopped a request for another instance to go on with it."""
         request_id = frame.request_id
         entry = self.ledger.get(request_id)
         if entry is not None and entry.epoch == frame.epoch and entry.owner == frame.instance:
             route = Route(frame.destination, frame.node, 0)
-            epoch = self._claim(request_id, route)
+            epoch = self.placer.claim(request_id, route)
             former = self._moving.get(request_id)
             began = former.began if former else time.monotonic()
             self._moving[request_id] = Move(began, epoch)
@@ -260,54 +208,72 @@ class ClusterClient(EngineCoreClient):
             return
         self.ledger.dropped[Verdict.STALE] += 1
         if entry is None or entry.owner != frame.destination:  # which waits for it in vain
-            self._nodes.setdefault(frame.destination, frame.node)
-            self._spawn(self._cancel(frame.destination, [request_id]))
+            self.placer.nodes.setdefault(frame.destination, frame.node)
+            self._spawn(self.placer.cancel(frame.destination, [request_id]))
 
     async def _resume_at(self, request_id: str, entry: Entry, route: Route, epoch: int) -> None:
         """Resume a request where its former owner wants it, or else wherever it can."""
         try:
-            failure = await self._give(request_id, entry, route, epoch)
+            failure = await self.placer.give(request_id, entry, route, epoch)
         except EngineError as error:  # it can't be sent there
             failure = str(error)
         if failure is not None and entry.owner is None and self.ledger.get(request_id) is entry:
             logger.warning("request %s could not move: %s", request_id, failure)
             await self._place(request_id, failure)
 
-    def _stands(self, request_id: str, entry: Entry, epoch: int) -> bool:
-        """Whether a request is still open, and nobody has moved it since that epoch."""
-        return self.ledger.get(request_id) is entry and entry.epoch == epoch
-
     def _on_node_lost(self, node: NodeId, reason: str) -> None:
-        for instance in [i for i, n in self._nodes.items() if n == node]:
+        self.placer.suspect_node(node)
+        for instance in [i for i, n in self.placer.nodes.items() if n == node]:
             for request_id, entry in self.ledger.owned_by(instance):
-                self._lost(request_id, entry.epoch, reason, retry=True)
+                self._lost(request_id, entry.epoch, Lost(instance, [], [], reason))
 
-    def _lost(self, request_id: str, epoch: int, reason: str, retry: bool) -> None:
+    def _lost(self, request_id: str, epoch: int, lost: Lost) -> None:
         """An owner lost a request: it goes on elsewhere, from the tokens that were accepted.
 
         One that has moved there and not begun has met no death, but a refusal: somewhere it ran.
         """
+        if lost.retry:
+            self.placer.suspect(lost.instance)
         entry = self.ledger.get(request_id)
         if entry is None or entry.epoch != epoch or entry.owner is None:
             return
         move = self._moving.get(request_id)
         came = move is not None and move.epoch == epoch
-        entry.deaths += not came
+        died = lost.died and not came
+        entry.deaths += died
+        entry.crashes += died
+        reason = lost.reason
         pinned = why_pinned(entry.request) if entry.tokens else None
         if pinned is not None:
             self._fail(request_id, f"{reason}; the request can't go on elsewhere: {pinned}")
-        elif not (retry or came or entry.tokens) or entry.deaths > DEATHS:
-            self._fail(request_id, reason, refused=not retry)
+        elif not (lost.retry or came or entry.tokens):
+            self._fail(request_id, reason, refused=True)
+        elif entry.deaths > DEATHS or entry.crashes > CRASHES:
+            self._fail(
+                request_id,
+                f"request {request_id} is given up, as {entry.crashes} engines died while they "
+                f"ran it: {reason}",
+            )
         else:
             logger.warning(
                 "request %s goes on elsewhere at token %d: %s", request_id, entry.position, reason
             )
+            self._homeless.setdefault(request_id, time.monotonic())
             self.ledger.release(request_id)
             self._spawn(self._place(request_id, reason))
 
-    def _fail(self, request_id: str, reason: str, refused: bool = False) -> None:
+    def _disown(self, instance: InstanceId, unwanted: list[tuple[str, int]]) -> None:
+        """Outputs that nobody wants have an orphan behind them: end it where it runs."""
+        ids, epochs = map(list, zip(*unwanted, strict=True))
+        self._spawn(self.placer.cancel(instance, ids, epochs))
+
+    def _close(self, request_id: str) -> Entry | None:
         self._moving.pop(request_id, None)
-        if self.ledger.close(request_id) is not None:
+        self._homeless.pop(request_id, None)
+        return self.ledger.close(request_id)
+
+    def _fail(self, request_id: str, reason: str, refused: bool = False) -> None:
+        if self._close(request_id) is not None:
             logger.error("request %s ended: %s", request_id, reason)
             self.on_failure(request_id, reason, refused)
 
@@ -316,15 +282,9 @@ class ClusterClient(EngineCoreClient):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _cancel(self, instance: InstanceId, request_ids: list[str]) -> None:
-        try:
-            await self._exchange.cancel(self._nodes[instance], Cancel(instance, request_ids))
-        except EngineDead as error:
-            logger.info("nothing to cancel at %s: %s", instance, error)
-
     async def _broadcast(self, method: str, *args: Any) -> Any:
         """Call a utility method everywhere; booleans are and-ed, else the first answer counts."""
-        targets = dict(self.instances())
+        targets = dict(self.instances)
         if not targets:
             raise EngineError("no instance is ready")
         answers = await asyncio.gather(

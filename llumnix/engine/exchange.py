@@ -103,7 +103,7 @@ class Exchange:
 
     async def _cancel(self, frame: Cancel) -> None:
         if hosted := self.hosted.get(frame.instance):
-            await hosted.cancel(frame.request_ids)
+            await hosted.cancel(frame.request_ids, frame.epochs)
 
     async def _call(self, instance: InstanceId, method: str, args: tuple[Any, ...]) -> Any:
         if (procedure := self.procedures.get(method)) is not None:

@@ -37,10 +37,14 @@ class Submit(Frame, array_like=True, gc=False):
 
 
 class Cancel(Frame, array_like=True, gc=False):
-    """The client is gone, or has all it wanted: end these requests."""
+    """The client is gone, or has all it wanted: end these requests.
+
+    With `epochs`, one for each, only what runs in that epoch or an earlier one.
+    """
 
     instance: InstanceId
     request_ids: list[str]
+    epochs: list[int] = []
 
 
 class Call(Frame, array_like=True, gc=False):
@@ -73,6 +77,7 @@ class Lost(Frame, array_like=True, gc=False):
     request_ids: list[str]
     reason: str
     retry: bool = True  # False: no other instance can run them either
+    died: bool = False  # the engine has died while it had them
 
 
 class HandOver(Frame, array_like=True, gc=False):

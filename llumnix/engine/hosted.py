@@ -7,7 +7,7 @@ once for each step. Everything runs on the node's event loop.
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs
@@ -164,11 +164,18 @@ class HostedInstance:
         await self.engine.abort([tenant.name])
         return True
 
-    async def cancel(self, request_ids: Iterable[str]) -> None:
-        """End requests, also those that are still to come; unknown ids are no error."""
-        request_ids = list(request_ids)
-        for request_id in request_ids:
-            self._resolve(request_id, None)
+    async def cancel(self, request_ids: Iterable[str], epochs: Sequence[int] = ()) -> None:
+        """End requests, also those that are still to come; unknown ids are no error.
+
+        With `epochs`, only what runs in that epoch or an earlier one.
+        """
+        if epochs:
+            pairs = zip(request_ids, epochs, strict=True)
+            request_ids = [i for i, epoch in pairs if (t := self.find(i)) and t.epoch <= epoch]
+        else:
+            request_ids = list(request_ids)
+            for request_id in request_ids:
+                self._resolve(request_id, None)
         known = [name for i in request_ids if (name := self._names.pop(i, None)) is not None]
         for name in known:
             self._tenants.pop(name).wake()
@@ -245,7 +252,7 @@ class HostedInstance:
 
     def _on_death(self, reason: str) -> None:
         self._dead = reason
-        self._lose_all(reason)
+        self._lose_all(reason, died=True)
         self.on_death(reason)
 
     def _refuse(self, name: str, reason: str, retry: bool) -> None:
@@ -256,15 +263,21 @@ class HostedInstance:
             tenant.wake()
             self._lose(tenant.origin, tenant.epoch, tenant.request_id, reason, retry)
 
-    def _lose_all(self, reason: str) -> None:
+    def _lose_all(self, reason: str, died: bool = False) -> None:
         tenants, self._tenants, self._names = self._tenants, {}, {}
         for request_id in set(self._expected.values()):
             self._resolve(request_id, None)
         for tenant in tenants.values():
             tenant.wake()
-            self._lose(tenant.origin, tenant.epoch, tenant.request_id, reason)
+            self._lose(tenant.origin, tenant.epoch, tenant.request_id, reason, died=died)
 
     def _lose(
-        self, origin: Origin, epoch: int, request_id: str, reason: str, retry: bool = True
+        self,
+        origin: Origin,
+        epoch: int,
+        request_id: str,
+        reason: str,
+        retry: bool = True,
+        died: bool = False,
     ) -> None:
-        origin.deliver(Lost(self.id, [epoch], [request_id], reason, retry))
+        origin.deliver(Lost(self.id, [epoch], [request_id], reason, retry, died))

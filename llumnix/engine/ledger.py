@@ -31,7 +31,8 @@ class Entry:
     owner: InstanceId | None = None  # None until it is dispatched
     epoch: int = 0
     tokens: list[int] = field(default_factory=list)
-    deaths: int = 0  # owners that died or lost it
+    deaths: int = 0  # engines that died under it, less those it was cleared of
+    crashes: int = 0  # engines that died under it
     lost_by: set[InstanceId] = field(default_factory=set)  # owners not to be tried again
 
     @property

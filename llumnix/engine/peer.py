@@ -169,6 +169,7 @@ class Peers:
         self._dialling: dict[NodeId, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._session: aiohttp.ClientSession | None = None
+        self._closed = False
         self.on_frame: OnFrame
         self.on_close: Callable[[Link], Awaitable[None]]
 
@@ -218,7 +219,8 @@ class Peers:
         return socket
 
     async def close(self) -> None:
-        """Close every link and end every task."""
+        """Close every link and end every task; no link is opened again."""
+        self._closed = True
         await asyncio.gather(*(link.close() for link in self._running))
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._session is not None:
@@ -228,6 +230,8 @@ class Peers:
         address = self._address_of(node)
         if address is None:
             raise EngineDead(f"node {node} has left the cluster")
+        if self._closed:
+            raise EngineDead("this node has left the cluster")
         if self._session is None:
             self._session = aiohttp.ClientSession()
         scheme = "https" if self._ssl else "http"

@@ -23,11 +23,12 @@ from llumnix.actors.node import NodeActor, Surroundings
 from llumnix.cluster import ClusterView, InstanceId, NodeId
 from llumnix.config import Config
 from llumnix.engine.base import EngineError, EngineFacts
-from llumnix.engine.client import ClusterClient, NoInstance, Route
+from llumnix.engine.client import ClusterClient
 from llumnix.engine.departure import Limits
 from llumnix.engine.exchange import Exchange
 from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.peer import PATH, Peers
+from llumnix.engine.placer import NoInstance, Route
 from llumnix.engine.vllm.frontend import Frontend, authorised
 from llumnix.entrypoints.control import ControlPlane
 from llumnix.entrypoints.engines import engine_maker
@@ -41,7 +42,13 @@ from llumnix.entrypoints.server.drains import Drains
 from llumnix.entrypoints.server.generate import DemoRoute
 from llumnix.entrypoints.server.listener import Listener
 from llumnix.entrypoints.server.moves import Moves
-from llumnix.metrics import DISPATCH_SECONDS, MIGRATION_GAP_SECONDS, NodeCollector, Snapshot
+from llumnix.metrics import (
+    DISPATCH_SECONDS,
+    FAILOVER_SECONDS,
+    MIGRATION_GAP_SECONDS,
+    NodeCollector,
+    Snapshot,
+)
 from llumnix.policy.board import is_candidate
 from llumnix.policy.rebalance import Thresholds
 from llumnix.version import VERSION
@@ -126,10 +133,13 @@ class Node:
         ssl = Listener.client_ssl(self._arguments)
         self._peers = Peers(config.node, VERSION, self._control.token, self._address_of, ssl)
         self._exchange = Exchange(config.node, self._peers)
-        self._client = ClusterClient(self._exchange, self._route, config.max_instances)
-        self._client.instances = self._ready
-        self._client.on_undelivered = self._undo
+        self._client = ClusterClient(
+            self._exchange, self._route, config.max_instances, config.failover_timeout
+        )
+        self._client.placer.instances = self._ready
+        self._client.placer.on_undelivered = self._undo
         self._client.on_gap = MIGRATION_GAP_SECONDS.observe
+        self._client.on_failover = FAILOVER_SECONDS.observe
         self._reporter = LoadReporter(
             self._exchange.hosted.values, self._control.registry.report_loads
         )
@@ -214,6 +224,7 @@ class Node:
         if not self._serving:
             return
         ready = bool(self._ready())
+        self._client.placer.instances_changed()
         if ready and self._opening is None:
             self._opening = self._loop.create_task(self._open_frontend(), name="frontend")
         if self._frontend is not None:
@@ -250,11 +261,9 @@ class Node:
     async def _route(self, tokens: int, priority: int, avoid: frozenset[InstanceId]) -> Route:
         began = time.perf_counter()
         decision: Dispatched | None = await self._dispatch.decide(tokens, avoid)
-        if decision is None and avoid:  # there is no other: it may be back
-            decision = await self._dispatch.decide(tokens)
         DISPATCH_SECONDS.observe(time.perf_counter() - began)
         if decision is None:
-            raise NoInstance("no instance is ready; try again in a few seconds")
+            raise NoInstance("no instance is ready")
         return Route(decision.instance, decision.node, decision.sequence)
 
     def _leads(self) -> int | None:
@@ -302,7 +311,7 @@ class Node:
             view_age=self._control.registry.age,
             loads=tuple(h.load() for h in self._exchange.hosted.values() if h.facts),
             open_requests=len(self._client.ledger),
-            dispatched=dict(self._client.dispatched),
+            dispatched=dict(self._client.placer.dispatched),
             dropped={str(k): v for k, v in self._client.ledger.dropped.items()},
             peers=self._peers.open,
         )

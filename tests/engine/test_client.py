@@ -7,8 +7,9 @@ from typing import Any
 from vllm.v1.engine import EngineCoreOutput
 
 from llumnix.engine.base import EngineDead
-from llumnix.engine.client import DEATHS, ClusterClient, Route
+from llumnix.engine.client import ClusterClient
 from llumnix.engine.frames import Cancel, Lost, Outputs, Submit
+from llumnix.engine.placer import DEATHS, Route
 from tests.kit.loop import on_loop, soon
 from tests.kit.requests import core_request
 
@@ -89,8 +90,9 @@ async def test_a_request_that_outlives_too_many_owners_is_given_up() -> None:
     for number in range(DEATHS + 1):
         await soon(lambda number=number: len(exchange.submitted) == number + 1)
         instance, epoch = exchange.submitted[-1]
-        client.deliver(Lost(instance, [epoch], ["r"], f"{instance} died"))
-    assert failures == [("r", f"x-{DEATHS} died", False)] and not len(client.ledger)
+        client.deliver(Lost(instance, [epoch], ["r"], f"{instance} died", died=True))
+    reason = f"request r is given up, as 3 engines died while they ran it: x-{DEATHS} died"
+    assert failures == [("r", reason, False)] and not len(client.ledger)
     await soon(lambda: not client._tasks)
 
 

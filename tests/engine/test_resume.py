@@ -12,10 +12,11 @@ from vllm import PoolingParams
 from vllm.v1.engine import EngineCoreRequest
 
 from llumnix.engine.base import EngineError
-from llumnix.engine.client import DEATHS, Route
-from llumnix.engine.frames import HandOver
+from llumnix.engine.frames import HandOver, Lost
+from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.ledger import Verdict
 from llumnix.engine.pinned import why_pinned
+from llumnix.engine.placer import DEATHS, NoInstance, Route
 from llumnix.engine.sim.instance import SimEngine
 from tests.kit.loop import on_loop, soon
 from tests.kit.mesh import SMALL, Gate, MeshNode, Stream, mesh
@@ -42,7 +43,12 @@ class Places:
 
     async def _first_left(self, tokens: int, priority: int, avoid: frozenset[str]) -> Route:
         left = [i for i in self.order if i not in avoid]
-        return self.home.route((left or self.order)[0])
+        if not left:
+            raise NoInstance("no instance is ready")
+        return self.home.route(left[0])
+
+    def hosts(self, instance: str) -> HostedInstance:
+        return (self.home if instance in self.home.hosted else self.away).hosted[instance]
 
     def engine(self, instance: str) -> SimEngine:
         return (self.home if instance in self.home.hosted else self.away).engine(instance)
@@ -100,7 +106,9 @@ async def test_one_death_more_is_an_error_with_its_reason() -> None:
             await places.let(instance, stream, 3)
             places.engine(instance).die(f"instance {instance} died: killed")
         await soon(lambda: stream.ended)
-        assert stream.failure == f"instance {places.order[DEATHS]} died: killed"
+        last = f"instance {places.order[DEATHS]} died: killed"
+        reason = f"request r1 is given up, as {DEATHS + 1} engines died while they ran it: {last}"
+        assert stream.failure == reason
         assert stream.tokens == answer(PROMPT, 3 * (DEATHS + 1))
         places.open()
 
@@ -129,14 +137,14 @@ async def test_a_stale_owners_outputs_are_dropped() -> None:
         first, second = places.order
         stream = await a.ask("r1", PROMPT, TOKENS)
         await places.let(first, stream, 5)
-        a.client._lost("r1", 1, "it was cut off", retry=True)
+        a.client.deliver(Lost(first, [1], ["r1"], "it was cut off", died=True))
         await soon(lambda: a.hosted[second].requests)
-        places.gates[first].let(4)
-        await soon(lambda: a.client.ledger.dropped[Verdict.STALE] == 4)
+        places.gates[first].let(1)
+        await soon(lambda: a.client.ledger.dropped[Verdict.STALE] == 1)
         assert stream.tokens == answer(PROMPT, 5)
+        await soon(lambda: not b.hosted[first].requests)  # the orphan is ended where it runs
         await _ended(places, stream)
-        await soon(lambda: not b.hosted[first].requests)
-        assert a.client.ledger.dropped.total() == TOKENS - 5
+        assert a.client.ledger.dropped.total() == 1
 
 
 @on_loop
@@ -383,3 +391,33 @@ async def test_a_cancellation_at_the_very_moment_of_a_hand_over() -> None:
         await soon(lambda: a.clean() and c.clean())
         assert stream.tokens == answer(PROMPT, 5)
         places.open()
+
+
+@on_loop
+async def test_a_request_that_kills_engines_takes_nobody_along() -> None:
+    """All that died with it twice are tried one at a time, and it alone dies a third time."""
+    async with mesh("a", "b") as (a, b):
+        places = Places(a, b)
+        await places.host(5)
+        poison = await a.ask("poison", PROMPT, TOKENS)
+        others = [await a.ask(f"r{n}", [*PROMPT, n], TOKENS) for n in range(4)]
+        killed = 0
+
+        def where(name: str) -> str | None:
+            entry = a.client.ledger.get(name)
+            return entry.owner if entry is not None else None
+
+        while not poison.ended:
+            here = where("poison")
+            running = here is not None and places.hosts(here).find("poison") is not None
+            if here is not None and running and places.gates[here].waiting:
+                killed += 1
+                places.engine(here).die(f"instance {here} died: killed")
+            else:
+                for gate in places.gates.values():
+                    gate.let(1)
+            await asyncio.sleep(0.005)
+        assert killed == DEATHS + 1
+        assert poison.failure is not None and "request poison is given up" in poison.failure
+        for n, stream in enumerate(others):
+            await _ended(places, stream, [*PROMPT, n])

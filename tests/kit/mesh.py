@@ -13,16 +13,18 @@ from typing import Any
 from aiohttp import web
 from vllm.v1.engine import EngineCoreOutput
 
-from llumnix.engine.client import ClusterClient, NoInstance, Route
+from llumnix.engine.client import ClusterClient
 from llumnix.engine.exchange import Exchange
 from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.peer import PATH, Peers
+from llumnix.engine.placer import NoInstance, Route
 from llumnix.engine.sim.instance import Clock, SimEngine
 from llumnix.engine.sim.model import ModelConfig
 from tests.kit.loop import soon
 from tests.kit.requests import core_request
 
 TOKEN = "secret"
+FAILOVER_SECONDS = 2.0  # that a request without an instance waits for one
 SMALL = ModelConfig(total_blocks=64, block_size=16, max_model_len=512)
 
 
@@ -79,9 +81,9 @@ class MeshNode:
         self.peers = Peers(name, "test", mesh.token, mesh.addresses.get)
         self.exchange = Exchange(name, self.peers)
         self.target: str | None = None  # the instance that every request is sent to
-        self.dispatch: Callable[[int, int], Awaitable[Route]] = self._dispatch
-        self.client = ClusterClient(self.exchange, self._decide, slots=4)
-        self.client.instances = lambda: mesh.instances
+        self.dispatch: Callable[..., Awaitable[Route]] = self._dispatch
+        self.client = ClusterClient(self.exchange, self._decide, 4, FAILOVER_SECONDS)
+        self.client.placer.instances = lambda: mesh.instances
         self.client.on_failure = self._failed
         self.streams: dict[str, Stream] = {}
         self._sequence = itertools.count(1)
@@ -165,9 +167,9 @@ class MeshNode:
         self.decisions += 1
         return await self.dispatch(*arguments)
 
-    async def _dispatch(self, *arguments: Any) -> Route:
+    async def _dispatch(self, tokens: int, priority: int, avoid: frozenset[str]) -> Route:
         instance = self.target
-        if instance is None:
+        if instance is None or instance in avoid:
             raise NoInstance("no instance is ready")
         return self.route(instance)
 

@@ -14,9 +14,9 @@ from llumnix.control.handshake import Handshake
 from llumnix.control.keys import Keys
 from llumnix.control.session import Session
 from llumnix.engine.base import EngineError
-from llumnix.engine.client import NoInstance, Route
 from llumnix.engine.departure import Limits
 from llumnix.engine.hosted import HostedInstance
+from llumnix.engine.placer import NoInstance, Route
 from llumnix.engine.sim.instance import SimEngine
 from llumnix.engine.sim.model import ModelConfig
 from llumnix.entrypoints.migrations import Migrations, Rules
@@ -233,9 +233,10 @@ class Cluster:
     def dispatch_of(self, node: MeshNode) -> Callable[..., Awaitable[Route]]:
         async def dispatch(tokens: int, priority: int, avoid: frozenset[str]) -> Route:
             near = [i for i in self.order if self.alive(i) and self._reaches(node.name, i)]
-            if not near:
+            found = next((i for i in near if i not in avoid), None)
+            if found is None:
                 raise NoInstance("no instance is ready")
-            return node.route(next((i for i in near if i not in avoid), near[0]))
+            return node.route(found)
 
         return dispatch
 

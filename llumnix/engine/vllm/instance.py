@@ -38,7 +38,7 @@ class Patience:
     """How long an engine may take; all in seconds."""
 
     start: float = 600.0  # to come up
-    hang: float = 4.0  # to say or do anything at all
+    hang: float = 3.0  # to say or do anything at all
     step: float = 300.0  # for one step
 
 

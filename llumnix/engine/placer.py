@@ -1,0 +1,217 @@
+"""Gets requests to instances: the first time, and again whenever one has lost its instance.
+
+It tries until an instance has taken the request, or for --failover-timeout while there is none.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from llumnix.cluster import InstanceId, NodeId
+from llumnix.engine.base import EngineDead, EngineError
+from llumnix.engine.exchange import Exchange
+from llumnix.engine.frames import Cancel, Submit
+from llumnix.engine.ledger import Entry, Ledger
+from llumnix.engine.suspects import Suspects
+from llumnix.engine.tenant import Origin
+
+logger = logging.getLogger(__name__)
+
+DEATHS = 2  # of its engines that a request may survive: it may be what kills them
+CRASHES = 8  # of its engines in all, however often it was found innocent in between
+TRIAL_TOKENS = 3  # that clear a suspect: what kills an engine does it in its first steps there
+TRIAL_SECONDS = 10.0  # that others wait for one suspect at most
+RETRY_SECONDS = 0.25, 0.75  # between looks for an instance, unless the cluster changes before
+SHORTEST = 0.5  # seconds of --failover-timeout, for one try at least
+POLL_SECONDS = 0.02  # between looks at a request on trial
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where the dispatcher sends a request."""
+
+    instance: InstanceId
+    node: NodeId
+    sequence: int
+
+
+class NoInstance(EngineError):
+    """No instance of the cluster is ready to take a request."""
+
+
+# Decides for a request of so many prompt tokens and this priority, for none of these instances.
+# Raises NoInstance if there is no other.
+Dispatch = Callable[[int, int, frozenset[InstanceId]], Awaitable[Route]]
+
+
+class Placer:
+    """Gives the requests of a ledger to instances, for one API server; lives on its loop."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        exchange: Exchange,
+        dispatch: Dispatch,
+        home: Origin,
+        failover_timeout: float,
+    ) -> None:
+        self._ledger = ledger
+        self._exchange = exchange
+        self._dispatch = dispatch
+        self._home = home
+        self._failover_timeout = max(failover_timeout, SHORTEST)  # seconds
+        self._suspects = Suspects()
+        self._changed = asyncio.Event()
+        self._trials = asyncio.Lock()
+        self.homeless: dict[str, float] = {}  # since when (monotonic) a request has lost its owner
+        self.nodes: dict[InstanceId, NodeId] = {}  # of every instance that was ever tried
+        self.dispatched: Counter[InstanceId] = Counter()
+        self.instances: Callable[[], Mapping[InstanceId, NodeId]] = dict
+        # Called for a dispatch that came to nothing.
+        self.on_undelivered: Callable[[Route], None] = lambda route: None
+
+    def instances_changed(self) -> None:
+        """Have all requests that wait for an instance look again."""
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def suspect(self, instance: InstanceId) -> None:
+        """It has lost or refused a request."""
+        self._suspects.add([instance])
+
+    def suspect_node(self, node: NodeId) -> None:
+        """The connection to it has ended, or it does not answer."""
+        known = {**self.nodes, **self.instances()}
+        self._suspects.add(instance for instance, where in known.items() if where == node)
+
+    async def place(self, request_id: str, entry: Entry, reason: str = "") -> str | None:
+        """Have an instance take the request; why that was not possible, or None.
+
+        Raises EngineError if none can run it. One whose engines died is tried alone: if it is what
+        kills them, it takes no other suspect along.
+        """
+        if entry.deaths < DEATHS:
+            return await self._settle(request_id, entry, reason)
+        async with self._trials:
+            self.homeless[request_id] = time.monotonic()
+            logger.warning(
+                "request %s has lost %d engines and is tried alone", request_id, entry.deaths
+            )
+            failure = await self._settle(request_id, entry, reason)
+            if failure is None and await self._passes(request_id, entry):
+                entry.deaths -= 1
+            return failure
+
+    async def give(self, request_id: str, entry: Entry, route: Route, epoch: int) -> str | None:
+        """Send a request to its new owner; why that failed, or None. Raises EngineError.
+
+        After a failure nobody owns the request, unless it has ended or was moved on meanwhile.
+        """
+        if not self._stands(request_id, entry, epoch):
+            return None
+        tokens = list(entry.tokens)
+        frame = Submit(route.instance, epoch, route.sequence, entry.request, tokens)
+        try:
+            await self._exchange.submit(route.node, self._home, frame)
+        except EngineError as error:
+            if self._stands(request_id, entry, epoch):
+                self._ledger.release(request_id)
+            if not isinstance(error, EngineDead):
+                raise
+            self.suspect_node(route.node)
+            return str(error)
+        if self._ledger.get(request_id) is not entry or entry.owner != route.instance:
+            await self.cancel(route.instance, [request_id])
+        return None
+
+    def claim(self, request_id: str, route: Route) -> int:
+        """Make an instance the owner of a request; the epoch in which it is."""
+        self.nodes[route.instance] = route.node
+        return self._ledger.move(request_id, route.instance).epoch
+
+    async def cancel(
+        self, instance: InstanceId, request_ids: list[str], epochs: list[int] | None = None
+    ) -> None:
+        """End requests at an instance, if `epochs` are given only up to those."""
+        node = self.nodes.get(instance) or self.instances().get(instance)
+        if node is None:
+            return
+        try:
+            await self._exchange.cancel(node, Cancel(instance, request_ids, epochs or []))
+        except EngineDead as error:
+            logger.info("nothing to cancel at %s: %s", instance, error)
+
+    async def _settle(self, request_id: str, entry: Entry, reason: str) -> str | None:
+        deadline = self.homeless.get(request_id, time.monotonic()) + self._failover_timeout
+        waited = False
+        while self._ledger.get(request_id) is entry:
+            epoch = entry.epoch
+            route = await self._find(entry, suspects_too=waited)
+            if not self._stands(request_id, entry, epoch):  # cancelled meanwhile
+                if route is not None:
+                    self.on_undelivered(route)
+                return None
+            if time.monotonic() >= deadline:
+                if route is not None:
+                    self.on_undelivered(route)
+                return self._too_long(reason)
+            if route is None:
+                await self._wait(deadline)
+                waited = True
+                continue
+            waited = False
+            failure = await self.give(request_id, entry, route, self.claim(request_id, route))
+            if failure is None:
+                self.dispatched[route.instance] += 1
+                return None
+            self.on_undelivered(route)
+            reason = failure
+            logger.warning("could not place request %s: %s", request_id, reason)
+            if entry.owner is not None:
+                return None  # cancelled, or given to another instance by now
+        return None
+
+    async def _find(self, entry: Entry, suspects_too: bool) -> Route | None:
+        """An instance for a request: if there is another, none that has lost it before.
+
+        One under suspicion only when nothing else is left, and not at once.
+        """
+        tokens = len(entry.request.prompt_token_ids or ()) + len(entry.tokens)
+        suspects = self._suspects.now()
+        choices = [suspects | entry.lost_by, suspects]
+        if suspects_too:
+            choices += [frozenset(entry.lost_by), frozenset()]
+        for avoid in dict.fromkeys(choices):
+            with contextlib.suppress(NoInstance):
+                return await self._dispatch(tokens, entry.request.priority, avoid)
+        return None
+
+    def _too_long(self, reason: str) -> str:
+        sentence = f"no instance was ready within {self._failover_timeout:g} s (--failover-timeout)"
+        return f"{sentence}; {reason}" if reason else sentence
+
+    async def _wait(self, deadline: float) -> None:
+        """Until the cluster changes, or another look is due."""
+        pause = min(random.uniform(*RETRY_SECONDS), max(deadline - time.monotonic(), 0.0))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause):
+                await self._changed.wait()
+
+    async def _passes(self, request_id: str, entry: Entry) -> bool:
+        """Whether a request on trial generates some tokens, or ends, without its engine dying."""
+        epoch, wanted = entry.epoch, len(entry.tokens) + TRIAL_TOKENS
+        deadline = time.monotonic() + TRIAL_SECONDS
+        while self._stands(request_id, entry, epoch) and time.monotonic() < deadline:
+            if len(entry.tokens) >= wanted:
+                return True
+            await asyncio.sleep(POLL_SECONDS)
+        return False
+
+    def _stands(self, request_id: str, entry: Entry, epoch: int) -> bool:
+        """Whether a request is still open, and nobody has moved it since that epoch."""
+        return self._ledger.get(request_id) is entry and entry.epoch == epoch
