@@ -70,6 +70,7 @@ class InstanceActor(Actor):
         self._loop = loop
         self._tell = tell
         self._life = Life.STOPPED
+        self._reason = ""
         self._facts: EngineFacts | None = None
         self._hosted: HostedInstance | None = None
         self._failures = 0
@@ -103,6 +104,10 @@ class InstanceActor(Actor):
         """Stop the engine now."""
         if self._life is not Life.STOPPED:
             self._send(self._drain_and_stop(0.0))
+
+    def report(self) -> None:
+        """Tell what the last change was, once more if need be."""
+        self._tell(Report(self._instance, self._life, self._facts, self._reason))
 
     # ---- what the loop tells this actor ----
 
@@ -186,8 +191,8 @@ class InstanceActor(Actor):
         asyncio.run_coroutine_threadsafe(work, self._loop).add_done_callback(_complain)
 
     def _become(self, life: Life, facts: EngineFacts | None, reason: str = "") -> None:
-        self._life, self._facts = life, facts
-        self._tell(Report(self._instance, life, facts, reason))
+        self._life, self._facts, self._reason = life, facts, reason
+        self.report()
 
 
 def _complain(done: "Future[None]") -> None:

@@ -7,7 +7,7 @@ silent no migration begins, and one that has not committed is given up.
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from llumnix.actors.base import Actor
@@ -37,18 +37,32 @@ class Plan:
     blocks: int
 
 
+@dataclass
+class Books:
+    """The migrations of a node, by their ids; they outlive the actor."""
+
+    leaving: dict[str, Plan] = field(default_factory=dict)
+    coming: dict[str, Plan] = field(default_factory=dict)
+    # Departures that are over, while their records stay.
+    ending: dict[str, Plan] = field(default_factory=dict)
+    doubtful: set[str] = field(default_factory=set)  # a late proposal may yet be written
+
+
 class MigrationActor(Actor):
     """Admits migrations within their limits, and takes each through its handshake."""
 
-    def __init__(self, handshake: Handshake, requests_limit: int, blocks_limit: int) -> None:
+    def __init__(
+        self,
+        handshake: Handshake,
+        requests_limit: int,
+        blocks_limit: int,
+        books: Books | None = None,
+    ) -> None:
         super().__init__()
         self._handshake = handshake
         self._requests_limit = requests_limit  # at a time, out of and into each instance
         self._blocks_limit = blocks_limit  # KV blocks of these together; 0: any number
-        self._leaving: dict[str, Plan] = {}
-        self._coming: dict[str, Plan] = {}
-        self._ending: dict[str, Plan] = {}  # departures that are over, while their records stay
-        self._doubtful: set[str] = set()  # of which a late proposal may yet be written
+        self._books = books if books is not None else Books()
 
     def propose(
         self,
@@ -64,16 +78,16 @@ class MigrationActor(Actor):
 
         Whatever the answer is, or if none comes, `ended` is to be called in the end.
         """
-        self._admit(self._leaving, source, lambda plan: plan.source, blocks, "leave")
+        self._admit(self._books.leaving, source, lambda plan: plan.source, blocks, "leave")
         record = MigrationRecord(
             request, source, destination, epoch, reason=reason, migration=migration
         )
-        self._leaving[migration] = Plan(migration, request, source, destination, blocks)
+        self._books.leaving[migration] = Plan(migration, request, source, destination, blocks)
         try:
             self._ask_etcd(lambda: self._handshake.propose(record))
         except MigrationError as error:
             if isinstance(error.__cause__, EtcdOutcomeUnknown):
-                self._doubtful.add(migration)
+                self._books.doubtful.add(migration)
             raise
 
     def accept(self, migration: str, request: str, instance: InstanceId, blocks: int) -> None:
@@ -81,18 +95,18 @@ class MigrationActor(Actor):
 
         Whatever the answer is, or if none comes, `departed` is to be called in the end.
         """
-        self._admit(self._coming, instance, lambda plan: plan.destination, blocks, "come to")
+        self._admit(self._books.coming, instance, lambda plan: plan.destination, blocks, "come to")
         record = self._ask_etcd(
             lambda: self._handshake.advance(
                 request, migration, MigrationState.PROPOSED, MigrationState.ACCEPTED
             )
         )
         plan = Plan(migration, request, record.source, record.destination, blocks)
-        self._coming[migration] = plan
+        self._books.coming[migration] = plan
 
     def advance(self, migration: str, to: str) -> None:
         """Take a departure to its next state: copying, or committed. Raises MigrationError."""
-        plan = self._leaving[migration]
+        plan = self._books.leaving[migration]
         state = MigrationState(to)
         before = {
             MigrationState.COPYING: MigrationState.ACCEPTED,
@@ -105,9 +119,9 @@ class MigrationActor(Actor):
 
         If not, because etcd is silent, this is to be called again.
         """
-        if (plan := self._leaving.pop(migration, None)) is not None:
-            self._ending[migration] = plan
-        plan = self._ending.get(migration)
+        if (plan := self._books.leaving.pop(migration, None)) is not None:
+            self._books.ending[migration] = plan
+        plan = self._books.ending.get(migration)
         if plan is None:
             return True
         try:
@@ -119,19 +133,19 @@ class MigrationActor(Actor):
         except EtcdError as error:
             logger.warning("the record of migration %s stays for now: %s", migration, error)
             return False
-        if migration in self._doubtful:
-            self._doubtful.remove(migration)
+        if migration in self._books.doubtful:
+            self._books.doubtful.remove(migration)
             return False
-        del self._ending[migration]
+        del self._books.ending[migration]
         return True
 
     def departed(self, migration: str) -> None:
         """An arrival is over, with or without the request."""
-        self._coming.pop(migration, None)
+        self._books.coming.pop(migration, None)
 
     def under_way(self) -> Counter[str]:
         """How many migrations leave from, and come to, this node's instances."""
-        return Counter(out=len(self._leaving)) + Counter({"in": len(self._coming)})
+        return Counter(out=len(self._books.leaving)) + Counter({"in": len(self._books.coming)})
 
     def _admit(
         self,

@@ -3,13 +3,14 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pykka import ActorDeadError
 
 from llumnix.actors.base import Actor
 from llumnix.actors.instance import InstanceActor, Life, Report
+from llumnix.actors.supervised import Deaths
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceState, NodeId
 from llumnix.engine.hosted import HostedInstance
 
@@ -25,6 +26,8 @@ class Surroundings:
     requests: Callable[[InstanceId], int]  # how many an instance has
     announce: Callable[[InstanceInfo], None]
     withdraw: Callable[[InstanceId], None]
+    tell: Callable[[int, Report], None]  # the supervisor that lives now, of a slot's change
+    give_up: Callable[[str], None]  # this node, with a sentence
 
 
 @dataclass
@@ -38,11 +41,28 @@ class _Slot:
         return self.report.life not in (Life.DRAINING, Life.STOPPED)
 
 
+@dataclass
+class Roster:
+    """What a node's supervisor has to do with; it outlives the actor."""
+
+    slots: dict[int, _Slot] = field(default_factory=dict)
+    wanted: int = 0
+    desired: int | None = None  # the value under desired/<node> acted on last
+    leaving: bool = False
+    deaths: Deaths = field(default_factory=Deaths)  # of instances' actors
+
+
 class NodeActor(Actor):
     """Starts and drains instances until the wanted number runs, each in a slot of its own."""
 
     def __init__(
-        self, node: NodeId, model: str, limit: int, drain_timeout: float, around: Surroundings
+        self,
+        node: NodeId,
+        model: str,
+        limit: int,
+        drain_timeout: float,
+        around: Surroundings,
+        roster: Roster | None = None,
     ) -> None:
         super().__init__()
         self._node = node
@@ -50,23 +70,20 @@ class NodeActor(Actor):
         self._limit = limit
         self._drain_timeout = drain_timeout
         self._around = around
-        self._slots: dict[int, _Slot] = {}
-        self._wanted = 0
-        self._desired: int | None = None  # the value under desired/<node> acted on last
-        self._leaving = False
+        self._roster = roster if roster is not None else Roster()
 
     def on_stop(self) -> None:
         """End the actors of the instances."""
-        for slot in self._slots.values():
+        for slot in self._roster.slots.values():
             slot.proxy.actor_ref.stop(block=False)
 
     def update_view(self, view: ClusterView) -> None:
         """Act on desired/<node> when an operator, or the leader, has changed it."""
         desired = view.desired.get(self._node)
-        if desired is not None and desired != self._desired:
+        if desired is not None and desired != self._roster.desired:
             logger.info("%d instances are desired on this node, by its key in etcd", desired)
             self.want(desired)
-        self._desired = desired
+        self._roster.desired = desired
 
     def want(self, number: int) -> None:
         """Have this many instances run here, at most the limit."""
@@ -74,19 +91,19 @@ class NodeActor(Actor):
             logger.warning(
                 "%d instances are wanted, but --max-instances is %d", number, self._limit
             )
-        self._wanted = min(number, self._limit)
+        self._roster.wanted = min(number, self._limit)
         self._settle()
 
     def changed(self, slot: int, report: Report) -> None:
         """An instance's actor reports a change."""
-        held = self._slots.get(slot)
+        held = self._roster.slots.get(slot)
         if held is None:
             return
         if not held.wanted and report.life not in (Life.DRAINING, Life.STOPPED):
             return  # it was on its way when the instance was told to drain
         held.report = report
         if report.life is Life.STOPPED:
-            del self._slots[slot]
+            del self._roster.slots[slot]
             held.proxy.actor_ref.stop(block=False)
             self._around.withdraw(report.instance)
             logger.info("instance %s has stopped", report.instance)
@@ -98,42 +115,60 @@ class NodeActor(Actor):
 
     def leave(self) -> None:
         """The node is about to stop: no instance gets new requests any more."""
-        self._leaving = True
-        for slot in self._slots.values():
+        self._roster.leaving = True
+        for slot in self._roster.slots.values():
             if slot.report.life is Life.READY:
                 self._announce(slot.report)
 
     def halt(self) -> int:
         """Stop all instances now; the number that is still to report STOPPED."""
-        self._leaving = True
-        self._wanted = 0
-        for number in self._slots:
+        self._roster.leaving = True
+        self._roster.wanted = 0
+        for number in self._roster.slots:
             self._command(number, "halt")
-        return len(self._slots)
+        return len(self._roster.slots)
+
+    def look_after(self) -> None:
+        """Count an instance whose actor has died as stopped, and fill its slot anew."""
+        for number, slot in list(self._roster.slots.items()):
+            if not slot.proxy.actor_ref.is_alive():
+                self._roster.deaths.count()
+                if self._roster.deaths.too_many:
+                    self._around.give_up(f"the actor of {slot.instance} dies again and again")
+                    return
+                reason = "its actor has died"
+                self.changed(number, Report(slot.instance, Life.STOPPED, None, reason))
+
+    def take_over(self) -> None:
+        """Go on where a predecessor has died: hear from each instance, and settle."""
+        for number in list(self._roster.slots):
+            self._command(number, "report")
+        self.look_after()
+        self._settle()
 
     def left(self) -> int:
         """How many instances have not stopped yet."""
-        return len(self._slots)
+        return len(self._roster.slots)
 
     def reports(self) -> list[Report]:
         """The last report of each instance, in the order of the slots."""
-        return [slot.report for _, slot in sorted(self._slots.items())]
+        return [slot.report for _, slot in sorted(self._roster.slots.items())]
 
     def _settle(self) -> None:
         """Start or drain what the difference between wanted and running asks for."""
-        if self._leaving:
+        if self._roster.leaving:
             return
-        running = [n for n, slot in self._slots.items() if slot.wanted]
-        for _ in range(self._wanted - len(running)):
-            if len(self._slots) >= self._limit:
+        running = [n for n, slot in self._roster.slots.items() if slot.wanted]
+        for _ in range(self._roster.wanted - len(running)):
+            if len(self._roster.slots) >= self._limit:
                 break  # a slot is free again when a draining instance has stopped
-            self._open(next(n for n in range(self._limit) if n not in self._slots))
-        if len(running) > self._wanted:
+            self._open(next(n for n in range(self._limit) if n not in self._roster.slots))
+        if len(running) > self._roster.wanted:
             # The emptiest go first; of equally empty ones the youngest.
-            running.sort(key=lambda n: (self._around.requests(self._slots[n].instance), -n))
-            for number in running[: len(running) - self._wanted]:
-                slot = self._slots[number]
-                logger.info("instance %s drains: %d are wanted", slot.instance, self._wanted)
+            running.sort(key=lambda n: (self._around.requests(self._roster.slots[n].instance), -n))
+            for number in running[: len(running) - self._roster.wanted]:
+                slot = self._roster.slots[number]
+                logger.info("instance %s drains: %d are wanted", slot.instance, self._roster.wanted)
                 # Not chosen again while its actor's own report is on its way.
                 slot.report = slot.report._replace(life=Life.DRAINING)
                 self._command(number, "drain", self._drain_timeout)
@@ -144,15 +179,15 @@ class NodeActor(Actor):
             instance,
             lambda: self._around.make(instance, number),
             self._around.loop,
-            lambda report: self._proxy.changed.defer(number, report),
+            lambda report: self._around.tell(number, report),
         )
         report = Report(instance, Life.STARTING, None)
-        self._slots[number] = _Slot(instance, reference.proxy(), report)
+        self._roster.slots[number] = _Slot(instance, reference.proxy(), report)
         self._command(number, "begin")
 
     def _command(self, number: int, method: str, *args: float) -> None:
         """Tell an instance's actor what to do; one that has died counts as stopped."""
-        slot = self._slots[number]
+        slot = self._roster.slots[number]
         try:
             getattr(slot.proxy, method).defer(*args)
         except ActorDeadError:
@@ -163,7 +198,7 @@ class NodeActor(Actor):
     def _announce(self, report: Report) -> None:
         facts = report.facts
         state = report.state
-        if self._leaving and state is InstanceState.READY:
+        if self._roster.leaving and state is InstanceState.READY:
             state = InstanceState.DRAINING
         self._around.announce(
             InstanceInfo(

@@ -54,6 +54,10 @@ class Ledger:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._entries
 
+    def __iter__(self) -> Iterator[str]:
+        """The ids of all open requests."""
+        return iter(list(self._entries))
+
     def open(self, request_id: str, request: Any) -> Entry:
         """Begin a request; its first owner gets it by `move`, in epoch 1.
 

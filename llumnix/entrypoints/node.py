@@ -8,18 +8,20 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from prometheus_client import REGISTRY
-from pykka import ActorRef
+from pykka import ActorDeadError
 from vllm.config import VllmConfig
 
-from llumnix.actors.base import ASK_SECONDS
 from llumnix.actors.dispatcher import Dispatched, DispatcherActor
+from llumnix.actors.instance import Report
 from llumnix.actors.manager import ManagerActor
-from llumnix.actors.migration import MigrationActor
-from llumnix.actors.node import NodeActor, Surroundings
+from llumnix.actors.migration import Books, MigrationActor
+from llumnix.actors.node import NodeActor, Roster, Surroundings
+from llumnix.actors.supervised import Supervised
 from llumnix.cluster import ClusterView, InstanceId, NodeId
 from llumnix.config import Config
 from llumnix.engine.base import EngineError, EngineFacts
@@ -42,6 +44,7 @@ from llumnix.entrypoints.server.drains import Drains
 from llumnix.entrypoints.server.generate import DemoRoute
 from llumnix.entrypoints.server.listener import Listener
 from llumnix.entrypoints.server.moves import Moves
+from llumnix.entrypoints.supervision import Supervision
 from llumnix.metrics import (
     DISPATCH_SECONDS,
     FAILOVER_SECONDS,
@@ -57,6 +60,7 @@ logger = logging.getLogger(__name__)
 
 HALT_SECONDS = 30.0  # for all engines to end
 FRONTEND_RETRY = 5.0  # seconds until another try to open vLLM's frontend
+LOOK_AFTER_SECONDS = 1.0  # between looks at the instances' actors
 POLL = 0.05  # seconds between looks while something ends
 
 
@@ -77,7 +81,8 @@ class Node:
         self._frontend: Frontend | None = None
         self._serving = False  # between a complete start and the beginning of the end
         self._acting = False  # while there are actors to tell of a new view
-        self._actors: list[ActorRef[Any]] = []
+        # Called with one sentence when this node cannot go on and has to be stopped.
+        self.on_giving_up: Callable[[str], None] = lambda sentence: None
         self._ends = contextlib.AsyncExitStack()
 
     @property
@@ -91,6 +96,7 @@ class Node:
         What has been started is on the stack, for stop() to end in reverse.
         """
         self._loop = asyncio.get_running_loop()
+        self._supervision = Supervision(self._loop, lambda sentence: self.on_giving_up(sentence))
         ends = self._ends
         ends.push_async_callback(asyncio.to_thread, self._control.close)
         await asyncio.to_thread(self._control.open, self._on_view)
@@ -109,7 +115,7 @@ class Node:
         self._serving = True
         self._on_view(self.view)
         desired = self.view.desired.get(self._config.node, self._config.initial_instances)
-        self._supervisor.proxy().want.defer(desired)
+        self._supervise.want.defer(desired)
         if self._config.migration:
             self._rescheduling.start(self._manage)
 
@@ -159,50 +165,66 @@ class Node:
         self._listener = Listener(app, self._arguments)
 
     def _start_actors(self) -> None:
+        """Start the actors, and keep them alive; what each must know outlives it."""
         config = self._config
-        self._dispatcher = DispatcherActor.start(
-            config.node, config.dispatch_policy, config.dispatch_top_k
+        keep = self._supervision.keep
+        self._dispatch = keep(
+            lambda: DispatcherActor.start(
+                config.node, config.dispatch_policy, config.dispatch_top_k
+            ),
+            self._inform,
         )
-        self._dispatch = self._dispatcher.proxy()
         around = Surroundings(
             loop=self._loop,
             make=self._host,
             requests=self._requests_of,
             announce=self._control.registry.announce_instance,
             withdraw=self._withdraw,
+            tell=self._tell_supervisor,
+            give_up=self._give_up,
         )
-        self._supervisor = NodeActor.start(
-            config.node, self._model, config.max_instances, config.drain_timeout, around
+        roster = Roster()
+        self._supervise = keep(
+            lambda: NodeActor.start(
+                *(config.node, self._model, config.max_instances, config.drain_timeout),
+                *(around, roster),
+            ),
+            lambda proxy: proxy.take_over.defer(),
         )
-        self._supervise = self._supervisor.proxy()
         thresholds = Thresholds(config.migration_out_below, config.migration_in_above)
-        migration = MigrationActor.start(
-            self._control.handshake, config.migration_max_requests, config.migration_max_blocks
+        books, limits = Books(), (config.migration_max_requests, config.migration_max_blocks)
+        admits = keep(lambda: MigrationActor.start(self._control.handshake, *limits, books))
+        self._migrations = self._make_migrations(admits, thresholds)
+        self._rescheduling = Rescheduling(self._loop, self._migrations, config.migration_interval)
+        self._manage = keep(
+            lambda: ManagerActor.start(
+                self._leads,
+                lambda: self._control.registry.alive,
+                self._rescheduling.command,
+                thresholds,
+            ),
+            self._inform,
         )
+        self._acting = True
+        self._look_after()
+
+    def _look_after(self) -> None:
+        """Have the supervisor see, now and then, whether its instances' actors live."""
+        if self._acting:
+            with contextlib.suppress(ActorDeadError):
+                self._supervise.look_after.defer()
+            self._loop.call_later(LOOK_AFTER_SECONDS, self._look_after)
+
+    def _make_migrations(self, admits: Supervised, thresholds: Thresholds) -> Migrations:
+        config = self._config
         limits = Limits(
             config.migration_max_stages,
             config.migration_last_stage_max_blocks,
             config.migration_tail_tokens,
             config.migration_timeout,
         )
-        self._migrations = Migrations(
-            self._exchange,
-            migration.proxy(),
-            lambda: self.view,
-            Rules(limits, config.migration_request, thresholds),
-        )
-        self._rescheduling = Rescheduling(self._loop, self._migrations, config.migration_interval)
-        manager = ManagerActor.start(
-            self._leads,
-            lambda: self._control.registry.alive,
-            self._rescheduling.command,
-            thresholds,
-        )
-        self._manage = manager.proxy()
-        self._actors = [manager, migration, self._supervisor, self._dispatcher]
-        for actor in self._actors:
-            actor.proxy().ping().get(timeout=ASK_SECONDS)
-        self._acting = True
+        rules = Rules(limits, config.migration_request, thresholds)
+        return Migrations(self._exchange, admits, lambda: self.view, rules)
 
     @property
     def _model(self) -> str:
@@ -214,9 +236,9 @@ class Node:
     def _on_view(self, view: ClusterView) -> None:
         """A new view of the cluster; called on the registry's thread."""
         if self._acting:
-            self._dispatch.update_view.defer(view)
-            self._supervise.update_view.defer(view)
-            self._manage.update_view.defer(view)
+            for actor in (self._dispatch, self._supervise, self._manage):
+                with contextlib.suppress(ActorDeadError):  # its successor is told
+                    actor.update_view.defer(view)
             self._loop.call_soon_threadsafe(self._look, view)
 
     def _look(self, view: ClusterView) -> None:
@@ -260,17 +282,32 @@ class Node:
 
     async def _route(self, tokens: int, priority: int, avoid: frozenset[InstanceId]) -> Route:
         began = time.perf_counter()
-        decision: Dispatched | None = await self._dispatch.decide(tokens, avoid)
+        try:
+            decision: Dispatched | None = await self._dispatch.decide(tokens, avoid)
+        except ActorDeadError as error:
+            raise NoInstance("the dispatcher is being started again") from error
         DISPATCH_SECONDS.observe(time.perf_counter() - began)
         if decision is None:
             raise NoInstance("no instance is ready")
         return Route(decision.instance, decision.node, decision.sequence)
 
+    def _inform(self, proxy: Any) -> None:
+        """Tell an actor that was just started how the cluster looks."""
+        proxy.update_view.defer(self.view)
+
+    def _tell_supervisor(self, slot: int, report: Report) -> None:
+        with contextlib.suppress(ActorDeadError):  # its successor asks for all reports
+            self._supervise.changed.defer(slot, report)
+
+    def _give_up(self, sentence: str) -> None:
+        self._loop.call_soon_threadsafe(self._supervision.give_up, sentence)
+
     def _leads(self) -> int | None:
         return self._control.election.epoch or None
 
     def _undo(self, route: Route) -> None:
-        self._dispatch.undo.defer(route.instance, route.sequence)
+        with contextlib.suppress(ActorDeadError):
+            self._dispatch.undo.defer(route.instance, route.sequence)
 
     def _host(self, instance: InstanceId, slot: int) -> HostedInstance:
         hosted = HostedInstance(self._make_engine(instance, slot), slot, self._client)
@@ -298,8 +335,7 @@ class Node:
         """What has died or hangs of the parts that nothing restarts; empty if nothing."""
         if self._frontend is not None and not self._frontend.sound:
             return "vLLM's frontend has died"
-        dead = [actor.actor_class.__name__ for actor in self._actors if not actor.is_alive()]
-        return f"{dead[0]} has died" if dead else self._control.standstill()
+        return self._supervision.fault or self._control.standstill()
 
     def _view_and_age(self) -> tuple[ClusterView, float]:
         return self.view, self._control.registry.age
@@ -322,13 +358,19 @@ class Node:
         """Wait until nothing runs here any more, neither for own clients nor for other nodes."""
         while self._busy():
             if self._loop.time() >= deadline:
-                logger.warning("the drain timeout ends %d requests", self._busy())
+                names = ", ".join(self._names()) or "none by name"
+                logger.warning("the drain timeout ends %d requests: %s", self._busy(), names)
                 return
             await asyncio.sleep(POLL)
 
     def _busy(self) -> int:
         hosted = sum(h.requests for h in self._exchange.hosted.values())
         return self._gateway.running + len(self._client.ledger) + hosted
+
+    def _names(self) -> list[str]:
+        """The requests of this node's clients, and those that its instances run for others."""
+        here = {t.request_id for h in self._exchange.hosted.values() for t in h.tenants}
+        return sorted(here | set(self._client.ledger))
 
     async def _halt(self) -> None:
         """Stop the engines, then what stood on them."""
@@ -346,5 +388,4 @@ class Node:
 
     def _stop_actors(self) -> None:
         self._acting = False
-        for actor in self._actors:
-            actor.stop(timeout=ASK_SECONDS)
+        self._supervision.stop()

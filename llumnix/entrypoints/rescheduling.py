@@ -1,8 +1,11 @@
 """The leader's rescheduler on the node's loop: its clock, and the way of its commands."""
 
 import asyncio
+import contextlib
 import logging
 from typing import Any
+
+from pykka import ActorDeadError
 
 from llumnix.actors.manager import MOVED, MoveCommand
 from llumnix.engine.base import EngineError
@@ -40,7 +43,8 @@ class Rescheduling:
 
     def _tick(self) -> None:
         if self._manager is not None:
-            self._manager.tick.defer()
+            with contextlib.suppress(ActorDeadError):  # it is being started again
+                self._manager.tick.defer()
             self._timer = self._loop.call_later(self._interval, self._tick)
 
     async def _carry_out(self, command: MoveCommand) -> None:
@@ -59,4 +63,5 @@ class Rescheduling:
             logger.exception("a move from %s failed", command.source)
             outcome = f"internal error: {type(error).__name__}"
         if self._manager is not None:
-            self._manager.finished.defer(command.pair, outcome)
+            with contextlib.suppress(ActorDeadError):
+                self._manager.finished.defer(command.pair, outcome)

@@ -1,5 +1,6 @@
 """The supervisor keeps as many instances running as are wanted, and says what it does."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from types import MappingProxyType
 from typing import Any
@@ -9,7 +10,8 @@ import pytest
 
 from llumnix.actors import instance as instance_module
 from llumnix.actors.instance import InstanceActor, Life, Report
-from llumnix.actors.node import NodeActor, Surroundings
+from llumnix.actors.node import NodeActor, Roster, Surroundings
+from llumnix.actors.supervised import DEATHS, Supervised
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceState
 from llumnix.engine.hosted import HostedInstance
 from tests.actors.conftest import LoopThread
@@ -29,6 +31,7 @@ class Supervisor:
         self.hosted: dict[str, HostedInstance] = {}
         self.slots: dict[str, int] = {}
         self.requests: dict[str, int] = {}
+        self.given_up: list[str] = []
         self._make = make
         around = Surroundings(
             loop=side.loop,
@@ -36,8 +39,18 @@ class Supervisor:
             requests=lambda instance: self.requests.get(instance, 0),
             announce=self._announce,
             withdraw=self._withdraw,
+            tell=self._tell,
+            give_up=self.given_up.append,
         )
-        self.proxy: Any = NodeActor.start("a", "model", LIMIT, 5.0, around).proxy()
+        self.roster = Roster()
+        self.proxy = Supervised(
+            lambda: NodeActor.start("a", "model", LIMIT, 5.0, around, self.roster),
+            lambda proxy: proxy.take_over.defer(),
+        )
+
+    def _tell(self, slot: int, report: Report) -> None:
+        with contextlib.suppress(pykka.ActorDeadError):
+            self.proxy.changed.defer(slot, report)
 
     def _host(self, instance: str, slot: int) -> HostedInstance:
         self.slots[instance] = slot
@@ -221,3 +234,59 @@ def test_stopping_the_supervisor_stops_its_actors(node: Supervisor) -> None:
     eventually(lambda: node.proxy.left().get(timeout=5.0) == 0)
     eventually(lambda: len(pykka.ActorRegistry.get_all()) == 1)
     assert Life.STOPPED not in {r.life for r in node.proxy.reports().get(timeout=5.0)}
+
+
+# ---- actors that die ----
+
+
+def _die(proxy: Any) -> None:
+    """A message that the actor cannot handle, as a bug would send it."""
+    reference = proxy.actor_ref
+    proxy.changed.defer()  # without its arguments
+    eventually(lambda: not reference.is_alive())
+
+
+def test_a_supervisor_that_died_is_succeeded_and_no_instance_notices(node: Supervisor) -> None:
+    node.wants(2, "a-0", "a-1")
+    engines = {name: hosted.engine for name, hosted in node.hosted.items()}
+    _die(node.proxy)
+    node.requests["a-1"] = 1
+    node.proxy.start_again()
+    node.wants(1, "a-1")
+    assert engines["a-0"].stops == 1 and node.hosted["a-1"].engine is engines["a-1"]
+    node.wants(2, "a-0", "a-1")
+
+
+def test_what_is_told_while_there_is_no_supervisor_is_asked_for_again(node: Supervisor) -> None:
+    node.wants(1, "a-0")
+    actor = node.roster.slots[0].proxy
+    _die(node.proxy)
+    node.announced.clear()
+    actor.report.defer()  # nobody hears it
+    actor.ping().get(timeout=5)
+    node.proxy.start_again()
+    eventually(lambda: node.ready() == {"a-0"})
+
+
+def test_an_instances_actor_that_died_gets_a_successor_and_its_engine_is_stopped(
+    node: Supervisor,
+) -> None:
+    node.wants(2, "a-0", "a-1")
+    engine = node.hosted["a-0"].engine
+    actor = node.roster.slots[0].proxy
+    actor.went_down.defer()
+    eventually(lambda: not actor.actor_ref.is_alive())
+    node.proxy.look_after.defer()
+    eventually(lambda: node.hosted["a-0"].engine is not engine and node.ready() == {"a-0", "a-1"})
+    eventually(lambda: engine.stops == 1)
+
+
+def test_instances_actors_that_die_again_and_again_end_the_node(node: Supervisor) -> None:
+    node.wants(1, "a-0")
+    for _ in range(DEATHS):
+        actor = node.roster.slots[0].proxy
+        actor.went_down.defer()
+        eventually(lambda actor=actor: not actor.actor_ref.is_alive())
+        node.proxy.look_after.defer()
+        eventually(lambda actor=actor: node.given_up or node.roster.slots[0].proxy is not actor)
+    assert node.given_up == ["the actor of a-0 dies again and again"]

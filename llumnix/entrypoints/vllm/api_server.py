@@ -127,6 +127,13 @@ async def _serve(config: "Config", parsed: "argparse.Namespace", engines: "VllmC
         logger.info("%s: finishing what runs, for at most %.0f s", name, config.drain_timeout)
         ended.set()
 
+    failed: list[str] = []
+
+    def on_giving_up(sentence: str) -> None:
+        failed.append(sentence)
+        ended.set()
+
+    node.on_giving_up = on_giving_up
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     try:
@@ -136,7 +143,7 @@ async def _serve(config: "Config", parsed: "argparse.Namespace", engines: "VllmC
     finally:
         await node.stop()
     logger.info("the node has left the cluster")
-    return 0
+    return 1 if failed else 0
 
 
 async def _started(node: "Node") -> bool:

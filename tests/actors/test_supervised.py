@@ -1,0 +1,80 @@
+"""An actor that died is started again and told what it must know; a bug that repeats is not."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from pykka import ActorDeadError
+
+from llumnix.actors.base import Actor
+from llumnix.actors.supervised import DEATHS, DEATHS_SECONDS, Supervised
+from llumnix.entrypoints.supervision import Supervision
+from tests.kit.loop import on_loop, soon
+from tests.kit.wait import eventually
+
+
+class Clerk(Actor):
+    """Remembers the last thing that it was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._news = "nothing"
+
+    def tell(self, news: str) -> None:
+        self._news = news
+
+    def ask(self) -> str:
+        return self._news
+
+    def fail(self) -> None:
+        raise ValueError("a bug")
+
+
+def supervised(clock: Any = None) -> Supervised:
+    arguments = {"clock": clock} if clock else {}
+    return Supervised(Clerk.start, lambda proxy: proxy.tell.defer("the view"), **arguments)
+
+
+def die(clerk: Supervised) -> None:
+    clerk.fail.defer()
+    eventually(lambda: not clerk.alive)
+
+
+def test_a_successor_has_the_same_name_and_knows_what_it_must() -> None:
+    clerk = supervised()
+    clerk.tell.defer("something else")
+    assert clerk.ask().get(timeout=5) == "something else"
+    die(clerk)
+    with pytest.raises(ActorDeadError):
+        clerk.tell.defer("unheard")
+    clerk.start_again()
+    assert clerk.ask().get(timeout=5) == "the view"
+    clerk.stop(5.0)
+
+
+def test_deaths_long_ago_are_forgotten() -> None:
+    now = 0.0
+    clerk = supervised(lambda: now)
+    for _ in range(3 * DEATHS):
+        die(clerk)
+        clerk.start_again()
+        assert clerk.alive
+        now += DEATHS_SECONDS / (DEATHS - 1)
+    clerk.stop(5.0)
+
+
+@on_loop
+async def test_supervision_starts_again_and_gives_up_in_the_end() -> None:
+    given_up: list[str] = []
+    supervision = Supervision(asyncio.get_running_loop(), given_up.append)
+    clerk = supervision.keep(Clerk.start, lambda proxy: proxy.tell.defer("the view"))
+    for _ in range(DEATHS - 1):
+        clerk.fail.defer()
+        await soon(lambda: not clerk.alive)
+        await soon(lambda: clerk.alive)
+        assert await clerk.ask() == "the view" and not supervision.fault
+    clerk.fail.defer()
+    await soon(lambda: given_up)
+    assert given_up == ["Clerk dies again and again"] == [supervision.fault]
+    assert not clerk.alive
+    supervision.stop()
