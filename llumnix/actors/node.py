@@ -113,6 +113,11 @@ class NodeActor(Actor):
             logger.info("instance %s is ready", report.instance)
         self._announce(report)
 
+    def announce_all(self) -> None:
+        """Make all instances known once more."""
+        for slot in self._roster.slots.values():
+            self._announce(slot.report)
+
     def leave(self) -> None:
         """The node is about to stop: no instance gets new requests any more."""
         self._roster.leaving = True

@@ -79,6 +79,7 @@ class ClusterClient(EngineCoreClient):
         self._homeless = self.placer.homeless
         exchange.on_outputs = self.deliver
         exchange.on_node_lost.append(self._on_node_lost)
+        exchange.on_node_found = self.placer.trust_node
 
     @property
     def node(self) -> NodeId:

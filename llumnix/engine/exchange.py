@@ -38,10 +38,12 @@ class Exchange:
         self.procedures: dict[str, Procedure] = {}
         self.on_outputs: Callable[[News], None] = lambda frame: None
         self.on_node_lost: list[Callable[[NodeId, str], None]] = []
+        self.on_node_found: Callable[[NodeId], None] = lambda node: None
         self._peers = peers
         self._tasks: set[asyncio.Task[Any]] = set()
         peers.on_frame = self._on_frame
         peers.on_close = self._on_close
+        peers.on_open = lambda node: self.on_node_found(node)
 
     async def submit(self, node: NodeId, home: Origin, frame: Submit) -> None:
         """Have a request run. Raises EngineDead if its node can't be reached."""

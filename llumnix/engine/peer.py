@@ -172,6 +172,7 @@ class Peers:
         self._closed = False
         self.on_frame: OnFrame
         self.on_close: Callable[[Link], Awaitable[None]]
+        self.on_open: Callable[[NodeId], None] = lambda node: None
 
     @property
     def open(self) -> int:
@@ -255,6 +256,7 @@ class Peers:
         current = self._links.get(link.node)
         if current is None or current.closed:
             self._links[link.node] = link
+        self.on_open(link.node)
 
     async def _serve(self, link: Link) -> None:
         logger.info("connected to node %s", link.node)

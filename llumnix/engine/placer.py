@@ -86,8 +86,11 @@ class Placer:
 
     def suspect_node(self, node: NodeId) -> None:
         """The connection to it has ended, or it does not answer."""
-        known = {**self.nodes, **self.instances()}
-        self._suspects.add(instance for instance, where in known.items() if where == node)
+        self._suspects.add(self._instances_of(node))
+
+    def trust_node(self, node: NodeId) -> None:
+        """There is a new connection to it."""
+        self._suspects.clear(self._instances_of(node))
 
     async def place(self, request_id: str, entry: Entry, reason: str = "") -> str | None:
         """Have an instance take the request; why that was not possible, or None.
@@ -145,6 +148,10 @@ class Placer:
             await self._exchange.cancel(node, Cancel(instance, request_ids, epochs or []))
         except EngineDead as error:
             logger.info("nothing to cancel at %s: %s", instance, error)
+
+    def _instances_of(self, node: NodeId) -> list[InstanceId]:
+        known = {**self.nodes, **self.instances()}
+        return [instance for instance, where in known.items() if where == node]
 
     async def _settle(self, request_id: str, entry: Entry, reason: str) -> str | None:
         deadline = self.homeless.get(request_id, time.monotonic()) + self._failover_timeout

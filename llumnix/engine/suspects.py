@@ -28,3 +28,8 @@ class Suspects:
         now = self._clock()
         self._until = {i: until for i, until in self._until.items() if until > now}
         return frozenset(self._until)
+
+    def clear(self, instances: Iterable[InstanceId]) -> None:
+        """They have shown that they are well."""
+        for instance in instances:
+            self._until.pop(instance, None)

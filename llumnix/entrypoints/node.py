@@ -6,6 +6,7 @@ Everything is started in order and stopped in reverse; this file only connects t
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from llumnix.actors.manager import ManagerActor
 from llumnix.actors.migration import Books, MigrationActor
 from llumnix.actors.node import NodeActor, Roster, Surroundings
 from llumnix.actors.supervised import Supervised
-from llumnix.cluster import ClusterView, InstanceId, NodeId
+from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceState, NodeId
 from llumnix.config import Config
 from llumnix.engine.base import EngineError, EngineFacts
 from llumnix.engine.client import ClusterClient
@@ -79,6 +80,7 @@ class Node:
         self._collector = NodeCollector(self._snapshot)
         self._opening: asyncio.Task[None] | None = None
         self._frontend: Frontend | None = None
+        self._opened = False  # the frontend, or it was tried
         self._serving = False  # between a complete start and the beginning of the end
         self._acting = False  # while there are actors to tell of a new view
         # Called with one sentence when this node cannot go on and has to be stopped.
@@ -178,7 +180,7 @@ class Node:
             loop=self._loop,
             make=self._host,
             requests=self._requests_of,
-            announce=self._control.registry.announce_instance,
+            announce=self._announce,
             withdraw=self._withdraw,
             tell=self._tell_supervisor,
             give_up=self._give_up,
@@ -247,7 +249,8 @@ class Node:
             return
         ready = bool(self._ready())
         self._client.placer.instances_changed()
-        if ready and self._opening is None:
+        known = any(hosted.facts for hosted in self._exchange.hosted.values())
+        if (ready or known) and self._opening is None:
             self._opening = self._loop.create_task(self._open_frontend(), name="frontend")
         if self._frontend is not None:
             self.standing.serving = ready
@@ -257,16 +260,34 @@ class Node:
         frontend = Frontend(self._arguments, self._vllm_config, self._client)
         try:
             await frontend.open(await self._facts())
+            self._tried_to_open()
         except Exception as error:  # vLLM's, whatever it is; tried again as long as the node runs
             expected = isinstance(error, (EngineError, TimeoutError))
             logger.error("vLLM's frontend could not be opened: %s", error, exc_info=not expected)
             await frontend.close()
+            self._tried_to_open()
             self._opening = None
             self._loop.call_later(FRONTEND_RETRY, self._look, self.view)
             return
         self._frontend = frontend
         self._look(self.view)
         logger.info("serving %s at http://%s", self._model, self._config.advertise_address)
+
+    def _announce(self, info: InstanceInfo) -> None:
+        """Make an instance known; called on the supervisor's thread.
+
+        None of this node's is ready for others while the frontend has not been opened: that keeps
+        the loop busy for seconds, in which no token would get through.
+        """
+        if info.state is InstanceState.READY and not self._opened:
+            info = dataclasses.replace(info, state=InstanceState.STARTING)
+            self._loop.call_soon_threadsafe(self._look, self.view)
+        self._control.registry.announce_instance(info)
+
+    def _tried_to_open(self) -> None:
+        if not self._opened:
+            self._opened = True
+            self._supervise.announce_all.defer()
 
     async def _facts(self) -> EngineFacts:
         """Facts of an instance of this node if one is up, else of any other."""
