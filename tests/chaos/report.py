@@ -26,7 +26,7 @@ class Injection:
     ended: float = 0.0
     detect: float | None = None  # until a node has said so
     resume: float | None = None  # until the last request that it stopped goes on
-    gap: float = 0.0  # the longest silence in any stream
+    gap: float = 0.0  # the longest silence in a stream whose node is not the victim
     waited: float = 0.0  # the longest time to a first token
     recover: float = 0.0  # from the heal, or the injection if nobody heals it, until all is whole
     resumed: int = 0  # requests that went on elsewhere
@@ -66,8 +66,8 @@ def measure(
 def _add(
     injection: Injection, request: Request, begin: float, end: float, homes: frozenset[str]
 ) -> None:
-    gaps = [b - a for a, b in request.gaps(begin, end)]
-    injection.gap = max([injection.gap, *gaps])
+    if request.node not in homes:  # else its client waits for the victim itself
+        injection.gap = max([injection.gap, *(b - a for a, b in request.gaps(begin, end))])
     first = request.times[0] if request.times else request.ended or time.time()
     injection.waited = max(injection.waited, first - request.began)
     if not request.ended or request.judged:
