@@ -226,6 +226,7 @@ class ClusterClient(EngineCoreClient):
         self.placer.suspect_node(node)
         for instance in [i for i, n in self.placer.nodes.items() if n == node]:
             for request_id, entry in self.ledger.owned_by(instance):
+                self._homeless.pop(request_id, None)  # it was at home there
                 self._lost(request_id, entry.epoch, Lost(instance, [], [], reason))
 
     def _lost(self, request_id: str, epoch: int, lost: Lost) -> None:
@@ -259,6 +260,8 @@ class ClusterClient(EngineCoreClient):
             logger.warning(
                 "request %s goes on elsewhere at token %d: %s", request_id, entry.position, reason
             )
+            if died:  # else it was refused, and has looked for an instance since its last loss
+                self._homeless[request_id] = time.monotonic()
             self._homeless.setdefault(request_id, time.monotonic())
             self.ledger.release(request_id)
             self._spawn(self._place(request_id, reason))
