@@ -14,16 +14,18 @@ import random
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from tests.chaos.cluster import Arena
-from tests.chaos.faults import FAULTS
+from tests.chaos.faults import FAULTS, Fault
 from tests.chaos.load import Load
 from tests.chaos.report import Report
 from tests.chaos.run import Run, table_path
 from tests.kit.etcd import EtcdCluster
 from tests.kit.proxy import Proxies
 
+LONG = 30.0  # minutes
 MODEL = "llumnix/models/SmolLM2-135M-Instruct"
 
 
@@ -38,6 +40,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="FAULT", help="of " + ", ".join(_names()))
     parser.add_argument("--json", type=Path, default=Path("build/chaos"), help="file or folder")
     return parser.parse_args()
+
+
+def _longer(fault: Fault) -> Fault:
+    """In a long run, two minutes without a quorum."""
+    return replace(fault, hold=120.0) if fault.name == "etcd quorum lost" else fault
 
 
 def _names() -> list[str]:
@@ -69,7 +76,7 @@ def main() -> int:
             load = Load(urls, model, args.clients, args.seed, args.moves)
             run = Run(arena, load, report, args.seed, lambda text: print(text, flush=True))
             run.begin(10.0)
-            run.all_once(faults)
+            run.all_once([_longer(f) if args.minutes >= LONG else f for f in faults])
             run.at_random(faults, until)
             run.end()
         except BaseException as error:
