@@ -21,6 +21,8 @@ OPTIONS += ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 OPTIONS += ("--reasoning-parser", "aloud", "--reasoning-parser-plugin", aloud.__file__)
 OPTIONS += ("--reasoning-config", json.dumps(REASONING))
 OPTIONS += ("--migration-timeout", str(MIGRATION_TIMEOUT))
+# Some tests stop a worker to see what waits for it, and not for the engine to be taken for dead.
+OPTIONS += ("--hang-timeout", "60")
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 START = 180.0  # seconds that a first instance may take on a small machine
 
