@@ -143,6 +143,19 @@ class MigrationActor(Actor):
         """An arrival is over, with or without the request."""
         self._books.coming.pop(migration, None)
 
+    def sweep(self, record: MigrationRecord) -> None:
+        """Remove a record of this node that belongs to no migration (any more).
+
+        It was written late, by a member of etcd that had been frozen.
+        """
+        known = self._books.leaving.keys() | self._books.ending.keys()
+        if record.migration in known:
+            return
+        try:
+            self._handshake.remove(record.request, record.migration)
+        except EtcdError as error:
+            logger.warning("a stray record of %s ends with the lease: %s", record.request, error)
+
     def under_way(self) -> Counter[str]:
         """How many migrations leave from, and come to, this node's instances."""
         return Counter(out=len(self._books.leaving)) + Counter({"in": len(self._books.coming)})

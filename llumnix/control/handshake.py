@@ -1,5 +1,6 @@
 """The record of a live migration in etcd, which both of its ends and the leader go by."""
 
+import contextlib
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ import orjson
 from llumnix.cluster import InstanceId
 from llumnix.control.errors import EtcdError, EtcdOutcomeUnknown, EtcdUnavailable, LeaseNotFound
 from llumnix.control.etcd import Etcd
-from llumnix.control.keys import Keys
+from llumnix.control.keys import Keys, Kind
 from llumnix.control.kv import Compare, Delete, KeyValue
 from llumnix.control.session import Session
 
@@ -82,6 +83,8 @@ class Handshake:
         self._etcd = etcd
         self._session = session
         self._keys = keys
+        self._below = f"{keys.prefix}{Kind.MIGRATION}/"
+        self._seen: Mapping[str, KeyValue] = {}
 
     def read(self, request: str) -> MigrationRecord | None:
         """The migration of the request that is under way or not yet removed."""
@@ -149,6 +152,21 @@ class Handshake:
             when = [Compare(now.kv.key, "create", now.kv.create_revision)]
             then = [Delete(now.kv.key)]
             _insist(lambda: self._etcd.txn(when, then))
+
+    def appeared(self, items: Mapping[str, KeyValue]) -> list[MigrationRecord]:
+        """Of all keys: the records that live by this node's lease and were not there last time.
+
+        A member that was frozen may write a proposal long after its migration has ended, which only
+        the proposer can know. For one thread; asks etcd nothing.
+        """
+        seen, self._seen = self._seen, {k: v for k, v in items.items() if k.startswith(self._below)}
+        lease = self._session.lease
+        new = [kv for key, kv in self._seen.items() if kv.lease == lease and key not in seen]
+        records = []
+        for kv in new:
+            with contextlib.suppress(HandshakeError):
+                records.append(_decode(kv))
+        return records
 
     def _find(self, request: str, migration: str) -> "_Entry | None":
         kv = self._etcd.get(self._keys.migration(request))

@@ -43,6 +43,8 @@ class Registry:
         self._view = ClusterView()
         self._lock = threading.Lock()
         self._subscribers: tuple[Callable[[ClusterView], None], ...] = ()
+        # Called with all keys whenever one has changed, on the watch's thread; must not block.
+        self.on_keys: Callable[[Mapping[str, KeyValue]], None] = lambda items: None
 
     @property
     def view(self) -> ClusterView:
@@ -125,6 +127,7 @@ class Registry:
         self, items: Mapping[str, KeyValue], revision: int, deleted: Collection[str] | None
     ) -> None:
         self._session.observe(items, revision)
+        self.on_keys(items)
         self._revision = revision
         before = set(self._grace.kept)
         if deleted is None:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,8 +21,9 @@ from llumnix.control.election import Election
 from llumnix.control.embedded import EmbeddedEtcd
 from llumnix.control.errors import EtcdUnavailable
 from llumnix.control.etcd import Etcd
-from llumnix.control.handshake import Handshake
+from llumnix.control.handshake import Handshake, MigrationRecord
 from llumnix.control.keys import Keys, Kind
+from llumnix.control.kv import KeyValue
 from llumnix.control.pace import fitting_timeout, interval_of
 from llumnix.control.pulse import Pulse
 from llumnix.control.registry import Registry
@@ -63,6 +64,8 @@ class ControlPlane:
         self.election: Election
         self.handshake: Handshake
         self._endpoints: list[str] = []
+        # Called for each record of a migration that this node has, or had, proposed.
+        self.on_record: Callable[[MigrationRecord], None] = lambda record: None
         self._limit = config.lease_ttl
 
     def open(self, on_view: Callable[[ClusterView], None]) -> None:
@@ -95,6 +98,7 @@ class ControlPlane:
             etcd, self.session, keys, config.node, interval=interval_of(config.lease_ttl)
         )
         self.handshake = Handshake(etcd, self.session, keys)
+        self.registry.on_keys = self._look_for_records
         self.registry.subscribe(on_view)
         self.registry.subscribe(self.election.observe)
         self.session.start()
@@ -103,6 +107,10 @@ class ControlPlane:
         # What an earlier process of this node left, if it was killed, lives until its lease ends.
         for instance in self.registry.view.instances_of(config.node):
             etcd.delete(keys.instance(instance.id))
+
+    def _look_for_records(self, items: Mapping[str, KeyValue]) -> None:
+        for record in self.handshake.appeared(items):
+            self.on_record(record)
 
     def rendezvous(self) -> Rendezvous:
         """Where workers of two instances meet: a store over etcd."""

@@ -197,6 +197,7 @@ class Node:
         books, limits = Books(), (config.migration_max_requests, config.migration_max_blocks)
         admits = keep(lambda: MigrationActor.start(self._control.handshake, *limits, books))
         self._migrations = self._make_migrations(admits, thresholds)
+        self._control.on_record = partial(_tell, admits, "sweep")
         self._rescheduling = Rescheduling(self._loop, self._migrations, config.migration_interval)
         self._manage = keep(
             lambda: ManagerActor.start(
@@ -410,3 +411,9 @@ class Node:
     def _stop_actors(self) -> None:
         self._acting = False
         self._supervision.stop()
+
+
+def _tell(actor: Supervised, message: str, *arguments: Any) -> None:
+    """Tell an actor something that its successor need not know, should it have died."""
+    with contextlib.suppress(ActorDeadError):
+        getattr(actor, message).defer(*arguments)

@@ -275,6 +275,23 @@ def test_a_frozen_members_late_write_changes_nothing(
     handshake.remove("r", "m1")
 
 
+def test_a_record_that_appears_is_told_once(handshake: Handshake, etcd: Etcd, keys: Keys) -> None:
+    """Whoever proposed it knows whether it is one that a frozen member has written too late."""
+
+    def items() -> dict[str, Any]:
+        return {kv.key: kv for kv in etcd.get_prefix(keys.prefix)[0]}
+
+    assert handshake.appeared(items()) == []
+    handshake.propose(RECORD)
+    assert handshake.appeared(items()) == [RECORD]
+    handshake.advance("r", "m1", PROPOSED, ACCEPTED)
+    assert handshake.appeared(items()) == []
+    handshake.remove("r", "m1")
+    assert handshake.appeared(items()) == []
+    etcd.put(keys.migration("other"), b"{}")  # of another lease, and no record
+    assert handshake.appeared(items()) == []
+
+
 def _advance_all(handshake: Handshake) -> None:
     for state, following in _WAY:
         record = handshake.read("r")
