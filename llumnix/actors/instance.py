@@ -177,8 +177,10 @@ class InstanceActor(Actor):
                         await asyncio.sleep(DRAIN_POLL)
             except TimeoutError:
                 if within > 0:
+                    names = ", ".join(sorted(tenant.request_id for tenant in hosted.tenants))
                     logger.warning(
-                        "instance %s stops with %d requests running", hosted.id, hosted.requests
+                        "instance %s stops after %.0f s with %d requests: %s",
+                        *(hosted.id, within, hosted.requests, names),
                     )
             await hosted.stop(STOP_SECONDS)
         self._proxy.stopped.defer()
