@@ -214,7 +214,7 @@ def test_draining_ends_at_its_deadline(idle: Supervised, caplog: pytest.LogCaptu
     idle.submit("r1")
     idle.proxy.drain.defer(0.1)
     idle.reaches(Life.STARTING, Life.READY, Life.DRAINING, Life.STOPPED)
-    assert "instance a-0 stops with 1 requests running" in caplog.messages
+    assert "instance a-0 stops after 0 s with 1 requests: r1" in caplog.messages
     assert idle.made[0].requests == 0, "its origin was told"
 
 
