@@ -10,7 +10,9 @@ class Grace:
     """Keeps missing keys for `seconds`, in which whoever wrote them can come back.
 
     After an outage a list may lack a node only because that node has not yet found etcd again, or
-    because etcd has lost its data. A deletion that a watch saw is believed at once.
+    because etcd has lost its data. And the first thing that etcd does when it is back may be to end
+    the leases that nobody could prolong meanwhile. So for as long after each list but the first,
+    deletions count as little as what a list lacks; later a deletion that a watch saw is believed.
 
     `concerns` says which keys are kept. Times are given by the caller, from one steady clock; they
     must be of moments in which etcd is known to answer, so that no grace ends in an outage. For one
@@ -23,6 +25,8 @@ class Grace:
         self._items: Mapping[str, KeyValue] = {}
         self._kept: dict[str, KeyValue] = {}
         self._end = float("inf")
+        self._listed = False
+        self._doubts_until = float("-inf")
 
     @property
     def kept(self) -> Collection[str]:
@@ -36,13 +40,25 @@ class Grace:
             key: kv for key, kv in shown.items() if key not in items and self._concerns(key)
         }
         self._end = now + self._seconds if self._kept else float("inf")
+        if self._listed:
+            self._doubts_until = now + self._seconds
+        self._listed = True
         return self._show(items)
 
     def after_events(
-        self, items: Mapping[str, KeyValue], deleted: Collection[str]
+        self, items: Mapping[str, KeyValue], deleted: Collection[str], now: float
     ) -> Mapping[str, KeyValue]:
         """What to show after changes that a watch told, some of which were deletions."""
-        for key in [k for k in self._kept if k in items or k in deleted]:
+        if now < self._doubts_until:
+            shown = {**self._kept, **self._items}
+            doubted = {k: shown[k] for k in deleted if k in shown and self._concerns(k)}
+            self._kept |= doubted
+            if doubted:
+                self._end = now + self._seconds
+        else:
+            for key in [k for k in self._kept if k in deleted]:
+                del self._kept[key]
+        for key in [k for k in self._kept if k in items]:
             del self._kept[key]
         return self._show(items)
 

@@ -133,7 +133,7 @@ class Registry:
         if deleted is None:
             shown = self._grace.after_list(items, time.monotonic())
         else:
-            shown = self._grace.after_events(items, deleted)
+            shown = self._grace.after_events(items, deleted, time.monotonic())
         self._tell_grace(before)
         self._show(shown)
 
