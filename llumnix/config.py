@@ -173,14 +173,15 @@ class Config:
                 )
         if self.lease_ttl < 2:
             raise ConfigError(f"--lease-ttl is {self.lease_ttl}, but etcd grants 2 seconds or more")
-        if not 0 < self.etcd_timeout < math.inf:
-            raise ConfigError("--etcd-timeout must be more than 0 seconds")
         for knob in ("dispatch_top_k", "migration_max_stages", "migration_max_requests"):
             if getattr(self, knob) < 1:
                 raise ConfigError(
                     f"--{knob.replace('_', '-')} is {getattr(self, knob)}, but must be 1 or more"
                 )
-        for knob in ("migration_interval", "migration_timeout", "hang_timeout", "step_timeout"):
+        for knob in (
+            *("migration_interval", "migration_timeout"),
+            *("hang_timeout", "step_timeout", "etcd_timeout"),
+        ):
             if not 0 < getattr(self, knob) < math.inf:
                 raise ConfigError(f"--{knob.replace('_', '-')} must be more than 0 seconds")
         if not self.migration_out_below <= self.migration_in_above:

@@ -4,6 +4,7 @@ What an actor knows and cannot learn anew is in an object that it is given, and 
 else its successor is told once more.
 """
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -57,6 +58,14 @@ class Supervised:
     def __getattr__(self, name: str) -> Any:
         """The messages of the actor that lives now; to a dead one they raise ActorDeadError."""
         return getattr(self._proxy, name)
+
+    def notify(self, message: str, *arguments: Any) -> None:
+        """Tell the actor something; nobody hears it if it has just died.
+
+        That is for what its successor is told anyway, or need not know.
+        """
+        with contextlib.suppress(pykka.ActorDeadError):
+            getattr(self._proxy, message).defer(*arguments)
 
     @property
     def name(self) -> str:

@@ -76,12 +76,9 @@ class Election:
 
         Raises EtcdError when the key could not be deleted; this node does not lead then either.
         """
-        with self._lock:
-            self._stands_from = max(self._stands_from, time.monotonic() + aside)
-            won, self._won = self._won, None
+        won = self._step_down(time.monotonic() + aside)
         if won is not None:
             log.info("This node (%s) resigns, in epoch %d.", self._node, won[0])
-        self._wake.set()
         return won is not None and self._give_up(*won)
 
     def retire(self) -> None:
@@ -89,12 +86,17 @@ class Election:
 
         This object's thread deletes the key, and tries again as long as etcd is silent.
         """
-        with self._lock:
-            self._stands_from = float("inf")
-            won, self._won = self._won, None
+        won = self._step_down(float("inf"))
         if won is not None:
             log.info("This node (%s) resigns, in epoch %d, and stands no more.", self._node, won[0])
+
+    def _step_down(self, stands_from: float) -> tuple[int, int] | None:
+        """Leads no more, and stands again from then on; what was won until now."""
+        with self._lock:
+            self._stands_from = max(self._stands_from, stands_from)
+            won, self._won = self._won, None
         self._wake.set()
+        return won
 
     def stop(self) -> None:
         """Ends the thread and resigns, if etcd can be reached."""

@@ -197,7 +197,7 @@ class Node:
         books, limits = Books(), (config.migration_max_requests, config.migration_max_blocks)
         admits = keep(lambda: MigrationActor.start(self._control.handshake, *limits, books))
         self._migrations = self._make_migrations(admits, thresholds)
-        self._control.on_record = partial(_tell, admits, "sweep")
+        self._control.on_record = partial(admits.notify, "sweep")
         self._rescheduling = Rescheduling(self._loop, self._migrations, config.migration_interval)
         self._manage = keep(
             lambda: ManagerActor.start(
@@ -214,8 +214,7 @@ class Node:
     def _look_after(self) -> None:
         """Have the supervisor see, now and then, whether its instances' actors live."""
         if self._acting:
-            with contextlib.suppress(ActorDeadError):
-                self._supervise.look_after.defer()
+            self._supervise.notify("look_after")
             self._loop.call_later(LOOK_AFTER_SECONDS, self._look_after)
 
     def _make_migrations(self, admits: Supervised, thresholds: Thresholds) -> Migrations:
@@ -240,8 +239,7 @@ class Node:
         """A new view of the cluster; called on the registry's thread."""
         if self._acting:
             for actor in (self._dispatch, self._supervise, self._manage):
-                with contextlib.suppress(ActorDeadError):  # its successor is told
-                    actor.update_view.defer(view)
+                actor.notify("update_view", view)
             self._loop.call_soon_threadsafe(self._look, view)
 
     def _look(self, view: ClusterView) -> None:
@@ -288,7 +286,7 @@ class Node:
     def _tried_to_open(self) -> None:
         if not self._opened:
             self._opened = True
-            self._supervise.announce_all.defer()
+            self._supervise.notify("announce_all")
 
     async def _facts(self) -> EngineFacts:
         """Facts of an instance of this node if one is up, else of any other."""
@@ -318,8 +316,7 @@ class Node:
         proxy.update_view.defer(self.view)
 
     def _tell_supervisor(self, slot: int, report: Report) -> None:
-        with contextlib.suppress(ActorDeadError):  # its successor asks for all reports
-            self._supervise.changed.defer(slot, report)
+        self._supervise.notify("changed", slot, report)  # a successor asks for all reports
 
     def _give_up(self, sentence: str) -> None:
         self._loop.call_soon_threadsafe(self._supervision.give_up, sentence)
@@ -328,8 +325,7 @@ class Node:
         return self._control.election.epoch or None
 
     def _undo(self, route: Route) -> None:
-        with contextlib.suppress(ActorDeadError):
-            self._dispatch.undo.defer(route.instance, route.sequence)
+        self._dispatch.notify("undo", route.instance, route.sequence)
 
     def _host(self, instance: InstanceId, slot: int) -> HostedInstance:
         hosted = HostedInstance(self._make_engine(instance, slot), slot, self._client)
@@ -411,9 +407,3 @@ class Node:
     def _stop_actors(self) -> None:
         self._acting = False
         self._supervision.stop()
-
-
-def _tell(actor: Supervised, message: str, *arguments: Any) -> None:
-    """Tell an actor something that its successor need not know, should it have died."""
-    with contextlib.suppress(ActorDeadError):
-        getattr(actor, message).defer(*arguments)

@@ -1,13 +1,10 @@
 """The leader's rescheduler on the node's loop: its clock, and the way of its commands."""
 
 import asyncio
-import contextlib
 import logging
-from typing import Any
-
-from pykka import ActorDeadError
 
 from llumnix.actors.manager import MOVED, MoveCommand
+from llumnix.actors.supervised import Supervised
 from llumnix.engine.base import EngineError
 from llumnix.entrypoints.migrations import Migrations
 
@@ -23,11 +20,11 @@ class Rescheduling:
         self._loop = loop
         self._migrations = migrations
         self._interval = interval  # seconds
-        self._manager: Any = None
+        self._manager: Supervised | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def start(self, manager: Any) -> None:
-        """Begin to tick for the manager, given by its proxy."""
+    def start(self, manager: Supervised) -> None:
+        """Begin to tick for the manager."""
         self._manager = manager
         self._timer = self._loop.call_later(self._interval, self._tick)
 
@@ -43,8 +40,7 @@ class Rescheduling:
 
     def _tick(self) -> None:
         if self._manager is not None:
-            with contextlib.suppress(ActorDeadError):  # it is being started again
-                self._manager.tick.defer()
+            self._manager.notify("tick")
             self._timer = self._loop.call_later(self._interval, self._tick)
 
     async def _carry_out(self, command: MoveCommand) -> None:
@@ -63,5 +59,4 @@ class Rescheduling:
             logger.exception("a move from %s failed", command.source)
             outcome = f"internal error: {type(error).__name__}"
         if self._manager is not None:
-            with contextlib.suppress(ActorDeadError):
-                self._manager.finished.defer(command.pair, outcome)
+            self._manager.notify("finished", command.pair, outcome)

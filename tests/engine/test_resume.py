@@ -423,17 +423,24 @@ async def test_a_request_that_kills_engines_takes_nobody_along() -> None:
             await _ended(places, stream, [*PROMPT, n])
 
 
+async def _loses_the_only_one(a: MeshNode, places: Places) -> tuple[Stream, str]:
+    """A request that has five tokens when its instance dies, which was the only one; and why."""
+    await places.host(1)
+    (first,) = places.order
+    stream = await a.ask("r1", PROMPT, TOKENS)
+    await places.let(first, stream, 5)
+    reason = f"instance {first} died: killed"
+    places.engine(first).die(reason)
+    places.order.remove(first)
+    return stream, reason
+
+
 @on_loop
 async def test_a_request_waits_for_an_instance_to_come() -> None:
     """None is left when its own dies; it goes on as soon as there is another."""
     async with mesh("a", "b") as (a, b):
         places = Places(a, b)
-        await places.host(1)
-        (first,) = places.order
-        stream = await a.ask("r1", PROMPT, TOKENS)
-        await places.let(first, stream, 5)
-        places.engine(first).die(f"instance {first} died: killed")
-        places.order.remove(first)
+        stream, _ = await _loses_the_only_one(a, places)
         await soon(lambda: a.decisions > 1)  # it has looked in vain
         assert not stream.ended
         await places.host(1)
@@ -445,14 +452,8 @@ async def test_a_request_waits_for_an_instance_to_come() -> None:
 async def test_it_does_not_wait_for_ever() -> None:
     async with mesh("a", "b") as (a, b):
         places = Places(a, b)
-        await places.host(1)
-        (first,) = places.order
-        stream = await a.ask("r1", PROMPT, TOKENS)
-        await places.let(first, stream, 5)
-        places.engine(first).die(f"instance {first} died: killed")
-        places.order.remove(first)
+        stream, reason = await _loses_the_only_one(a, places)
         await soon(lambda: stream.ended)
-        reason = f"instance {first} died: killed"
         wait = "no instance was ready within 2 s (--failover-timeout)"
         assert stream.failure == f"{wait}; {reason}"
         assert stream.tokens == answer(PROMPT, 5)
