@@ -59,6 +59,7 @@ class Etcd:
         self._lock = threading.Lock()
         self._turn = 0
         self._token = ""
+        self._doubtful = False  # whether the token may be what keeps a member from answering
 
     # reading
 
@@ -205,6 +206,8 @@ class Etcd:
             except Unreachable as error:
                 tried.append(f"{member.endpoint} ({error})")
                 unsure = unsure or (writes and error.sent)
+                # A token names a revision, which a member waits for. After a wipe it waits long.
+                self._doubtful = True
                 self.move_on(member)
         sentence = f"no etcd member answered the request to {what}: {', '.join(tried)}"
         raise EtcdOutcomeUnknown(sentence) if unsure else EtcdUnavailable(sentence)
@@ -217,7 +220,7 @@ class Etcd:
 
     def _authorised(self, member: Member, method: str, request: Any, timeout: float) -> Any:
         deadline = time.monotonic() + timeout
-        if self._user is not None and not self._token:
+        if self._user is not None and (self._doubtful or not self._token):
             self._authenticate(member, timeout)
         try:
             left = max(0.01, deadline - time.monotonic())
@@ -239,7 +242,9 @@ class Etcd:
         except EtcdRefused as error:
             if "authentication is not enabled" not in str(error):
                 raise
+            self._token = ""
             log.debug("etcd wants no authentication, so the user and password go unused.")
+        self._doubtful = False
 
     def _txn(
         self, when: Sequence[Compare], then: Sequence[Op], otherwise: Sequence[Op], repeat: bool

@@ -17,8 +17,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from tests.chaos.cluster import Arena
-from tests.chaos.faults import FAULTS, Fault
+from tests.chaos.cluster import PASSWORD, Arena
+from tests.chaos.fault import Fault
+from tests.chaos.faults import FAULTS
 from tests.chaos.load import Load
 from tests.chaos.report import Report
 from tests.chaos.run import Run, table_path
@@ -69,7 +70,7 @@ def main() -> int:
     path = args.json if args.json.suffix else table_path(args.json, args.seed)
     report = Report(path, {k: str(v) for k, v in vars(args).items()} | {"logs": str(folder)})
     print(f"seed {args.seed}, logs in {folder}, report in {path}", flush=True)
-    with EtcdCluster(3) as etcd, Proxies(args.seed) as proxies:
+    with EtcdCluster(3, PASSWORD) as etcd, Proxies(args.seed) as proxies:
         arena = Arena(folder, str(model), etcd, proxies, args.instances, args.engine)
         try:
             urls = arena.urls()

@@ -10,7 +10,8 @@ from datetime import datetime
 from http.client import HTTPException
 from pathlib import Path
 
-from tests.kit.etcd import EtcdCluster, free_ports
+from tests.chaos.orders import FOLDER
+from tests.kit.etcd import USER, EtcdCluster, free_ports
 from tests.kit.node import Node, Nodes, alive, descendants
 from tests.kit.proxy import Proxies, holder
 
@@ -19,7 +20,9 @@ CLUSTER = "chaos"
 PREFIX = f"/llumnix/{CLUSTER}/"
 START = 240.0  # seconds for the first start, when every node imports vLLM at once
 PROFILE = "cpu-steady"
-EXECUTOR = "llumnix.engine.sim.executor.ModelledExecutor"
+ETCD = "etcd"  # all its members, for the proxies
+PASSWORD = "chaos"
+EXECUTOR = "tests.chaos.executor.FaultyExecutor"
 ENGINES = {  # vllm: engine cores in processes of their own; sim: engines inside the nodes
     "vllm": ("--distributed-executor-backend", EXECUTOR, "--no-async-scheduling"),
     "sim": ("--sim-profile", PROFILE),
@@ -55,6 +58,9 @@ class Arena:
         self._starter = Nodes(folder, etcd.endpoints, CLUSTER, model)
         self._ports = dict(zip(NAMES, free_ports(len(NAMES)), strict=True))
         self._fronts: dict[str, int] = {}
+        self._endpoints = {name: self._way_to_etcd(name) for name in NAMES}
+        self.orders = folder / "orders"  # for engines; see `FaultyExecutor`
+        self.orders.mkdir()
         proxies.owner = self._owner
 
     def start(self, name: str) -> Node:
@@ -64,9 +70,14 @@ class Arena:
             self._fronts[name] = self.proxies.front(name, port)
         front = ("--advertise-address", f"127.0.0.1:{self._fronts[name]}")
         count = ("--initial-instances", str(self.instances))
-        options = (*ENGINES[self.engine], *OPTIONS, *front, *count)
+        user = ("--etcd-user", USER, "--etcd-password", PASSWORD)
         node = self._starter.start(
-            name, *options, engine=self.engine, port=port, environment=ENVIRONMENT
+            name,
+            *(*ENGINES[self.engine], *OPTIONS, *front, *count, *user),
+            engine=self.engine,
+            endpoints=self._endpoints[name],
+            port=port,
+            environment=ENVIRONMENT | {FOLDER: str(self.orders)},
         )
         self.nodes[name] = node
         return node
@@ -134,6 +145,8 @@ class Arena:
         """Wait until nothing is missing; what still is, after so many seconds."""
         until = time.monotonic() + within
         while (missing := self.unwell()) and time.monotonic() < until:
+            if "has ended" in missing:  # it does not come back by itself
+                break
             time.sleep(0.25)
         return missing
 
@@ -181,6 +194,13 @@ class Arena:
     def left(self) -> set[int]:
         """Processes of nodes that still run."""
         return alive(self.seen)
+
+    def _way_to_etcd(self, name: str) -> list[str]:
+        """The endpoints of a node, behind proxies; one of the nodes has a dead one first."""
+        ports = [int(endpoint.rpartition(":")[2]) for endpoint in self.etcd.endpoints]
+        fronts = [self.proxies.front(ETCD, port, name) for port in ports]
+        dead = free_ports(1) if name == NAMES[-1] else []
+        return [f"127.0.0.1:{port}" for port in (*dead, *fronts)]
 
     def _owner(self, port: int) -> str | None:
         pids = {n.pid: name for name, n in self.nodes.items() if n.process.exitcode is None}

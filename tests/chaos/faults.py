@@ -1,61 +1,26 @@
-"""The faults: how each is injected and healed, and what it may cost."""
+"""The faults of nodes, etcd and the network: how each is injected and healed."""
 
 import contextlib
-import os
+import itertools
 import random
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
-from tests.chaos.cluster import NAMES, PREFIX, START, Arena, later
+from tests.chaos.cluster import ETCD, NAMES, PREFIX, START, Arena, later
+from tests.chaos.engine_faults import ENGINE_FAULTS
+from tests.chaos.fault import Deed, Fault, Inject
 from tests.chaos.load import Load
 from tests.kit.proxy import Link
 
 LEAVE = 12.0  # seconds that clients get to leave a node that is to be killed
 
 
-@dataclass
-class Deed:
-    """A fault that has been injected."""
-
-    what: str  # in words: the target
-    heal: Callable[[], None] | None = None
-    homes: frozenset[str] = frozenset()  # nodes whose clients may be told an error, or cut off
-    at: float = 0.0  # when, on the clock on the wall; 0: at the beginning of the call
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A row of the table."""
-
-    name: str
-    inject: Callable[[Arena, Load, random.Random], Deed]
-    detects: str = ""  # what a node says when it has noticed
-    hold: float = 0.0  # seconds until it is healed
-    within: float = 60.0  # seconds from there until the cluster is whole again
-    weight: int = 2  # how often it is chosen at random
-
-
 def _leave(load: Load, *names: str) -> None:
     """Have the clients leave these nodes, as a balancer does before a node is taken away."""
     load.avoid = frozenset(names)
     later(lambda: sum(map(load.homes, names)) <= 1, LEAVE)
-
-
-# ---- engines ----
-
-
-def _engine(number: signal.Signals) -> Callable[[Arena, Load, random.Random], Deed]:
-    def inject(arena: Arena, load: Load, draw: random.Random) -> Deed:
-        name = draw.choice(NAMES)
-        pid = draw.choice(sorted(arena.engines(name).values()))
-        arena.remember()
-        os.kill(pid, number)
-        return Deed(f"an engine of node {name}, process {pid}")
-
-    return inject
 
 
 # ---- nodes ----
@@ -107,11 +72,11 @@ def _rolling_restart(arena: Arena, load: Load, draw: random.Random) -> Deed:
     return Deed("exit statuses of nodes " + ", ".join(said))
 
 
-def _leader(deed: Callable[[Arena, Load, str], Deed]) -> Callable[..., Deed]:
+def _leader(deed: Callable[[Arena, Load, str], Deed]) -> Inject:
     return lambda arena, load, draw: deed(arena, load, arena.leader() or draw.choice(NAMES))
 
 
-def _any_node(deed: Callable[[Arena, Load, str], Deed]) -> Callable[..., Deed]:
+def _any_node(deed: Callable[[Arena, Load, str], Deed]) -> Inject:
     return lambda arena, load, draw: deed(arena, load, draw.choice(NAMES))
 
 
@@ -154,7 +119,7 @@ def _wipe(arena: Arena, load: Load, draw: random.Random) -> Deed:
         arena.etcd.kill(member)
     for member in range(3):
         arena.etcd.restart(member, wipe=True)
-    return Deed("all etcd members' data", arena.etcd.heal)
+    return Deed("all etcd members' data, users and all", arena.etcd.heal)
 
 
 def _revoke(arena: Arena, load: Load, draw: random.Random) -> Deed:
@@ -172,10 +137,15 @@ def _compact(arena: Arena, load: Load, draw: random.Random) -> Deed:
     return Deed(f"revision {line.split()[-1]}")
 
 
-# ---- the network between nodes ----
+def _expire(arena: Arena, load: Load, draw: random.Random) -> Deed:
+    arena.etcd.expire_tokens()
+    return Deed("the tokens of all nodes' user")
 
 
-def _link(link: Link) -> Callable[[Arena, Load, random.Random], Deed]:
+# ---- the network between nodes, and from nodes to etcd ----
+
+
+def _link(link: Link) -> Inject:
     def inject(arena: Arena, load: Load, draw: random.Random) -> Deed:
         one, other = draw.sample(NAMES, 2)
         arena.proxies.set(one, other, link)
@@ -184,10 +154,29 @@ def _link(link: Link) -> Callable[[Arena, Load, random.Random], Deed]:
     return inject
 
 
+def _partition(nodes: int, blind: int) -> Inject:
+    """So many nodes hear nothing of each other, and the first of them nothing of etcd either."""
+
+    def inject(arena: Arena, load: Load, draw: random.Random) -> Deed:
+        names = draw.sample(NAMES, nodes)
+        link = draw.choice((Link(cut=True), Link(stalled=True)))
+        for one, other in itertools.combinations(names, 2):
+            arena.proxies.set(one, other, link)
+        for name in names[:blind]:
+            arena.proxies.set(name, ETCD, link)
+        how = "cut" if link.cut else "dead"
+        return Deed(
+            f"nodes {', '.join(names)}, of which {', '.join(names[:blind])} without etcd ({how})",
+            arena.proxies.reset,
+        )
+
+    return inject
+
+
 # ---- elasticity ----
 
 
-def _desire(more: int) -> Callable[[Arena, Load, random.Random], Deed]:
+def _desire(more: int) -> Inject:
     def inject(arena: Arena, load: Load, draw: random.Random) -> Deed:
         name = draw.choice(NAMES)
         key, count = f"{PREFIX}desired/{name}", arena.instances + more
@@ -213,7 +202,7 @@ def _desire(more: int) -> Callable[[Arena, Load, random.Random], Deed]:
     return inject
 
 
-def _drain(whole_node: bool) -> Callable[[Arena, Load, random.Random], Deed]:
+def _drain(whole_node: bool) -> Inject:
     def inject(arena: Arena, load: Load, draw: random.Random) -> Deed:
         name = draw.choice(NAMES)
         target = name if whole_node else f"{name}-0"
@@ -228,10 +217,7 @@ SILENCE = r"not answer|unavailable|unknown|unreachable|silent|Deadline|no member
 AGAIN = r"lease|written again|Joined|joined|registered|leads"
 
 FAULTS = (
-    Fault("engine SIGKILL", _engine(signal.SIGKILL), r"instance \S+ died", hold=3.0, weight=6),
-    Fault(
-        "engine SIGSTOP", _engine(signal.SIGSTOP), r"instance \S+ (hangs|died)", hold=10.0, weight=3
-    ),
+    *ENGINE_FAULTS,
     Fault("node SIGKILL", _any_node(_kill_node), DEATH, hold=8.0, within=START),
     Fault("node SIGSTOP", _any_node(_freeze_node), DEATH, hold=10.0),
     Fault("node SIGTERM", _terminate_node, r"finishing what runs", within=START, weight=1),
@@ -246,9 +232,13 @@ FAULTS = (
     Fault("etcd wiped", _wipe, SILENCE, hold=5.0, within=90.0),
     Fault("lease revoked", _revoke, AGAIN, hold=3.0),
     Fault("etcd compacted", _compact, r"compact", hold=3.0),
+    Fault("etcd token expired", _expire, hold=3.0),
     Fault("link cut", _link(Link(cut=True)), DEATH, hold=15.0),
     Fault("link dead", _link(Link(stalled=True)), DEATH, hold=15.0),
     Fault("link slow", _link(Link(delay=0.2, loss=0.02)), "", hold=15.0),
+    Fault("partition, one without etcd", _partition(2, 1), DEATH, hold=15.0),
+    Fault("partition, none with etcd", _partition(2, 2), DEATH, hold=15.0),
+    Fault("each node alone", _partition(3, 2), DEATH, hold=15.0),
     Fault("scale out and in", _desire(+1), r"instances are desired", within=90.0),
     Fault("scale in and out", _desire(-1), r"instances are desired", within=90.0),
     Fault("instance drained", _drain(False), r"\(drains\)", hold=8.0),

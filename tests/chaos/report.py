@@ -12,6 +12,11 @@ from typing import Any
 from tests.chaos.cluster import Arena
 from tests.chaos.load import Load, Request
 
+# What a client may be told whose own node fails: docs/high_availability.md has these.
+DOCUMENTED = re.compile(
+    r"^broken off: |^refused \d+ times$"
+    r"|no instance was ready within|is given up, as \d+ engines died"
+)
 _RESUMED = re.compile(r"request (\S+) goes on elsewhere at token")
 SHOWN = 400  # characters of a sentence
 
@@ -84,6 +89,8 @@ def _add(
         return
     if request.node in homes:
         injection.homeless += 1
+        if not DOCUMENTED.search(request.failure):
+            injection.wrongs.append(f"{who} was told: {request.failure}"[:SHOWN])
     else:
         injection.failed += 1
         at = request.ended - begin

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.chaos.cluster import NAMES, PREFIX, START, Arena, later
-from tests.chaos.faults import Deed, Fault
+from tests.chaos.fault import Fault
 from tests.chaos.load import Load
 from tests.chaos.report import Injection, Report, measure
 
@@ -184,6 +184,3 @@ def _is_open(metric: str) -> bool:
 def table_path(folder: Path, seed: int) -> Path:
     """Where the JSON file of a run goes."""
     return folder / f"chaos-{time.strftime('%Y%m%d-%H%M%S')}-seed{seed}.json"
-
-
-__all__ = ["Deed", "Run", "table_path"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.cluster import Arena
+from tests.chaos.cluster import PASSWORD, Arena
 from tests.chaos.faults import FAULTS
 from tests.chaos.load import Load
 from tests.chaos.report import Report
@@ -22,7 +22,7 @@ CHOSEN = ("link dead", "etcd leader frozen", "lease revoked", "node SIGTERM")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, model: str) -> Iterator[Run]:
     folder = tmp_path_factory.mktemp("chaos")
-    with EtcdCluster(3) as etcd, Proxies() as proxies:
+    with EtcdCluster(3, PASSWORD) as etcd, Proxies() as proxies:
         arena = Arena(folder, model, etcd, proxies, 1, "sim")
         try:
             load = Load(arena.urls(), Path(model), CLIENTS, 1, moves=0.5)

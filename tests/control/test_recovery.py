@@ -190,10 +190,7 @@ def test_a_leader_that_retires_hands_over_at_once_and_for_good(
 
 def test_the_token_expires_and_the_first_endpoint_is_dead(keys: Keys) -> None:
     """A node whose user's token etcd does not know any more goes on watching and writing."""
-    with EtcdCluster(1) as cluster:
-        cluster.ctl("user", "add", "root:secret")
-        cluster.ctl("user", "grant-role", "root", "root")
-        cluster.ctl("auth", "enable")
+    with EtcdCluster(1, "secret") as cluster:
         endpoints = [f"127.0.0.1:{free_ports(1)[0]}", *cluster.endpoints]
         member = Member(endpoints, keys, "a", user="root", password="secret").start()
         try:

@@ -16,16 +16,22 @@ from llumnix.control.errors import EtcdError
 from llumnix.control.etcd import Etcd
 from tests.kit.wait import eventually
 
+USER = "root"  # whom etcd wants a password of, if of anyone
+
 
 class EtcdCluster:
-    """`n` members on free loopback ports; a context manager that ends and removes all of them."""
+    """`n` members on free loopback ports; a context manager that ends and removes all of them.
 
-    def __init__(self, n: int = 1) -> None:
+    With a password, they want it of the user `USER`, and forget a token that is not used.
+    """
+
+    def __init__(self, n: int = 1, password: str = "") -> None:
         ports = free_ports(2 * n)
         self.endpoints = [f"127.0.0.1:{port}" for port in ports[:n]]
         self._peers = [f"http://127.0.0.1:{port}" for port in ports[n:]]
         self._processes: list[subprocess.Popen[bytes] | None] = [None] * n
         self._frozen: set[int] = set()
+        self._password = password
         self._dir = Path()
 
     def __enter__(self) -> "EtcdCluster":
@@ -34,6 +40,7 @@ class EtcdCluster:
             for i in range(len(self.endpoints)):
                 self._launch(i)
             self.wait_ready()
+            self._lock()
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -89,12 +96,18 @@ class EtcdCluster:
             if self._processes[i] is None:
                 self._launch(i)
         self.wait_ready()
+        self._lock()
+
+    def expire_tokens(self) -> None:
+        """No member knows a token any more that it has given."""
+        self.ctl("auth", "disable")
+        self.ctl("auth", "enable")
 
     def wait_ready(self, within: float = 20.0) -> None:
         """Waits until each member that runs answers with a quorum behind it."""
         for i, endpoint in enumerate(self.endpoints):
             if self._processes[i] is not None and i not in self._frozen:
-                eventually(partial(_answers, endpoint), within)
+                eventually(partial(self._answers, endpoint), within)
 
     def leader(self) -> int:
         """Which member leads the others."""
@@ -108,10 +121,34 @@ class EtcdCluster:
         """What an operator's etcdctl says."""
         binary = str(Path(find_etcd()).parent / "etcdctl")
         command = [binary, "--endpoints", ",".join(endpoints or self.endpoints), *args]
+        command += ["--user", f"{USER}:{self._password}"] if self._password else []
         env = {**os.environ, "ETCDCTL_API": "3"}
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=10)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
+
+    def _lock(self) -> None:
+        """Want the password, if there is one; members that were wiped have forgotten it."""
+        if not self._password or "Authentication Status: true" in self.ctl("auth", "status"):
+            return
+        self.ctl("user", "add", f"{USER}:{self._password}")
+        self.ctl("user", "grant-role", USER, "root")
+        self.ctl("auth", "enable")
+
+    def _answers(self, endpoint: str) -> bool:
+        etcd = Etcd(
+            [endpoint],
+            user=USER if self._password else None,
+            password=self._password,
+            call_timeout=0.5,
+        )
+        try:
+            etcd.get("/")
+            return True
+        except EtcdError:
+            return False
+        finally:
+            etcd.close()
 
     def _launch(self, i: int) -> None:
         client, peer = f"http://{self.endpoints[i]}", self._peers[i]
@@ -126,6 +163,8 @@ class EtcdCluster:
             f"--initial-advertise-peer-urls={peer}",
             f"--initial-cluster={initial}",
             "--unsafe-no-fsync",
+            "--bcrypt-cost=4",
+            "--auth-token-ttl=5",
         ]
         with open(self._dir / f"{i}.log", "ab") as log:
             self._processes[i] = subprocess.Popen(die_with_parent(command), stdout=log, stderr=log)
@@ -144,14 +183,3 @@ def free_ports(count: int) -> list[int]:
     finally:
         for s in sockets:
             s.close()
-
-
-def _answers(endpoint: str) -> bool:
-    etcd = Etcd([endpoint], call_timeout=0.5)
-    try:
-        etcd.get("/")
-        return True
-    except EtcdError:
-        return False
-    finally:
-        etcd.close()

@@ -1,4 +1,4 @@
-"""A TCP proxy in front of each node's peer address, which cuts, stalls or delays what passes."""
+"""TCP proxies in front of nodes and etcd members, which cut, stall or delay what passes."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ Pair = frozenset[str]
 
 @dataclass(frozen=True)
 class Link:
-    """How a link between two nodes behaves."""
+    """How a link between two nodes, or a node and etcd, behaves."""
 
     cut: bool = False  # connections end, and none is made
     stalled: bool = False  # connections stay open, and nothing passes
@@ -35,7 +35,7 @@ FAST = Link()
 
 
 class Proxies:
-    """One proxy for each node, on a loop in a thread of its own."""
+    """Proxies on a loop in a thread of its own."""
 
     def __init__(self, seed: int = 0) -> None:
         self._draw = random.Random(seed)
@@ -57,9 +57,12 @@ class Proxies:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10.0)
 
-    def front(self, node: str, port: int) -> int:
-        """Stand in front of a node's port from now on; the port of the proxy."""
-        return int(self._do(self._listen(node, port)))
+    def front(self, name: str, port: int, caller: str | None = None) -> int:
+        """Stand in front of a port from now on; the port of the proxy.
+
+        All who connect to it are the `caller`, if there is one, else the `owner` tells who.
+        """
+        return int(self._do(self._listen(name, port, caller)))
 
     def set(self, one: str, other: str, link: Link) -> None:
         """Have a link between two nodes behave so, with all connections that are open."""
@@ -81,10 +84,12 @@ class Proxies:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _listen(self, node: str, port: int) -> int:
+    async def _listen(self, name: str, port: int, caller: str | None) -> int:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             with contextlib.suppress(OSError, asyncio.CancelledError):
-                await self._serve(node, port, reader, writer)
+                source = writer.get_extra_info("peername")[1]
+                who = caller or await asyncio.to_thread(self.owner, source) or "?"
+                await self._serve(frozenset((name, who)), port, reader, writer)
             writer.close()
 
         server = await asyncio.start_server(serve, HOST, 0)
@@ -100,10 +105,8 @@ class Proxies:
         changed.set()
 
     async def _serve(
-        self, node: str, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, pair: Pair, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        source = writer.get_extra_info("peername")[1]
-        pair = frozenset((node, await asyncio.to_thread(self.owner, source) or "?"))
         if self._links.get(pair, FAST).cut:
             return
         there_reader, there_writer = await asyncio.open_connection(HOST, port)
