@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
@@ -68,7 +69,9 @@ class ClusterClient(EngineCoreClient):
         self._tasks: set[asyncio.Task[None]] = set()
         # Called for a request that can't be answered: its id, one sentence, and whether it is
         # the request itself that no engine can run.
-        self.on_failure: Callable[[str, str, bool], None] = lambda request_id, reason, refused: None
+        # Called for a request that has to end, with why, and the status that says so: 400 if it was
+        # refused, 500 if it is not to be tried again, 503 if it may be.
+        self.on_failure: Callable[[str, str, HTTPStatus], None] = lambda *failure: None
         # Called for each request of the frontend, in its handler's context.
         self.on_open: Callable[[EngineCoreRequest], None] = lambda request: None
         # Called with the seconds that a move has interrupted a stream of tokens.
@@ -249,12 +252,13 @@ class ClusterClient(EngineCoreClient):
         if pinned is not None:
             self._fail(request_id, f"{reason}; the request can't go on elsewhere: {pinned}")
         elif not (lost.retry or came or entry.tokens):
-            self._fail(request_id, reason, refused=True)
+            self._fail(request_id, reason, HTTPStatus.BAD_REQUEST)
         elif entry.deaths > DEATHS or entry.crashes > CRASHES:
             self._fail(
                 request_id,
                 f"request {request_id} is given up, as {entry.crashes} engines died while they "
                 f"ran it: {reason}",
+                HTTPStatus.INTERNAL_SERVER_ERROR,
             )
         else:
             logger.warning(
@@ -276,10 +280,12 @@ class ClusterClient(EngineCoreClient):
         self._homeless.pop(request_id, None)
         return self.ledger.close(request_id)
 
-    def _fail(self, request_id: str, reason: str, refused: bool = False) -> None:
+    def _fail(
+        self, request_id: str, reason: str, status: HTTPStatus = HTTPStatus.SERVICE_UNAVAILABLE
+    ) -> None:
         if self._close(request_id) is not None:
             logger.error("request %s ended: %s", request_id, reason)
-            self.on_failure(request_id, reason, refused)
+            self.on_failure(request_id, reason, status)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

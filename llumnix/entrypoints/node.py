@@ -25,18 +25,18 @@ from llumnix.actors.node import NodeActor, Roster, Surroundings
 from llumnix.actors.supervised import Supervised
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceState, NodeId
 from llumnix.config import Config
-from llumnix.engine.base import EngineError, EngineFacts
 from llumnix.engine.client import ClusterClient
 from llumnix.engine.departure import Limits
 from llumnix.engine.exchange import Exchange
 from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.peer import PATH, Peers
 from llumnix.engine.placer import NoInstance, Route
-from llumnix.engine.vllm.frontend import Frontend, authorised
+from llumnix.engine.vllm.frontend import authorised
 from llumnix.entrypoints.control import ControlPlane
 from llumnix.entrypoints.engines import engine_maker
 from llumnix.entrypoints.loads import LoadReporter
 from llumnix.entrypoints.migrations import Migrations, Rules
+from llumnix.entrypoints.opening import Opening
 from llumnix.entrypoints.rescheduling import Rescheduling
 from llumnix.entrypoints.server.admin import Admin, Standing
 from llumnix.entrypoints.server.admission import Admission
@@ -60,7 +60,6 @@ from llumnix.version import VERSION
 logger = logging.getLogger(__name__)
 
 HALT_SECONDS = 30.0  # for all engines to end
-FRONTEND_RETRY = 5.0  # seconds until another try to open vLLM's frontend
 LOOK_AFTER_SECONDS = 1.0  # between looks at the instances' actors
 POLL = 0.05  # seconds between looks while something ends
 
@@ -78,9 +77,6 @@ class Node:
         self._control = ControlPlane(config)
         self._make_engine = engine_maker(config, vllm_config, self._control.rendezvous)
         self._collector = NodeCollector(self._snapshot)
-        self._opening: asyncio.Task[None] | None = None
-        self._frontend: Frontend | None = None
-        self._opened = False  # the frontend, or it was tried
         self._serving = False  # between a complete start and the beginning of the end
         self._acting = False  # while there are actors to tell of a new view
         # Called with one sentence when this node cannot go on and has to be stopped.
@@ -151,14 +147,20 @@ class Node:
         self._reporter = LoadReporter(
             self._exchange.hosted.values, self._control.registry.report_loads
         )
-        self._gateway = Gateway(lambda: self._frontend, self.standing, config.send_timeout)
+        self._opening = Opening(
+            *(self._arguments, self._vllm_config, self._client, self._exchange.hosted),
+            *(lambda: self.view, self._ready),
+        )
+        self._opening.on_try = lambda: self._supervise.notify("announce_all")
+        self._opening.on_open = self._opened
+        self._gateway = Gateway(lambda: self._opening.frontend, self.standing, config.send_timeout)
         admission = Admission(config.max_requests, config.max_prompt_tokens)
         self._client.on_open = admission.enter
         admin = Admin(config.node, self.standing, self._view_and_age, self._fault)
         may = partial(authorised, self._arguments)
         moves = Moves(lambda: self._migrations, may)
         drains = Drains(lambda: self._control.registry, lambda: self._migrations, may)
-        demo = DemoRoute(lambda: self._frontend, self.standing, config.send_timeout)
+        demo = DemoRoute(lambda: self._opening.frontend, self.standing, config.send_timeout)
         peer = (PATH, self._peers.accept)
         app = make_app(
             *(self._gateway, admin, moves, drains, admission, demo.handle),
@@ -246,29 +248,14 @@ class Node:
         """See on the loop whether requests can be served."""
         if not self._serving:
             return
-        ready = bool(self._ready())
         self._client.placer.instances_changed()
-        known = any(hosted.facts for hosted in self._exchange.hosted.values())
-        if (ready or known) and self._opening is None:
-            self._opening = self._loop.create_task(self._open_frontend(), name="frontend")
-        if self._frontend is not None:
-            self.standing.serving = ready
+        self._opening.look()
+        if self._opening.frontend is not None:
+            self.standing.serving = bool(self._ready())
             self.standing.sentence = "no instance is ready"
 
-    async def _open_frontend(self) -> None:
-        frontend = Frontend(self._arguments, self._vllm_config, self._client)
-        try:
-            await frontend.open(await self._facts())
-            self._tried_to_open()
-        except Exception as error:  # vLLM's, whatever it is; tried again as long as the node runs
-            expected = isinstance(error, (EngineError, TimeoutError))
-            logger.error("vLLM's frontend could not be opened: %s", error, exc_info=not expected)
-            await frontend.close()
-            self._tried_to_open()
-            self._opening = None
-            self._loop.call_later(FRONTEND_RETRY, self._look, self.view)
-            return
-        self._frontend = frontend
+    def _opened(self) -> None:
+        """The frontend serves from now on."""
         self._look(self.view)
         logger.info("serving %s at http://%s", self._model, self._config.advertise_address)
 
@@ -278,27 +265,10 @@ class Node:
         None of this node's is ready for others while the frontend has not been opened: that keeps
         the loop busy for seconds, in which no token would get through.
         """
-        if info.state is InstanceState.READY and not self._opened:
+        if info.state is InstanceState.READY and not self._opening.tried:
             info = dataclasses.replace(info, state=InstanceState.STARTING)
             self._loop.call_soon_threadsafe(self._look, self.view)
         self._control.registry.announce_instance(info)
-
-    def _tried_to_open(self) -> None:
-        if not self._opened:
-            self._opened = True
-            self._supervise.notify("announce_all")
-
-    async def _facts(self) -> EngineFacts:
-        """Facts of an instance of this node if one is up, else of any other."""
-        for hosted in self._exchange.hosted.values():
-            if hosted.facts is not None:
-                return hosted.facts
-        infos = [self.view.instances[i] for i in self._ready()]
-        if not infos:
-            raise EngineError("no instance is ready")
-        tasks = await self._client.get_supported_tasks_async()
-        length = self._vllm_config.model_config.max_model_len
-        return EngineFacts(infos[0].total_blocks, infos[0].block_size, length, tasks)
 
     async def _route(self, tokens: int, priority: int, avoid: frozenset[InstanceId]) -> Route:
         began = time.perf_counter()
@@ -351,7 +321,8 @@ class Node:
 
     def _fault(self) -> str:
         """What has died or hangs of the parts that nothing restarts; empty if nothing."""
-        if self._frontend is not None and not self._frontend.sound:
+        frontend = self._opening.frontend
+        if frontend is not None and not frontend.sound:
             return "vLLM's frontend has died"
         return self._supervision.fault or self._control.standstill()
 
@@ -396,11 +367,7 @@ class Node:
         deadline = self._loop.time() + HALT_SECONDS
         while await self._supervise.left() and self._loop.time() < deadline:
             await asyncio.sleep(POLL)
-        if self._opening is not None:
-            self._opening.cancel()
-            await asyncio.gather(self._opening, return_exceptions=True)
-        if self._frontend is not None:
-            await self._frontend.close()
+        await self._opening.close()
         self._client.shutdown()
         self._reporter.stop()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 from vllm.v1.engine import EngineCoreOutput
@@ -84,7 +85,7 @@ async def test_a_loss_that_is_told_twice() -> None:
 async def test_a_request_that_outlives_too_many_owners_is_given_up() -> None:
     exchange = HeldExchange()
     client = make(exchange, *((f"x-{n}", "x") for n in range(9)))
-    failures: list[tuple[str, str, bool]] = []
+    failures: list[tuple[str, str, HTTPStatus]] = []
     client.on_failure = lambda *failure: failures.append(failure)
     await client.add_request_async(core_request("r", [1]))
     for number in range(DEATHS + 1):
@@ -92,7 +93,7 @@ async def test_a_request_that_outlives_too_many_owners_is_given_up() -> None:
         instance, epoch = exchange.submitted[-1]
         client.deliver(Lost(instance, [epoch], ["r"], f"{instance} died", died=True))
     reason = f"request r is given up, as 3 engines died while they ran it: x-{DEATHS} died"
-    assert failures == [("r", reason, False)] and not len(client.ledger)
+    assert failures == [("r", reason, HTTPStatus.INTERNAL_SERVER_ERROR)] and not len(client.ledger)
     await soon(lambda: not client._tasks)
 
 
@@ -103,7 +104,7 @@ async def test_a_bug_in_the_dispatcher_ends_the_request_with_an_error() -> None:
 
     client = ClusterClient(HeldExchange(), dispatch, slots=1)  # type: ignore[arg-type]
     failures: list[str] = []
-    client.on_failure = lambda request_id, reason, refused: failures.append(reason)
+    client.on_failure = lambda request_id, reason, status: failures.append(reason)
     await client.add_request_async(core_request("r", [1]))
     await soon(lambda: failures)
     assert failures == ["internal error: RuntimeError"] and not len(client.ledger)

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from http import HTTPStatus
 from typing import Any
 
 from aiohttp import web
@@ -190,7 +191,7 @@ class MeshNode:
         if output.finish_reason is not None:
             stream.finish = str(output.finish_reason)
 
-    def _failed(self, request_id: str, reason: str, refused: bool) -> None:
+    def _failed(self, request_id: str, reason: str, status: HTTPStatus) -> None:
         stream = self.streams[request_id]
         assert not stream.ended, "a failure behind the end"
         stream.failure = reason

@@ -117,20 +117,17 @@ def client_errors() -> tuple[type[Exception], ...]:
     return (ValueError, TypeError, VLLMClientError)
 
 
-def refused(message: str) -> Exception:
-    """The exception that vLLM's server answers with 400 and the message."""
-    from vllm.exceptions import VLLMValidationError
+def failed(message: str, status: HTTPStatus) -> Exception:
+    """The exception that vLLM's server answers with this status and the message.
 
-    return VLLMValidationError(message)  # type: ignore[no-any-return]
-
-
-def unavailable(message: str) -> Exception:
-    """The exception that this version of vLLM's server answers with 503 and the message.
-
-    Before 0.32 the server knows no such exception, and answers 500 to any.
+    Before 0.32 the server knows no such exception, and answers 500 to any but a 400.
     """
+    if status == HTTPStatus.BAD_REQUEST:
+        from vllm.exceptions import VLLMValidationError
+
+        return VLLMValidationError(message)  # type: ignore[no-any-return]
     try:
         from vllm.exceptions import GracefulHTTPError
     except ImportError:
         return RuntimeError(message)
-    return GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE)  # type: ignore[no-any-return]
+    return GracefulHTTPError(message, status)  # type: ignore[no-any-return]

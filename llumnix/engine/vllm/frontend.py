@@ -9,6 +9,7 @@ import contextlib
 import hmac
 import logging
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import HTTPException as FastapiHTTPException
@@ -81,7 +82,7 @@ class Frontend:
         """End vLLM's background tasks."""
         await self._stack.aclose()
 
-    def _fail(self, request_id: str, reason: str, refused: bool) -> None:
+    def _fail(self, request_id: str, reason: str, status: HTTPStatus) -> None:
         """End a request whose outputs will never come: its client gets `reason` as an error."""
         assert self.llm is not None
         processor = self.llm.output_processor
@@ -95,7 +96,7 @@ class Frontend:
         self._aborts.add(aborting)
         aborting.add_done_callback(self._aborts.discard)
         if state.queue is not None:
-            state.queue.put(compat.refused(reason) if refused else compat.unavailable(reason))
+            state.queue.put(compat.failed(reason, status))
 
     def _learn(self, facts: EngineFacts) -> None:
         """What vLLM's own client would have written into the configuration at engine start."""

@@ -3,6 +3,7 @@
 import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
@@ -10,9 +11,10 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from llumnix.engine.vllm.compat import client_errors, unavailable
+from llumnix.engine.vllm.compat import client_errors, failed
 
 CLIENT_ERRORS = client_errors()
+SERVER_ERROR = type(failed("", HTTPStatus.SERVICE_UNAVAILABLE))
 MALFORMED: tuple[type[Exception], ...] = (
     *(msgspec.ValidationError, OverflowError, AttributeError),
     *CLIENT_ERRORS,
@@ -23,8 +25,12 @@ class BadRequest(Exception):
     """What the client sent can't be answered; the message says why."""
 
 
-class Unavailable(Exception):
-    """No engine can answer now; the message says why."""
+class Failed(Exception):
+    """No engine has answered; the message says why, and `status` whether one may another time."""
+
+    def __init__(self, message: str, status: HTTPStatus) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Generation:
 async def generate(llm: AsyncLLM, generation: Generation) -> AsyncGenerator[list[str], None]:
     """The texts so far, prompt included, one for each choice; the last item is complete.
 
-    Raises BadRequest, Unavailable.
+    Raises BadRequest, Failed.
     """
     request_id = f"generate-{uuid.uuid4().hex}"
     try:
@@ -70,5 +76,6 @@ async def generate(llm: AsyncLLM, generation: Generation) -> AsyncGenerator[list
             yield [generation.prompt + choice.text for choice in output.outputs]
     except CLIENT_ERRORS as error:  # such as a prompt that is too long
         raise BadRequest(str(error)) from error
-    except type(unavailable("")) as error:
-        raise Unavailable(str(error)) from error
+    except SERVER_ERROR as error:
+        status = getattr(error, "http_status", HTTPStatus.SERVICE_UNAVAILABLE)
+        raise Failed(str(error), status) from error

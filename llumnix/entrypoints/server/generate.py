@@ -2,12 +2,13 @@
 
 import contextlib
 from collections.abc import AsyncGenerator, Callable
+from http import HTTPStatus
 
 import orjson
 from aiohttp import web
 
 from llumnix.engine.vllm.frontend import Frontend
-from llumnix.engine.vllm.generate import BadRequest, Generation, Unavailable, generate
+from llumnix.engine.vllm.generate import BadRequest, Failed, Generation, generate
 from llumnix.entrypoints.server.admin import Standing
 from llumnix.entrypoints.server.errors import RETRY_AFTER, error_response
 from llumnix.entrypoints.server.outlet import Outlet
@@ -39,8 +40,9 @@ class DemoRoute:
                 return web.Response(body=_line(whole), content_type="application/json")
         except (BadRequest, orjson.JSONDecodeError) as error:
             return error_response(400, str(error))
-        except Unavailable as error:
-            return error_response(503, str(error), RETRY_AFTER)
+        except Failed as error:
+            again = RETRY_AFTER if error.status == HTTPStatus.SERVICE_UNAVAILABLE else None
+            return error_response(error.status, str(error), again)
 
 
 async def _stream(
