@@ -67,10 +67,8 @@ class ClusterClient(EngineCoreClient):
         self.placer = Placer(self.ledger, exchange, dispatch, self, failover_timeout)
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
-        # Called for a request that can't be answered: its id, one sentence, and whether it is
-        # the request itself that no engine can run.
-        # Called for a request that has to end, with why, and the status that says so: 400 if it was
-        # refused, 500 if it is not to be tried again, 503 if it may be.
+        # Called for a request that has to end: its id, one sentence, and the status that fits, 400
+        # if no engine can run it, 500 if it is not to be sent again, 503 if it may be.
         self.on_failure: Callable[[str, str, HTTPStatus], None] = lambda *failure: None
         # Called for each request of the frontend, in its handler's context.
         self.on_open: Callable[[EngineCoreRequest], None] = lambda request: None

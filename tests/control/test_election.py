@@ -1,5 +1,6 @@
-"""One leader at a time, and soon another when it goes."""
+"""One leader at a time, and soon another when it goes; and each says so, with the epoch."""
 
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -20,6 +21,7 @@ class Candidate:
     """A node, as far as elections go."""
 
     def __init__(self, endpoints: list[str], keys: Keys, name: str, ttl: float = 3) -> None:
+        self.name = name
         self.etcd = Etcd(endpoints, call_timeout=0.5)
         self.session = Session(self.etcd, ttl)
         self.told: list[tuple[bool, int]] = []
@@ -43,7 +45,10 @@ class Candidate:
 
 
 @pytest.fixture
-def candidates(single: EtcdCluster, keys: Keys, closing: Closing) -> list[Candidate]:
+def candidates(
+    single: EtcdCluster, keys: Keys, closing: Closing, caplog: pytest.LogCaptureFixture
+) -> list[Candidate]:
+    caplog.set_level(logging.INFO)
     both = [Candidate(single.endpoints, keys, name) for name in ("a", "b")]
     for candidate in both:
         closing(candidate.stop)
@@ -65,7 +70,14 @@ def test_one_leads_and_all_know(candidates: list[Candidate]) -> None:
     assert other.told == []
 
 
-def test_resigning_hands_over_at_once(candidates: list[Candidate]) -> None:
+def _said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What candidates have said of leading since the test began."""
+    return [text for text in caplog.messages if text.startswith("This node")]
+
+
+def test_resigning_hands_over_at_once(
+    candidates: list[Candidate], caplog: pytest.LogCaptureFixture
+) -> None:
     leader, other = candidates
     epoch = leader.election.epoch
     assert not other.election.resign(aside=0), "only the leader's key goes when it resigns"
@@ -74,6 +86,25 @@ def test_resigning_hands_over_at_once(candidates: list[Candidate]) -> None:
     took = eventually(lambda: other.election.is_leader, within=1)
     assert took < 0.5 and other.election.epoch > epoch
     eventually(lambda: [lead for lead, _ in leader.told] == [True, False], within=3)
+    old, new = leader.name, other.name
+    wanted = {
+        f"This node ({old}) resigns, in epoch {epoch}.",
+        f"This node ({old}) does not lead any more, as it did in epoch {epoch}.",
+        f"This node ({new}) leads, in epoch {other.election.epoch}.",
+    }
+    eventually(lambda: set(_said(caplog)) == wanted)
+    assert len(_said(caplog)) == len(wanted), "each is said once"
+
+
+def test_who_retires_says_so_and_stands_no_more(
+    candidates: list[Candidate], caplog: pytest.LogCaptureFixture
+) -> None:
+    leader, other = candidates
+    epoch = leader.election.epoch
+    leader.election.retire()
+    assert eventually(lambda: other.election.is_leader, within=1) < 0.5
+    sentence = f"This node ({leader.name}) resigns, in epoch {epoch}, and stands no more."
+    assert sentence in _said(caplog)
 
 
 def test_takeover_when_the_lease_ends(candidates: list[Candidate]) -> None:
