@@ -207,7 +207,7 @@ class Etcd:
                 tried.append(f"{member.endpoint} ({error})")
                 unsure = unsure or (writes and error.sent)
                 # A token names a revision, which a member waits for. After a wipe it waits long.
-                self._doubtful = True
+                self._doubtful = self._doubtful or error.sent
                 self.move_on(member)
         sentence = f"no etcd member answered the request to {what}: {', '.join(tried)}"
         raise EtcdOutcomeUnknown(sentence) if unsure else EtcdUnavailable(sentence)
