@@ -110,6 +110,8 @@ class Link:
                     await on_frame(self, frame)
         except FrameError as error:
             logger.error("closing the connection to node %s: %s", self._node, error)
+        except ConnectionError as error:  # a ping is answered where the other end is gone already
+            logger.debug("the connection to node %s broke: %s", self._node, error)
         finally:
             await self._end(writer)
 

@@ -264,3 +264,26 @@ async def test_a_link_is_dialled_once_for_all_who_wait() -> None:
         links = await asyncio.gather(*(a.peers.link("b") for _ in range(10)))
         assert len(set(map(id, links))) == 1
         await soon(lambda: b.peers.open == 1)
+
+
+class GoneSocket:
+    """A socket whose other end goes while a ping of it is answered, as aiohttp tells that."""
+
+    closed = False
+
+    def __aiter__(self) -> "GoneSocket":
+        return self
+
+    async def __anext__(self) -> Any:
+        raise aiohttp.ClientConnectionResetError("Cannot write to closing transport")
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+@on_loop
+async def test_a_connection_that_breaks_while_a_ping_is_answered_just_ends() -> None:
+    socket = GoneSocket()
+    link = peer.Link(socket, "b")  # type: ignore[arg-type]
+    await link.run(lambda *_: asyncio.sleep(0))
+    assert link.closed and socket.closed
