@@ -167,7 +167,7 @@ class Run:
             code = node.stop(60.0) if node.process.exitcode is None else node.process.exitcode
             if code:
                 found.append(f"node {name} ended with status {code}")
-        if not later(lambda: not self.arena.left(), 20.0):
+        if not later(lambda: not self.arena.left(), 10.0):
             found.append(f"processes are left: {sorted(self.arena.left())}")
         left = [k for k in self._keys("") if k != f"{PREFIX}token"]
         if left:

@@ -96,17 +96,6 @@ def test_resigning_hands_over_at_once(
     assert len(_said(caplog)) == len(wanted), "each is said once"
 
 
-def test_who_retires_says_so_and_stands_no_more(
-    candidates: list[Candidate], caplog: pytest.LogCaptureFixture
-) -> None:
-    leader, other = candidates
-    epoch = leader.election.epoch
-    leader.election.retire()
-    assert eventually(lambda: other.election.is_leader, within=1) < 0.5
-    sentence = f"This node ({leader.name}) resigns, in epoch {epoch}, and stands no more."
-    assert sentence in _said(caplog)
-
-
 def test_takeover_when_the_lease_ends(candidates: list[Candidate]) -> None:
     leader, other = candidates
     lease = leader.session.lease

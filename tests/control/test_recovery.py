@@ -151,6 +151,7 @@ def test_who_does_not_come_back_leaves_when_the_grace_ends(
     for i in range(3):
         three.restart(i, wipe=True)
     eventually(lambda: "to come back" in caplog.text, within=20)
+    assert a.registry.view.nodes.keys() == {"a", "b"}
     eventually(lambda: a.registry.view.nodes.keys() == {"a"}, within=TTL + 3)
     assert not a.registry.view.instances.keys() & {"b-0"}
     when = {
