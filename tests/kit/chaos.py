@@ -12,6 +12,7 @@ from tests.kit.migrating import STEPS, Cluster, Stop
 # Why a request may fail: those that were running it have died too often, or it had nowhere to go.
 CAUSE = re.compile(r"instance \S+ died: killed|lost the connection to node \S|no instance is ready")
 OPEN = 14  # requests at a time
+BREATH = 0.001  # seconds after each thing: etcd answers in real time, and a move asks it often
 DEATHS = 3  # engines that are killed
 
 
@@ -41,11 +42,13 @@ class Chaos:
 
     async def run(self, things: int) -> None:
         """Do so many things, and see how it all ends."""
+        self.cluster.close()
         weights = list(self._things.values())
         for thing in self.random.choices(list(self._things), weights, k=things):
             await thing()
             for _ in range(self.random.randrange(12)):
                 await asyncio.sleep(0)
+            await asyncio.sleep(BREATH)
         for stop in self.stopped:
             stop.release()
         self.cluster.stops.clear()

@@ -68,6 +68,10 @@ class EtcdCluster:
         """Stops it without a word to anyone: connections stay open, nothing answers."""
         self._signal(i, signal.SIGSTOP)
         self._frozen.add(i)
+        process = self._processes[i]
+        assert process is not None
+        # A thread that runs on another core goes on until it sees the signal.
+        eventually(lambda: _stopped(process.pid))
 
     def thaw(self, i: int) -> None:
         self._frozen.discard(i)
@@ -173,6 +177,12 @@ class EtcdCluster:
         process = self._processes[i]
         assert process is not None, f"member {i} does not run"
         process.send_signal(number)
+
+
+def _stopped(pid: int) -> bool:
+    """Whether each thread of the process stands still."""
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 
 def free_ports(count: int) -> list[int]:

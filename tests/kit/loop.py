@@ -26,7 +26,7 @@ def on_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
             runner.get_loop().set_exception_handler(lambda _, context: failures.append(context))
             runner.run(_whole(test(*args, **kwargs)))
             gc.collect()  # a task tells when it is collected that nobody has seen its exception
-        assert not failures
+        assert not failures, failures
         eventually(lambda: not descriptors() - before, within=3)
 
     return run

@@ -227,6 +227,11 @@ class Cluster:
         for pace in self.paces.values():
             pace.open()
 
+    def close(self) -> None:
+        """Let engines run only as far as they are let."""
+        for pace in self.paces.values():
+            pace.close()
+
     def address_of(self, node: str, addresses: dict[str, str]) -> Callable[[str], str | None]:
         return lambda other: None if frozenset((node, other)) in self.cut else addresses.get(other)
 

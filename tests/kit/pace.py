@@ -35,6 +35,10 @@ class Pace(Gate):
         self._open = True
         self._changed.set()
 
+    def close(self) -> None:
+        """Let no step end any more, except those that are let."""
+        self._open = False
+
     def follow(self, hosted: HostedInstance) -> None:
         """Step while a migration waits for an output of this instance."""
         wait = hosted.next_output
