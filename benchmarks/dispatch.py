@@ -14,7 +14,7 @@ from random import Random
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
 from llumnix.policy.board import DispatchBoard
-from llumnix.policy.dispatch import POLICIES
+from llumnix.policy.dispatch import POLICIES, Request
 
 _NODE_SIZE = 8
 _DECISIONS_PER_REPORT = 20
@@ -65,7 +65,7 @@ def measure(policy: str, instances: int, decisions: int, top_k: int) -> dict[str
             updated.append(time.perf_counter() - start)
         blocks = rng.randrange(1, 60)
         start = time.perf_counter()
-        instance = board.decide(blocks)
+        instance = board.decide(Request(blocks=blocks))
         assert instance is not None
         sequence = board.sent(instance, blocks, blocks * 16)
         decided.append(time.perf_counter() - start)

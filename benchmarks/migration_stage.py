@@ -38,7 +38,7 @@ from llumnix.engine.vllm.instance import Patience, VllmEngine
 from llumnix.engine.vllm.launcher import Placement, start_fork_server
 from llumnix.engine.vllm.placement import place
 from llumnix.entrypoints.migrations import Migrations, Rules
-from llumnix.policy.rebalance import Thresholds
+from llumnix.policy.terms import Terms
 
 NODE = "bench"
 ON_CPU = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--block-size", "32"]
@@ -267,7 +267,7 @@ async def make_stage(model: str, extra: Sequence[str], seconds: float) -> AsyncI
         try:
             await asyncio.gather(*(h.start() for h in hosted))
             exchange.hosted |= {h.id: h for h in hosted}
-            rules = Rules(Limits(within=30.0), "low", Thresholds())
+            rules = Rules(Limits(within=30.0), "low", Terms())
             view = _view(hosted)
             migrations = Migrations(exchange, actor.proxy(), lambda: view, rules)
             stage = Stage(exchange, migrations, current_platform.device_name or "CPU")

@@ -13,6 +13,7 @@ NodeId = str
 InstanceId = str
 
 _EMPTY: Mapping[str, int] = MappingProxyType({})
+_NO_PRIORITY: Mapping[int, int] = MappingProxyType({})
 
 
 class InstanceState(StrEnum):
@@ -64,7 +65,10 @@ class InstanceLoad:
     used_blocks: int = 0  # held by running requests
     waiting_blocks: int = 0  # asked for by all queued requests
     head_blocks: int = 0  # asked for by the request at the head of the queue
+    prefill_tokens: int = 0  # not computed yet of all requests that have no first token
     preemptions: int = 0  # since the instance started
+    # How many requests it has of each priority (vLLM's numbers) but 0, running and queued.
+    priorities: Mapping[int, int] = field(default_factory=lambda: _NO_PRIORITY)
     received: Mapping[NodeId, int] = field(default_factory=lambda: _EMPTY)
 
 

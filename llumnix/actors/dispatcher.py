@@ -7,6 +7,8 @@ from typing import NamedTuple
 from llumnix.actors.base import Actor
 from llumnix.cluster import ClusterView, InstanceId, NodeId
 from llumnix.policy.board import DispatchBoard
+from llumnix.policy.dispatch import Policy, Request
+from llumnix.policy.terms import TERMS, Terms
 
 
 class Dispatched(NamedTuple):
@@ -20,11 +22,18 @@ class Dispatched(NamedTuple):
 class DispatcherActor(Actor):
     """Decides from the load registry plus what this node has itself sent since each report."""
 
-    def __init__(self, node: NodeId, policy: str, top_k: int, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        node: NodeId,
+        policy: str | Policy,
+        top_k: int,
+        seed: int | None = None,
+        terms: Terms = TERMS,
+    ) -> None:
         super().__init__()
         # Numbers go on above those of any earlier process of the same node.
         first = time.time_ns() // 1000
-        self._board = DispatchBoard(node, policy, top_k, Random(seed), first_sequence=first)
+        self._board = DispatchBoard(node, policy, top_k, Random(seed), first, terms)
         self._view = ClusterView()
         self._block_size = 1
 
@@ -40,11 +49,11 @@ class DispatcherActor(Actor):
         self._board.cancel(instance, sequence)
 
     def decide(
-        self, tokens: int, exclude: frozenset[InstanceId] = frozenset()
+        self, tokens: int, priority: int = 0, exclude: frozenset[InstanceId] = frozenset()
     ) -> Dispatched | None:
-        """The instance for a request with a prompt of `tokens`; None when no instance is ready."""
+        """The instance for a request that has `tokens` already; None when no instance is ready."""
         blocks = -(-(tokens + 1) // self._block_size)
-        instance = self._board.decide(blocks, exclude)
+        instance = self._board.decide(Request(tokens, blocks, priority), exclude)
         if instance is None:
             return None
         sequence = self._board.sent(instance, blocks, tokens)

@@ -3,19 +3,19 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from llumnix.actors.base import Actor
-from llumnix.cluster import ClusterView, InstanceId, NodeId
+from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, NodeId
 from llumnix.policy.load import freeness
-from llumnix.policy.moves import Moves
-from llumnix.policy.rebalance import Pair, Thresholds, is_emptied, pairs
+from llumnix.policy.rebalance import Pair, Planner, pairs
+from llumnix.policy.rescheduler import DRAIN_MOVES, PATIENCE, Order, Rescheduler
+from llumnix.policy.terms import TERMS, Terms
 
 logger = logging.getLogger(__name__)
 
 MOVED = "moved"  # the outcome of a move that was made; any other is a reason why it was not
-DRAIN_MOVES = 4  # at once, from or to an instance, when one is being emptied
-PATIENCE = 60  # ticks until a move without an answer counts as failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +28,12 @@ class MoveCommand:
     destination: InstanceId
     destination_node: NodeId
     reason: Literal["balance", "drain"]
+    rule: str = ""  # by which the source chooses; "": as it is configured
 
     @property
     def pair(self) -> Pair:
         """The two instances, as `finished` wants them."""
-        return Pair(self.source, self.destination)
+        return Pair(self.source, self.destination, self.rule)
 
 
 class ManagerActor(Actor):
@@ -46,7 +47,8 @@ class ManagerActor(Actor):
         leads: Callable[[], int | None],  # the epoch while this node leads
         current: Callable[[], bool],  # whether the view is: else etcd is silent
         command: Callable[[MoveCommand], None],  # hands a command to the node's loop
-        thresholds: Thresholds | None = None,
+        terms: Terms = TERMS,
+        planner: Planner = pairs,
         drain_moves: int = DRAIN_MOVES,
         patience: int = PATIENCE,
     ) -> None:
@@ -54,12 +56,12 @@ class ManagerActor(Actor):
         self._leads = leads
         self._current = current
         self._command = command
-        self._thresholds = thresholds or Thresholds()
-        self._drain_moves = drain_moves
+        self._terms = terms
         self._patience = patience
+        self._new_term = partial(Rescheduler, planner, terms, drain_moves, patience)
+        self._rescheduler = self._new_term()
         self._view = ClusterView()
         self._epoch = 0  # in which this node leads, or led last
-        self._moves = Moves(patience)
         self._holds = False
 
     def update_view(self, view: ClusterView) -> None:
@@ -72,16 +74,16 @@ class ManagerActor(Actor):
         if epoch is None:
             return
         if epoch != self._epoch:  # what was under way belongs to another term
-            self._epoch, self._moves, self._holds = epoch, Moves(self._patience), False
-        for pair in self._moves.next_tick():
+            self._epoch, self._rescheduler, self._holds = epoch, self._new_term(), False
+        for pair in self._rescheduler.next_round():
             self._say_failed(pair, f"no answer within {self._patience} intervals")
         if self._may_act():
-            for pair in pairs(self._view, self._thresholds, lambda p: self._further(p) > 0):
-                self._order(pair)
+            for order in self._rescheduler.orders(self._view):
+                self._command_all(order)
 
     def finished(self, pair: Pair, outcome: str) -> None:
         """A commanded move has ended: MOVED, or why no request was moved."""
-        if self._moves.end(pair, moved=outcome == MOVED) and outcome != MOVED:
+        if self._rescheduler.finished(pair, outcome == MOVED) and outcome != MOVED:
             self._say_failed(pair, outcome)
 
     def _may_act(self) -> bool:
@@ -92,29 +94,19 @@ class ManagerActor(Actor):
         self._holds = holds
         return not holds
 
-    def _further(self, pair: Pair) -> int:
-        """How many more moves of a pair may begin now."""
-        if not is_emptied(self._view, self._view.instances[pair.source]):
-            return self._moves.vacant(pair, limit=1)
-        load = self._view.loads[pair.source]
-        left = load.running + load.waiting - self._moves.of(pair.source)
-        return min(self._moves.vacant(pair, self._drain_moves), left)
-
-    def _order(self, pair: Pair) -> None:
-        view, number = self._view, self._further(pair)
+    def _command_all(self, order: Order) -> None:
+        view, pair = self._view, order.pair
         source, destination = view.instances[pair.source], view.instances[pair.destination]
-        drains = is_emptied(view, source)
         logger.info(
             "epoch %d: moves %s from %s (%s) to %s (freeness %.1f)",
             self._epoch,
-            "a request" if number == 1 else f"{number} requests",
+            "a request" if order.moves == 1 else f"{order.moves} requests",
             source.id,
-            "drains" if drains else f"freeness {freeness(source, view.loads[source.id]):.1f}",
+            "drains" if order.drains else f"freeness {self._freeness(source):.1f}",
             destination.id,
-            freeness(destination, view.loads[destination.id]),
+            self._freeness(destination),
         )
-        for _ in range(number):
-            self._moves.begin(pair)
+        for _ in range(order.moves):
             self._command(
                 MoveCommand(
                     self._epoch,
@@ -122,9 +114,13 @@ class ManagerActor(Actor):
                     source.node,
                     destination.id,
                     destination.node,
-                    "drain" if drains else "balance",
+                    "drain" if order.drains else "balance",
+                    pair.rule,
                 )
             )
+
+    def _freeness(self, info: InstanceInfo) -> float:
+        return freeness(info, self._view.loads[info.id], self._terms.classes)
 
     def _say_failed(self, pair: Pair, reason: str) -> None:
         logger.info(
@@ -133,5 +129,5 @@ class ManagerActor(Actor):
             pair.source,
             pair.destination,
             reason,
-            self._moves.rest(pair),
+            self._rescheduler.rest(pair),
         )

@@ -50,7 +50,10 @@ def decode_instance(instance: InstanceId, value: bytes) -> InstanceInfo:
     )
 
 
-_COUNTS = ("running", "waiting", "used_blocks", "waiting_blocks", "head_blocks", "preemptions")
+_COUNTS = (
+    *("running", "waiting", "used_blocks", "waiting_blocks", "head_blocks"),
+    *("prefill_tokens", "preemptions"),
+)
 
 
 def encode_loads(sequence: int, loads: Sequence[InstanceLoad]) -> bytes:
@@ -58,6 +61,7 @@ def encode_loads(sequence: int, loads: Sequence[InstanceLoad]) -> bytes:
     reports = {}
     for load in loads:
         report: dict[str, Any] = {name: getattr(load, name) for name in _COUNTS}
+        report["priorities"] = {str(p): count for p, count in load.priorities.items()}
         report["received"] = dict(load.received)
         reports[load.instance] = report
     return orjson.dumps({"sequence": sequence, "loads": reports})
@@ -76,14 +80,13 @@ def _decode_load(instance: InstanceId, report: Any) -> InstanceLoad:
     received = report.get("received", {})
     if not isinstance(received, dict):
         raise ValueError("'received' is no object")
+    priorities = report.get("priorities", {})
+    if not isinstance(priorities, dict):
+        raise ValueError("'priorities' is no object")
     return InstanceLoad(
         instance,
-        running=_count(report, "running", 0),
-        waiting=_count(report, "waiting", 0),
-        used_blocks=_count(report, "used_blocks", 0),
-        waiting_blocks=_count(report, "waiting_blocks", 0),
-        head_blocks=_count(report, "head_blocks", 0),
-        preemptions=_count(report, "preemptions", 0),
+        **{name: _count(report, name, 0) for name in _COUNTS},
+        priorities=MappingProxyType({int(p): _count(priorities, p) for p in priorities}),
         received=MappingProxyType({node: _count(received, node) for node in received}),
     )
 

@@ -10,10 +10,10 @@ from llumnix.config import Config, ConfigError
 from llumnix.engine.base import Engine
 from llumnix.engine.sim.instance import SimEngine
 from llumnix.engine.sim.model import ModelConfig
-from llumnix.engine.sim.profile import PROFILES
 from llumnix.engine.vllm.blocks import Rendezvous
 from llumnix.engine.vllm.instance import Patience, VllmEngine
 from llumnix.engine.vllm.placement import place
+from llumnix.latency import PROFILES
 
 MakeEngine = Callable[[InstanceId, int], Engine]
 

@@ -21,8 +21,9 @@ from llumnix.engine.departure import Departure, Ended, Groups, Limits, Migration
 from llumnix.engine.exchange import Exchange
 from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.tenant import Tenant
-from llumnix.policy.rebalance import Pair, Thresholds, room
+from llumnix.policy.rebalance import Pair, room
 from llumnix.policy.select import DRAIN_RULE, Candidate, choose
+from llumnix.policy.terms import Terms
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Rules:
 
     limits: Limits
     rule: str  # a key of policy.select.RULES
-    thresholds: Thresholds
+    terms: Terms
 
 
 async def _pass(step: str) -> None:
@@ -118,12 +119,13 @@ class Migrations:
         reason: str,
         request_id: str = "",
         epoch: int = 0,
+        rule: str = "",
     ) -> dict[str, Any]:
-        """Have a source move a request, of its own choice if none is named.
+        """Have a source move a request, if none is named one that it chooses by `rule`.
 
         Raises MigrationError. `epoch` is the leader's, 0 if it is no leader who asks.
         """
-        arguments = (request_id, destination, reason, epoch)
+        arguments = (request_id, destination, reason, epoch, rule)
         try:
             answer = await self._exchange.call(node, source, "migrate", arguments, MIGRATE_SECONDS)
         except TimeoutError as error:
@@ -149,7 +151,13 @@ class Migrations:
         ]
 
     async def _migrate(
-        self, source: InstanceId, request_id: str, destination: InstanceId, reason: str, epoch: int
+        self,
+        source: InstanceId,
+        request_id: str,
+        destination: InstanceId,
+        reason: str,
+        epoch: int,
+        rule: str = "",
     ) -> dict[str, Any]:
         """Move a request away from an instance of this node. Raises MigrationError."""
         if self._stops:
@@ -168,7 +176,7 @@ class Migrations:
             if tenant is None:
                 raise Ended(f"request {request_id} is not at instance {source}")
         else:
-            tenant = self._choose(hosted, destination, reason == "drain")
+            tenant = self._choose(hosted, destination, DRAIN_RULE if reason == "drain" else rule)
         departing = self._spawn(self._depart(hosted, tenant, destination, reason))
         try:
             return await departing
@@ -177,8 +185,8 @@ class Migrations:
                 raise  # not the migration is ended, but who waits for it
             raise MigrationError(f"node {self._exchange.node} stops") from None
 
-    def _choose(self, hosted: HostedInstance, destination: InstanceId, drains: bool) -> Tenant:
-        free = room(self._view(), Pair(hosted.id, destination), self._rules.thresholds)
+    def _choose(self, hosted: HostedInstance, destination: InstanceId, rule: str) -> Tenant:
+        free = room(self._view(), Pair(hosted.id, destination), self._rules.terms)
         if free is None:
             raise MigrationError(f"the load of {hosted.id} or {destination} is not known")
         size = hosted.facts.block_size if hosted.facts else 1
@@ -195,8 +203,10 @@ class Migrations:
             for order, tenant in enumerate(hosted.tenants)
             if tenant.stuck is None and not tenant.leaving
         }
-        rule = DRAIN_RULE if drains else self._rules.rule
-        chosen = choose(candidates.values(), rule, free)
+        try:
+            chosen = choose(candidates.values(), rule or self._rules.rule, free)
+        except ValueError as error:  # a leader of another version
+            raise MigrationError(str(error)) from None
         tenant = hosted.find(chosen.request) if chosen is not None else None
         if tenant is None:
             raise MigrationError(f"no request of {hosted.id} would fit {destination}")

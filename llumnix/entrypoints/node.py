@@ -54,7 +54,7 @@ from llumnix.metrics import (
     Snapshot,
 )
 from llumnix.policy.board import is_candidate
-from llumnix.policy.rebalance import Thresholds
+from llumnix.policy.terms import Terms, Thresholds
 from llumnix.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -172,9 +172,10 @@ class Node:
         """Start the actors, and keep them alive; what each must know outlives it."""
         config = self._config
         keep = self._supervision.keep
+        terms = Terms(Thresholds(config.migration_out_below, config.migration_in_above))
         self._dispatch = keep(
             lambda: DispatcherActor.start(
-                config.node, config.dispatch_policy, config.dispatch_top_k
+                config.node, config.dispatch_policy, config.dispatch_top_k, terms=terms
             ),
             self._inform,
         )
@@ -195,10 +196,9 @@ class Node:
             ),
             lambda proxy: proxy.take_over.defer(),
         )
-        thresholds = Thresholds(config.migration_out_below, config.migration_in_above)
         books, limits = Books(), (config.migration_max_requests, config.migration_max_blocks)
         admits = keep(lambda: MigrationActor.start(self._control.handshake, *limits, books))
-        self._migrations = self._make_migrations(admits, thresholds)
+        self._migrations = self._make_migrations(admits, terms)
         self._control.on_record = partial(admits.notify, "sweep")
         self._rescheduling = Rescheduling(self._loop, self._migrations, config.migration_interval)
         self._manage = keep(
@@ -206,7 +206,7 @@ class Node:
                 self._leads,
                 lambda: self._control.registry.alive,
                 self._rescheduling.command,
-                thresholds,
+                terms,
             ),
             self._inform,
         )
@@ -219,7 +219,7 @@ class Node:
             self._supervise.notify("look_after")
             self._loop.call_later(LOOK_AFTER_SECONDS, self._look_after)
 
-    def _make_migrations(self, admits: Supervised, thresholds: Thresholds) -> Migrations:
+    def _make_migrations(self, admits: Supervised, terms: Terms) -> Migrations:
         config = self._config
         limits = Limits(
             config.migration_max_stages,
@@ -227,7 +227,7 @@ class Node:
             config.migration_tail_tokens,
             config.migration_timeout,
         )
-        rules = Rules(limits, config.migration_request, thresholds)
+        rules = Rules(limits, config.migration_request, terms)
         return Migrations(self._exchange, admits, lambda: self.view, rules)
 
     @property
@@ -273,7 +273,7 @@ class Node:
     async def _route(self, tokens: int, priority: int, avoid: frozenset[InstanceId]) -> Route:
         began = time.perf_counter()
         try:
-            decision: Dispatched | None = await self._dispatch.decide(tokens, avoid)
+            decision: Dispatched | None = await self._dispatch.decide(tokens, priority, avoid)
         except ActorDeadError as error:
             raise NoInstance("the dispatcher is being started again") from error
         DISPATCH_SECONDS.observe(time.perf_counter() - began)

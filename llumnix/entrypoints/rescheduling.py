@@ -51,6 +51,7 @@ class Rescheduling:
                 command.destination,
                 command.reason,
                 epoch=command.epoch,
+                rule=command.rule,
             )
             outcome = MOVED
         except EngineError as error:

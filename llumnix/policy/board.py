@@ -18,8 +18,9 @@ from llumnix.cluster import (
     InstanceState,
     NodeId,
 )
-from llumnix.policy.dispatch import POLICIES, Candidate, choose
+from llumnix.policy.dispatch import POLICIES, Candidate, Policy, Request, choose
 from llumnix.policy.load import NOTHING, InFlight
+from llumnix.policy.terms import TERMS, Terms
 
 
 def is_candidate(view: ClusterView, info: InstanceInfo) -> bool:
@@ -48,10 +49,11 @@ class DispatchBoard:
     def __init__(
         self,
         node: NodeId,
-        policy: str = "load",
+        policy: str | Policy = "load",
         top_k: int = 1,
         rng: Random | None = None,
         first_sequence: int = 1,
+        terms: Terms = TERMS,
     ) -> None:
         """A board for the dispatches of `node`.
 
@@ -62,23 +64,25 @@ class DispatchBoard:
         Raises:
             ValueError: there is no policy of that name, or `top_k` is less than 1.
         """
-        if policy not in POLICIES:
+        if isinstance(policy, str) and policy not in POLICIES:
             raise ValueError(f"no dispatch policy {policy!r}; there are {', '.join(POLICIES)}")
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}, and must be 1 or more")
         self._node = node
-        self._score = POLICIES[policy]
+        self._score, self._keeps = POLICIES[policy] if isinstance(policy, str) else policy
+        self._terms = terms
         self._top_k = top_k
         self._rng = rng or Random()
         self._next = first_sequence
         self._entries: dict[InstanceId, _Entry] = {}
-        self._scores: dict[InstanceId, float] = {}  # of open instances only
+        # Of open instances only, by priority: 0, and those that have a class and were asked for.
+        self._scores: dict[int, dict[InstanceId, float]] = {0: {}}
         self._smallest = 0  # total_blocks of the smallest open instance
 
     @property
     def scores(self) -> Mapping[InstanceId, float]:
-        """The candidates and their scores now; greater is better."""
-        return self._scores
+        """The candidates and their scores now for a request of priority 0; greater is better."""
+        return self._scores[0]
 
     def in_flight(self, instance: InstanceId) -> InFlight:
         """What this node sent to `instance` that its last report does not count yet."""
@@ -103,7 +107,7 @@ class DispatchBoard:
             ):
                 self._renew(entry, info, load, is_open)
         self._smallest = min(
-            (self._entries[i].candidate.info.total_blocks for i in self._scores), default=0
+            (self._entries[i].candidate.info.total_blocks for i in self._scores[0]), default=0
         )
 
     def sent(self, instance: InstanceId, blocks: int, tokens: int) -> int:
@@ -139,30 +143,47 @@ class DispatchBoard:
     def forget(self, instance: InstanceId) -> None:
         """Drop all that is known of an instance, until a view brings it again."""
         self._entries.pop(instance, None)
-        self._scores.pop(instance, None)
+        for scores in self._scores.values():
+            scores.pop(instance, None)
 
-    def decide(self, blocks: int, exclude: Set[InstanceId] = frozenset()) -> InstanceId | None:
-        """The instance for a request that asks for `blocks`; None when there is no candidate.
+    def decide(self, request: Request, exclude: Set[InstanceId] = frozenset()) -> InstanceId | None:
+        """The instance for a request; None when there is no candidate.
 
         An instance whose whole KV cache is smaller than the request is taken only when no other
         candidate is larger; what happens to the request then is for the engine to say.
         """
-        scores: Mapping[InstanceId, float] = self._scores
+        scores = self._scores_for(request)
         if not exclude.isdisjoint(scores):
             scores = {i: score for i, score in scores.items() if i not in exclude}
-        if blocks > self._smallest:
+        if request.blocks > self._smallest:
             fitting = {
                 i: score
                 for i, score in scores.items()
-                if self._entries[i].candidate.info.total_blocks >= blocks
+                if self._entries[i].candidate.info.total_blocks >= request.blocks
             }
             scores = fitting or scores
         return choose(scores, self._top_k, self._rng) if scores else None
 
+    def _scores_for(self, request: Request) -> Mapping[InstanceId, float]:
+        """The score of each candidate for a request: what is known of it, or made for it."""
+        if not self._keeps:
+            return {
+                i: self._score(self._entries[i].candidate, request, self._terms)
+                for i in self._scores[0]
+            }
+        key = request.priority if request.priority in self._terms.classes.by_priority else 0
+        if key not in self._scores:
+            wanted = Request(priority=key)
+            self._scores[key] = {
+                i: self._score(self._entries[i].candidate, wanted, self._terms)
+                for i in self._scores[0]
+            }
+        return self._scores[key]
+
     def _enter(self, info: InstanceInfo, load: InstanceLoad, is_open: bool) -> None:
         # A newcomer is taken to have had as many requests as the one with the fewest: counting
         # from 0, `balanced` would send it everything until it has caught up with the others.
-        fewest = min((self._entries[i].candidate.dispatched for i in self._scores), default=0)
+        fewest = min((self._entries[i].candidate.dispatched for i in self._scores[0]), default=0)
         entry = _Entry(Candidate(info, load, dispatched=fewest), is_open)
         self._entries[info.id] = entry
         self._rescore(info.id, entry)
@@ -186,7 +207,11 @@ class DispatchBoard:
         self._rescore(info.id, entry)
 
     def _rescore(self, instance: InstanceId, entry: _Entry) -> None:
-        if entry.open:
-            self._scores[instance] = self._score(entry.candidate)
-        else:
-            self._scores.pop(instance, None)
+        for priority, scores in self._scores.items():
+            if not entry.open:
+                scores.pop(instance, None)
+            elif self._keeps:
+                wanted = Request(priority=priority)
+                scores[instance] = self._score(entry.candidate, wanted, self._terms)
+            else:
+                scores[instance] = 0.0  # made anew for each request

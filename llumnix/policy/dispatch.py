@@ -1,7 +1,7 @@
 """Dispatch policies: how good an instance is for the next request, and the choice among scores.
 
-A policy is one function from a candidate to a score (greater is better) and one line in
-`POLICIES`. Equal scores are settled at random by `choose`, so a policy need not do it.
+A policy is one function from a candidate and a request to a score (greater is better), and one line
+in `POLICIES`. Equal scores are settled at random by `choose`, so a policy need not do it.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,9 +10,11 @@ from heapq import nlargest
 from math import inf
 from random import Random
 from types import MappingProxyType
+from typing import NamedTuple
 
 from llumnix.cluster import InstanceId, InstanceInfo, InstanceLoad
-from llumnix.policy.load import NOTHING, InFlight, dispatch_freeness
+from llumnix.policy.load import NOTHING, InFlight, dispatch_freeness, dispatch_usage
+from llumnix.policy.terms import Terms
 
 # Above any finite freeness (blocks a request), and small enough that adding a number of blocks to
 # it is exact in a float.
@@ -30,47 +32,78 @@ class Candidate:
     last: int = 0  # sequence number of the latest of them; 0: none yet
 
 
-Score = Callable[[Candidate], float]
+class Request(NamedTuple):
+    """What a policy may know of the request to be dispatched."""
+
+    tokens: int = 0  # that have to be computed before its next output
+    blocks: int = 0  # KV blocks that it asks for
+    priority: int = 0  # vLLM's: the lower, the sooner
 
 
-def by_freeness(candidate: Candidate) -> float:
+Score = Callable[[Candidate, Request, Terms], float]
+
+
+class Policy(NamedTuple):
+    """A score, and whether it may be kept until something about the candidate changes.
+
+    One that may be kept depends on no more of the request than its priority.
+    """
+
+    score: Score
+    keeps: bool = False
+
+
+def by_freeness(candidate: Candidate, request: Request, terms: Terms) -> float:
     """The instance with the most room (`dispatch_freeness`, blocks a request).
 
     Instances without any request come first, and of these the one with the most free blocks.
+    Headroom keeps away all requests but those of the class that it is kept for.
     """
-    free = dispatch_freeness(candidate.info, candidate.load, candidate.sent)
+    info, load, sent = candidate.info, candidate.load, candidate.sent
+    headroom = 0
+    if terms.classes.by_priority and load.priorities:
+        others = {p: n for p, n in load.priorities.items() if p != request.priority}
+        headroom = terms.classes.headroom(info, others)
+    free = dispatch_freeness(info, load, sent, headroom)
     if free == inf:
-        return _EMPTY + candidate.info.total_blocks - candidate.load.used_blocks
+        return _EMPTY + info.total_blocks - load.used_blocks
     return free
 
 
-def by_queue(candidate: Candidate) -> float:
+def by_memory(candidate: Candidate, request: Request, terms: Terms) -> float:
+    """The instance with the most free blocks, queued demand taken off: INFaaS++'s memory load."""
+    info, load = candidate.info, candidate.load
+    return info.total_blocks - dispatch_usage(load, candidate.sent)
+
+
+def by_queue(candidate: Candidate, request: Request, terms: Terms) -> float:
     """The instance with the fewest requests waiting, those in flight included."""
     return -(candidate.load.waiting + candidate.sent.requests)
 
 
-def by_count(candidate: Candidate) -> float:
+def by_count(candidate: Candidate, request: Request, terms: Terms) -> float:
     """The instance that this node has sent the fewest requests (the artifact's `balanced`)."""
     return -candidate.dispatched
 
 
-def by_turn(candidate: Candidate) -> float:
+def by_turn(candidate: Candidate, request: Request, terms: Terms) -> float:
     """The instance that this node used the longest time ago: round robin."""
     return -candidate.last
 
 
-def by_chance(candidate: Candidate) -> float:
+def by_chance(candidate: Candidate, request: Request, terms: Terms) -> float:
     """Any instance: all are equal, and `choose` settles that at random."""
     return 0.0
 
 
-POLICIES: Mapping[str, Score] = MappingProxyType(
+POLICIES: Mapping[str, Policy] = MappingProxyType(
     {
-        "load": by_freeness,
-        "queue": by_queue,
-        "balanced": by_count,
-        "rr": by_turn,
-        "random": by_chance,
+        "load": Policy(by_freeness, keeps=True),
+        "memory": Policy(by_memory, keeps=True),
+        "queue": Policy(by_queue, keeps=True),
+        "balanced": Policy(by_count, keeps=True),
+        "rr": Policy(by_turn, keeps=True),
+        "random": Policy(by_chance, keeps=True),
     }
 )
 

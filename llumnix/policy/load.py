@@ -11,12 +11,16 @@ Two questions are asked of it, and they count the queue differently:
   B is running + waiting + in flight.
 - `freeness`: who gives a running request away, and who takes it? V is what is used, and what the
   head of the queue asks for (which de-fragments); B is running + 1 if any request waits.
+
+Both count the headroom of priority classes (policy/classes) as used, the first one only that of
+other classes than the request's own.
 """
 
 from dataclasses import dataclass
 from math import inf
 
 from llumnix.cluster import InstanceInfo, InstanceLoad, InstanceState
+from llumnix.policy.classes import NO_CLASSES, Classes
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ NOTHING = InFlight()
 
 
 def dispatch_usage(load: InstanceLoad, sent: InFlight = NOTHING) -> int:
-    """Blocks held, queued for, and on their way (V for dispatch).
+    """Blocks held, queued for, and on their way (V for dispatch, without headroom).
 
     Algorithm 1 counts the head of the queue only; for dispatch all of the queue counts, as in the
     artifact (`compute_instance_load_dispatch`): a request that queues behind others waits for all
@@ -49,20 +53,28 @@ def dispatch_usage(load: InstanceLoad, sent: InFlight = NOTHING) -> int:
     return load.used_blocks + load.waiting_blocks + sent.blocks
 
 
-def dispatch_freeness(info: InstanceInfo, load: InstanceLoad, sent: InFlight = NOTHING) -> float:
-    """F for dispatch, in blocks a request; +inf for an instance with no request at all."""
+def dispatch_freeness(
+    info: InstanceInfo, load: InstanceLoad, sent: InFlight = NOTHING, headroom: int = 0
+) -> float:
+    """F for dispatch, in blocks a request; +inf for an instance with no request at all.
+
+    `headroom` is what the requests there keep free of the one that is dispatched.
+    """
     requests = load.running + load.waiting + sent.requests
     if requests == 0:
         return inf
-    return (info.total_blocks - dispatch_usage(load, sent)) / requests
+    return (info.total_blocks - dispatch_usage(load, sent) - headroom) / requests
 
 
-def virtual_usage(load: InstanceLoad) -> int:
-    """Blocks held, and asked for by the head of the queue (V for rescheduling)."""
-    return load.used_blocks + load.head_blocks
+def virtual_usage(info: InstanceInfo, load: InstanceLoad, classes: Classes = NO_CLASSES) -> int:
+    """V for rescheduling, in blocks: held, asked for by the head of the queue, kept as headroom.
+
+    What is queued behind the head counts nothing (Algorithm 1).
+    """
+    return load.used_blocks + load.head_blocks + classes.headroom(info, load.priorities)
 
 
-def freeness(info: InstanceInfo, load: InstanceLoad) -> float:
+def freeness(info: InstanceInfo, load: InstanceLoad, classes: Classes = NO_CLASSES) -> float:
     """F for rescheduling, in blocks a request.
 
     +inf for an instance with no request, -inf for one that is being emptied (the paper's stand-in
@@ -73,4 +85,4 @@ def freeness(info: InstanceInfo, load: InstanceLoad) -> float:
     batch = load.running + (1 if load.waiting else 0)
     if batch == 0:
         return inf
-    return (info.total_blocks - virtual_usage(load)) / batch
+    return (info.total_blocks - virtual_usage(info, load, classes)) / batch

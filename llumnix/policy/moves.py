@@ -59,7 +59,7 @@ class Moves:
     def begin(self, pair: Pair) -> None:
         """A move is commanded."""
         self._due.setdefault(pair, deque()).append(self._now + self._patience)
-        self._busy.update(pair)
+        self._busy.update((pair.source, pair.destination))
 
     def end(self, pair: Pair, moved: bool) -> bool:
         """A move has ended; whether there was one."""
@@ -69,7 +69,7 @@ class Moves:
         due.popleft()
         if not due:
             del self._due[pair]
-        self._busy.subtract(pair)
+        self._busy.subtract((pair.source, pair.destination))
         if moved:
             self._setbacks.pop(pair, None)
         elif not self.rest(pair):  # moves that fail together are one setback

@@ -7,7 +7,6 @@ infinite usage): it comes first of all sources, and takes nothing.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
@@ -15,38 +14,7 @@ from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceState
 from llumnix.policy.board import is_candidate
 from llumnix.policy.load import freeness, virtual_usage
 from llumnix.policy.select import Room
-
-
-@dataclass(frozen=True, slots=True)
-class Thresholds:
-    """From which freeness on instances give and take; all in KV blocks a request.
-
-    Source: the artifact of Llumnix (OSDI'24) and its first public implementation have one number
-    for both sides, 3 blocks of 16 tokens a request (10 in two of the artifact's workloads).
-
-    Raises:
-        ValueError: an instance could be on both sides, or the gain wanted is negative.
-    """
-
-    out_below: float = 3.0
-    in_above: float = 3.0
-    # How much freer a destination must be than its source. A request of k blocks that comes or ends
-    # changes the freeness F of a batch of B by about (F + k) / B: with some tens of each, by one.
-    # So chance turns a smaller difference round between a report and the end of a move. One block a
-    # request is also a block's length more of decoding for each request of the source, against the
-    # two steps or so that the move costs one of them.
-    min_gain: float = 1.0
-    # An instance that is being emptied must put its requests somewhere: anywhere with free memory.
-    drain_above: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.out_below <= self.in_above:
-            raise ValueError(
-                f"instances give away below a freeness of {self.out_below}, so they can't take "
-                f"above {self.in_above}"
-            )
-        if not self.min_gain >= 0:
-            raise ValueError(f"the gain wanted of a move is {self.min_gain}, but can't be negative")
+from llumnix.policy.terms import TERMS, Terms, Thresholds
 
 
 class Pair(NamedTuple):
@@ -54,6 +22,13 @@ class Pair(NamedTuple):
 
     source: InstanceId
     destination: InstanceId
+    rule: str = ""  # by which the source chooses, a key of select.RULES; "": as it is configured
+
+
+# Says of a pair whether it may be named now: a move of it may be under way, or have just failed.
+Allowed = Callable[[Pair], bool]
+# A rule of rescheduling: the moves of one round, the most urgent first.
+Planner = Callable[[ClusterView, Terms, Allowed], list[Pair]]
 
 
 def is_emptied(view: ClusterView, info: InstanceInfo) -> bool:
@@ -67,8 +42,8 @@ def is_emptied(view: ClusterView, info: InstanceInfo) -> bool:
 
 def pairs(
     view: ClusterView,
-    thresholds: Thresholds,
-    allowed: Callable[[Pair], bool] = lambda pair: True,
+    terms: Terms = TERMS,
+    allowed: Allowed = lambda pair: True,
 ) -> list[Pair]:
     """The moves of one round, the most urgent first; an instance is in one of them at most.
 
@@ -77,10 +52,13 @@ def pairs(
     size and one role (of an instance that is being emptied, also into the role `any`).
     """
     free = {
-        i: -inf if is_emptied(view, view.instances[i]) else freeness(view.instances[i], load)
+        i: -inf
+        if is_emptied(view, view.instances[i])
+        else freeness(view.instances[i], load, terms.classes)
         for i, load in view.loads.items()
         if i in view.instances
     }
+    thresholds = terms.thresholds
     rising = sorted(free, key=lambda i: (free[i], i))
     takers = [i for i in reversed(rising) if is_candidate(view, view.instances[i])]
     found: list[Pair] = []
@@ -94,12 +72,12 @@ def pairs(
             pair = Pair(source, taker)
             if taker not in taken and source != taker and _fit(view, pair) and allowed(pair):
                 found.append(pair)
-                taken.update(pair)
+                taken.update((source, taker))
                 break
     return found
 
 
-def room(view: ClusterView, pair: Pair, thresholds: Thresholds) -> Room | None:
+def room(view: ClusterView, pair: Pair, terms: Terms = TERMS) -> Room | None:
     """What the destination of a pair can take now; None when one of both, or its load, is gone.
 
     Its floor is what keeps requests from going to and fro: after the move the destination is not a
@@ -109,9 +87,10 @@ def room(view: ClusterView, pair: Pair, thresholds: Thresholds) -> Room | None:
     given, load = view.loads.get(pair.source), view.loads.get(pair.destination)
     if source is None or destination is None or given is None or load is None:
         return None
-    floor = max(freeness(source, given), thresholds.out_below)
+    classes = terms.classes
+    floor = max(freeness(source, given, classes), terms.thresholds.out_below)
     return Room(
-        blocks=destination.total_blocks - virtual_usage(load),
+        blocks=destination.total_blocks - virtual_usage(destination, load, classes),
         batch=load.running + (1 if load.waiting else 0),
         floor=-inf if is_emptied(view, source) else floor,
     )

@@ -88,8 +88,8 @@ def test_instances_to_avoid() -> None:
     proxy = dispatcher()
     proxy.update_view(view([READY, READY])).get(timeout=5.0)
     for _ in range(5):
-        assert proxy.decide(10, frozenset({"a-0"})).get(timeout=5.0).instance == "b-0"
-    assert proxy.decide(10, frozenset({"a-0", "b-0"})).get(timeout=5.0) is None
+        assert proxy.decide(10, 0, frozenset({"a-0"})).get(timeout=5.0).instance == "b-0"
+    assert proxy.decide(10, 0, frozenset({"a-0", "b-0"})).get(timeout=5.0) is None
 
 
 def test_a_decision_names_the_node_and_counts_up() -> None:

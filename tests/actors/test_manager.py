@@ -8,7 +8,8 @@ import pytest
 from llumnix.actors.manager import DRAIN_MOVES, MOVED, ManagerActor, MoveCommand
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
 from llumnix.policy.moves import BACKOFF_LONGEST
-from llumnix.policy.rebalance import Pair, Thresholds
+from llumnix.policy.rebalance import Pair
+from llumnix.policy.terms import Terms, Thresholds
 
 A, B, C = "node-a-0", "node-b-0", "node-c-0"
 PAIR = Pair(A, B)
@@ -218,4 +219,4 @@ def test_a_destination_of_many_moves_takes_none_for_balance() -> None:
 
 
 def test_the_thresholds_are_those_given() -> None:
-    assert Led(thresholds=Thresholds(out_below=2.0)).ticks() == []
+    assert Led(terms=Terms(Thresholds(out_below=2.0))).ticks() == []

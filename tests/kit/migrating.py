@@ -20,7 +20,7 @@ from llumnix.engine.placer import NoInstance, Route
 from llumnix.engine.sim.instance import SimEngine
 from llumnix.engine.sim.model import ModelConfig
 from llumnix.entrypoints.migrations import Migrations, Rules
-from llumnix.policy.rebalance import Thresholds
+from llumnix.policy.terms import Terms
 from tests.kit.loop import soon
 from tests.kit.mesh import SMALL, MeshNode, Stream, mesh
 from tests.kit.pace import Pace
@@ -94,7 +94,7 @@ class Site:
         self.handshake = handshake
         self.ref = MigrationActor.start(handshake, cluster.requests_limit, cluster.blocks_limit)
         self.actor = self.ref.proxy()
-        rules = Rules(cluster.limits, "low", Thresholds())
+        rules = Rules(cluster.limits, "low", Terms())
         self.migrations = Migrations(node.exchange, self.actor, lambda: cluster.view, rules)
         self.migrations.at = cluster.at
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
 from llumnix.policy.board import DispatchBoard
+from llumnix.policy.dispatch import Request
 from llumnix.policy.load import InFlight
 
 
@@ -39,7 +40,7 @@ def board(*infos: InstanceInfo, policy: str = "load", top_k: int = 1) -> Dispatc
 def spread(of: DispatchBoard, requests: int) -> Mapping[str, int]:
     counts: dict[str, int] = {}
     for _ in range(requests):
-        chosen = of.decide(10)
+        chosen = of.decide(Request(blocks=10))
         assert chosen is not None
         of.sent(chosen, blocks=10, tokens=160)
         counts[chosen] = counts.get(chosen, 0) + 1
@@ -47,8 +48,8 @@ def spread(of: DispatchBoard, requests: int) -> Mapping[str, int]:
 
 
 def test_nobody_to_send_to() -> None:
-    assert DispatchBoard("me").decide(1) is None
-    assert board(info("a")).decide(1, exclude={"a"}) is None
+    assert DispatchBoard("me").decide(Request(blocks=1)) is None
+    assert board(info("a")).decide(Request(blocks=1), exclude={"a"}) is None
 
 
 @pytest.mark.parametrize(
@@ -143,10 +144,10 @@ def test_a_request_too_large_for_an_instance_goes_to_a_larger_one() -> None:
     made.update_view(
         view(info("small", total=50), info("large", total=200), loads=(large_and_busy,))
     )
-    assert made.decide(50) == "small"
-    assert made.decide(51) == "large"
-    assert made.decide(999) == "small"  # nobody can hold it: the engine will say so
-    assert made.decide(51, exclude={"large"}) == "small"
+    assert made.decide(Request(blocks=50)) == "small"
+    assert made.decide(Request(blocks=51)) == "large"
+    assert made.decide(Request(blocks=999)) == "small"  # nobody can hold it: the engine will say so
+    assert made.decide(Request(blocks=51), exclude={"large"}) == "small"
 
 
 def test_a_newcomer_is_not_flooded_by_the_balanced_policy() -> None:
@@ -160,11 +161,11 @@ def test_top_k_leaves_the_worst_alone() -> None:
     loads = tuple(InstanceLoad(i, running=1, used_blocks=n) for n, i in enumerate("abc"))
     made = board(top_k=2)
     made.update_view(view(*(info(i) for i in "abc"), loads=loads))
-    assert {made.decide(1) for _ in range(100)} == {"a", "b"}
+    assert {made.decide(Request(blocks=1)) for _ in range(100)} == {"a", "b"}
 
 
 def test_an_unknown_policy_or_a_senseless_top_k_is_refused() -> None:
-    with pytest.raises(ValueError, match="no dispatch policy 'best'; there are load, queue"):
+    with pytest.raises(ValueError, match="no dispatch policy 'best'; there are load, memory"):
         DispatchBoard("me", "best")
     with pytest.raises(ValueError, match="top_k is 0"):
         DispatchBoard("me", top_k=0)

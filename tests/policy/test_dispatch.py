@@ -8,8 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llumnix.cluster import InstanceInfo, InstanceLoad, InstanceState
-from llumnix.policy.dispatch import POLICIES, Candidate, choose
+from llumnix.policy.dispatch import POLICIES, Candidate, Request, choose
 from llumnix.policy.load import InFlight
+from llumnix.policy.terms import TERMS
+
+REQUEST = Request(100, 7)
 
 
 def candidate(
@@ -25,6 +28,10 @@ def candidate(
     info = InstanceInfo("i", "n", "m", InstanceState.READY, total, 16)
     load = InstanceLoad("i", running, waiting, used_blocks, waiting_blocks)
     return Candidate(info, load, sent or InFlight(), dispatched, last)
+
+
+def score(policy: str, of: Candidate, request: Request = REQUEST) -> float:
+    return POLICIES[policy].score(of, request, TERMS)
 
 
 @pytest.mark.parametrize(
@@ -45,19 +52,19 @@ def candidate(
 def test_the_better_instance_scores_higher(
     policy: str, better: Candidate, worse: Candidate
 ) -> None:
-    assert POLICIES[policy](better) > POLICIES[policy](worse)
+    assert score(policy, better) > score(policy, worse)
 
 
 def test_random_prefers_nobody() -> None:
-    score = POLICIES["random"]
-    assert score(candidate()) == score(candidate(running=50, used_blocks=99))
+    full = candidate(running=50, used_blocks=99)
+    assert score("random", candidate()) == score("random", full)
 
 
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 5000), st.integers(0, 5000))
 def test_every_policy_scores_every_load(running: int, waiting: int, used: int, ask: int) -> None:
     loaded = candidate(running=running, waiting=waiting, used_blocks=used, waiting_blocks=ask)
-    for score in POLICIES.values():
-        assert isinstance(score(loaded), float | int)
+    for policy in POLICIES:
+        assert isinstance(score(policy, loaded), float | int)
 
 
 def picks(scores: dict[str, float], top_k: int, seed: int = 0) -> Counter[str]:

@@ -27,7 +27,7 @@ def test_dispatch_counts_the_whole_queue_and_what_is_in_flight() -> None:
 
 
 def test_rescheduling_counts_the_head_of_the_queue_only() -> None:
-    assert virtual_usage(BUSY) == 70
+    assert virtual_usage(INFO, BUSY) == 70
     assert freeness(INFO, BUSY) == (100 - 70) / 5
 
 

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
 from llumnix.policy.load import freeness
-from llumnix.policy.rebalance import Pair, Thresholds, is_emptied, pairs, room
+from llumnix.policy.rebalance import Pair, is_emptied, pairs, room
 from llumnix.policy.select import DRAIN_RULE, RULES, Candidate, Room, choose
+from llumnix.policy.terms import Terms, Thresholds
 
 READY, DRAINING, STARTING = InstanceState.READY, InstanceState.DRAINING, InstanceState.STARTING
-DEFAULT = Thresholds()
+DEFAULT = Terms()
 
 
 def info(instance: str, **but: object) -> InstanceInfo:
@@ -38,9 +39,11 @@ def view(
     )
 
 
-def found(*loads: InstanceLoad, thresholds: Thresholds = DEFAULT) -> list[tuple[str, str]]:
+def found(
+    *loads: InstanceLoad, thresholds: Thresholds = DEFAULT.thresholds
+) -> list[tuple[str, str]]:
     seen = view((info(each.instance) for each in loads), loads)
-    return [tuple(pair) for pair in pairs(seen, thresholds)]
+    return [pair[:2] for pair in pairs(seen, Terms(thresholds))]
 
 
 def test_the_lowest_is_paired_with_the_highest() -> None:
@@ -88,7 +91,7 @@ def test_instances_of_unknown_load_are_left_out() -> None:
 def test_only_its_like_takes(but: dict[str, object]) -> None:
     loads = [load("a", 1), load("b", 9), load("c", 5)]
     seen = view([info("a"), info("b", **but), info("c")], loads)
-    assert pairs(seen, DEFAULT) == [("a", "c")]
+    assert pairs(seen, DEFAULT) == [Pair("a", "c")]
 
 
 def test_equal_roles_are_balanced() -> None:
@@ -96,7 +99,7 @@ def test_equal_roles_are_balanced() -> None:
         [info("a", role="decode"), info("b"), info("c", role="decode")],
         [load("a", 1), load("b", 9), load("c", 5)],
     )
-    assert pairs(seen, DEFAULT) == [("a", "c")]
+    assert pairs(seen, DEFAULT) == [Pair("a", "c")]
 
 
 @pytest.mark.parametrize(("state", "draining"), [(DRAINING, ""), (READY, "a-0"), (READY, "a")])
@@ -107,25 +110,25 @@ def test_an_instance_that_is_emptied_comes_first_and_takes_nothing(
     loads = [load("a-0", 50, running=1), load("b-0", 1), load("c-0", 9)]
     seen = view(infos, loads, draining)
     assert is_emptied(seen, infos[0])
-    assert pairs(seen, DEFAULT) == [("a-0", "c-0")], "b-0 waits for the next round"
+    assert pairs(seen, DEFAULT) == [Pair("a-0", "c-0")], "b-0 waits for the next round"
     assert pairs(view(infos, [InstanceLoad("a-0"), *loads[1:]], draining), DEFAULT) == [
-        ("b-0", "c-0")
+        Pair("b-0", "c-0")
     ], "nothing is left there"
 
 
 def test_where_there_is_little_room_an_emptied_instance_takes_it() -> None:
     infos = [info("a", state=DRAINING), info("b"), info("c"), info("d", state=DRAINING)]
     loads = [load("a", 9), load("b", 0), load("c", 2), load("d", 9)]
-    assert pairs(view(infos, loads), DEFAULT) == [("a", "c")], "b is full, so d waits"
+    assert pairs(view(infos, loads), DEFAULT) == [Pair("a", "c")], "b is full, so d waits"
     roomy = view([infos[0], infos[2], info("e")], [loads[0], loads[2], load("e", 9)])
-    made = pairs(roomy, DEFAULT, lambda p: p != ("a", "e"))
-    assert made == [("a", "c")], "c takes, so it doesn't give in the same round"
+    made = pairs(roomy, DEFAULT, lambda p: p != Pair("a", "e"))
+    assert made == [Pair("a", "c")], "c takes, so it doesn't give in the same round"
 
 
 def test_an_emptied_role_may_go_where_any_is_welcome() -> None:
     infos = [info("a", role="decode", state=DRAINING), info("b"), info("c", role="prefill")]
     loads = [load("a", 1), load("b", 5), load("c", 9)]
-    assert pairs(view(infos, loads), DEFAULT) == [("a", "b")]
+    assert pairs(view(infos, loads), DEFAULT) == [Pair("a", "b")]
 
 
 def test_what_is_starting_has_nothing_to_give() -> None:
@@ -137,8 +140,8 @@ def test_a_pair_that_is_not_allowed_leaves_its_source_to_the_next_best() -> None
     loads = [load("a", 1), load("b", 2), load("c", 8), load("d", 9)]
     seen = view(map(info, "abcd"), loads)
     forbidden = Pair("a", "d")
-    assert pairs(seen, DEFAULT, lambda p: p != forbidden) == [("a", "c"), ("b", "d")]
-    assert pairs(seen, DEFAULT, lambda p: p.source != "a") == [("b", "d")]
+    assert pairs(seen, DEFAULT, lambda p: p != forbidden) == [Pair("a", "c"), Pair("b", "d")]
+    assert pairs(seen, DEFAULT, lambda p: p.source != "a") == [Pair("b", "d")]
 
 
 def test_what_a_destination_has_left() -> None:
@@ -187,7 +190,7 @@ class Cluster:
 
     def move(self, pair: Pair, rule: str, thresholds: Thresholds) -> Candidate | None:
         """Do what a pair asks for, as the source would."""
-        space = room(self.view, pair, thresholds)
+        space = room(self.view, pair, Terms(thresholds))
         assert space is not None
         chosen = choose(self.held[pair.source], rule, space)
         if chosen is not None:
@@ -233,8 +236,8 @@ def test_an_instance_is_used_once_and_on_its_side(
     seen = cluster.view
     every = [Pair(a.id, b.id) for a in cluster.infos for b in cluster.infos]
     forbidden = set(data.draw(st.lists(st.sampled_from(every))))
-    made = pairs(seen, thresholds, lambda pair: pair not in forbidden)
-    used = [instance for pair in made for instance in pair]
+    made = pairs(seen, Terms(thresholds), lambda pair: pair not in forbidden)
+    used = [instance for pair in made for instance in pair[:2]]
     assert len(used) == len(set(used))
     assert forbidden.isdisjoint(made)
     for pair in made:
@@ -253,11 +256,11 @@ def test_an_instance_is_used_once_and_on_its_side(
 def test_a_move_is_never_followed_by_its_reverse(
     cluster: Cluster, thresholds: Thresholds, rule: str
 ) -> None:
-    for pair in pairs(cluster.view, thresholds):
+    for pair in pairs(cluster.view, Terms(thresholds)):
         balances = cluster.view.instances[pair.source].state is READY
         if cluster.move(pair, rule, thresholds) is None:
             continue
-        after = pairs(cluster.view, thresholds)
+        after = pairs(cluster.view, Terms(thresholds))
         assert Pair(pair.destination, pair.source) not in after
         if balances:
             assert pair.destination not in {p.source for p in after}, "it does not give in turn"
@@ -267,10 +270,10 @@ def test_a_move_that_would_only_turn_the_sides_round_is_not_made() -> None:
     large = [Candidate(f"a{n}", 0, 16 * k, k, True, n, generated=1) for n, k in enumerate((40, 59))]
     small = [Candidate(f"b{n}", 0, 96, 6, True, n, generated=1) for n in range(10)]
     cluster = Cluster([info("a"), info("b")], {"a": large, "b": small})
-    assert pairs(cluster.view, DEFAULT) == [("a", "b")]
-    assert cluster.move(Pair("a", "b"), "SR", DEFAULT) is None
+    assert pairs(cluster.view, DEFAULT) == [Pair("a", "b")]
+    assert cluster.move(Pair("a", "b"), "SR", DEFAULT.thresholds) is None
     cluster.held["b"].append(cluster.held["a"].pop(0))
-    assert pairs(cluster.view, DEFAULT) == [("b", "a")], "as would come of it"
+    assert pairs(cluster.view, DEFAULT) == [Pair("b", "a")], "as would come of it"
 
 
 @given(clusters(), THRESHOLDS, st.sampled_from(list(RULES)))
@@ -280,7 +283,7 @@ def test_balancing_comes_to_an_end(cluster: Cluster, thresholds: Thresholds, rul
     moved: set[str] = set()
     while chosen := [
         c
-        for pair in pairs(cluster.view, thresholds)
+        for pair in pairs(cluster.view, Terms(thresholds))
         if (c := cluster.move(pair, rule, thresholds)) is not None
     ]:
         assert moved.isdisjoint(c.request for c in chosen)
@@ -295,7 +298,7 @@ def test_an_instance_is_emptied_in_a_few_rounds() -> None:
     while made := pairs(cluster.view, DEFAULT):
         rounds += 1
         for pair in made:
-            assert cluster.move(pair, DRAIN_RULE, DEFAULT)
+            assert cluster.move(pair, DRAIN_RULE, DEFAULT.thresholds)
     assert rounds == 8
     assert cluster.held["a"] == []
     assert min(len(cluster.held["b"]), len(cluster.held["c"])) >= 3

@@ -26,9 +26,9 @@ from vllm.v1.executor.abstract import Executor
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from llumnix.engine.sim.profile import PROFILES
 from llumnix.engine.sim.stream import stream_seed, token_at
 from llumnix.engine.vllm.transfer import Ended, Job
+from llumnix.latency import PROFILES
 
 PROFILE_VARIABLE = "LLUMNIX_SIM_PROFILE"
 _DEFAULT_KV_BYTES = 4 << 30

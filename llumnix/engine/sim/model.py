@@ -15,9 +15,9 @@ from bisect import insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from llumnix.engine.sim.profile import PROFILES, LatencyProfile
 from llumnix.engine.sim.request import FinishReason, Output, SimRequest, StepResult
 from llumnix.engine.sim.stream import stream_seed, token_at
+from llumnix.latency import PROFILES, LatencyProfile
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""How long a step of a modelled engine takes.
+"""How long a step of an engine takes: what a modelled engine obeys, and a policy reckons with.
 
 The forms are those of the paper's simulator as fitted in its evaluation (Llumnix, OSDI'24, Fig. 10
 and Fig. 4): prefill of n tokens a + b n + c n^2, a decode step of B requests with T tokens of

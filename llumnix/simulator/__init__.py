@@ -1,0 +1,1 @@
+"""Virtual time over the modelled engine and the production policies."""
