@@ -299,6 +299,21 @@ def test_a_cache_smaller_than_the_longest_request_is_refused() -> None:
         replace(TINY, total_blocks=10, max_model_len=41)
 
 
+def test_held_blocks_can_be_given_back_however_full_it_is() -> None:
+    client = Client(replace(TINY, max_num_batched_tokens=100))
+    client.engine.hold(3)
+    with pytest.raises(ValueError, match="are free"):
+        client.engine.hold(10)
+    for number in range(4):
+        client.engine.add(SimRequest(f"r{number}", [number + 3] * 8, max_tokens=20))
+    client.step()
+    assert client.engine.free_blocks < client.engine.running
+    client.engine.hold(0)
+    client.engine.hold(-3)
+    client.engine.check()
+    assert client.engine.held_blocks == 0
+
+
 def test_an_idle_step_does_nothing() -> None:
     assert ModelledEngine(TINY).step() == StepResult(0.0, [], [])
 

@@ -129,7 +129,7 @@ class ModelledEngine:
         Raises:
             ValueError: there are fewer.
         """
-        if blocks > self.free_blocks - len(self._running):
+        if blocks > 0 and blocks > self.free_blocks - len(self._running):
             raise ValueError(f"{blocks} KV blocks are needed and {self.free_blocks} are free")
         self.free_blocks -= blocks
         self.held_blocks += blocks
