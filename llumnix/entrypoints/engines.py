@@ -8,8 +8,8 @@ from vllm.config import VllmConfig
 from llumnix.cluster import InstanceId
 from llumnix.config import Config, ConfigError
 from llumnix.engine.base import Engine
+from llumnix.engine.sim.config import ModelConfig
 from llumnix.engine.sim.instance import SimEngine
-from llumnix.engine.sim.model import ModelConfig
 from llumnix.engine.vllm.blocks import Rendezvous
 from llumnix.engine.vllm.instance import Patience, VllmEngine
 from llumnix.engine.vllm.placement import place

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import pytest
 
-from llumnix.engine.sim.model import ModelConfig, ModelledEngine
+from llumnix.engine.sim.config import ModelConfig
+from llumnix.engine.sim.model import ModelledEngine
 from llumnix.engine.sim.request import SimRequest
 
 Policy = Literal["fcfs", "priority"]

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llumnix.engine.sim.model import ModelConfig, ModelledEngine
+from llumnix.engine.sim.config import ModelConfig
+from llumnix.engine.sim.model import ModelledEngine
 from llumnix.engine.sim.request import FinishReason, SimRequest, StepResult
 from llumnix.engine.sim.stream import stream_seed, token_at
 from llumnix.latency import PROFILES, LatencyProfile
@@ -312,6 +313,42 @@ def test_held_blocks_can_be_given_back_however_full_it_is() -> None:
     client.engine.hold(-3)
     client.engine.check()
     assert client.engine.held_blocks == 0
+
+
+PROFILE = LatencyProfile(prefill_fixed=5.0, prefill_token=1.0, decode_fixed=10.0)
+OLDER = replace(ROOMY, prefill_first=True, max_num_batched_tokens=200, profile=PROFILE)
+
+
+def test_by_the_older_rule_prompts_go_first_and_whole_while_the_rest_stands_still() -> None:
+    client = Client(OLDER)
+    client.engine.add(SimRequest("a", [3] * 40, max_tokens=9))
+    assert client.step().seconds == 5 + 40
+    client.engine.add(SimRequest("b", [4] * 150, max_tokens=9))
+    client.engine.add(SimRequest("c", [5] * 60, max_tokens=9))  # 210 tokens are too many at once
+    assert client.step().seconds == 5 + 150
+    assert client.step().seconds == 5 + 60
+    assert {name: len(tokens) for name, tokens in client.streams.items()} == dict(a=1, b=1, c=1)
+    assert client.step().seconds == 10
+    assert {name: len(tokens) for name, tokens in client.streams.items()} == dict(a=2, b=2, c=2)
+
+
+def test_by_the_older_rule_what_came_with_its_cache_joins_without_a_prefill() -> None:
+    client = Client(OLDER)
+    client.engine.add(SimRequest("a", [3] * 40, max_tokens=9, generated=3, cached=43, front=True))
+    assert client.step().seconds == 10
+    assert len(client.streams["a"]) == 1
+
+
+def test_an_admission_leaves_the_watermark_free_if_anything_runs() -> None:
+    client = Client(replace(ROOMY, total_blocks=60, watermark=0.2))
+    client.engine.add(SimRequest("large", [3] * 195, max_tokens=4))  # 49 of 60 blocks, 12 above
+    client.step()
+    client.engine.add(SimRequest("small", [3] * 8, max_tokens=9))
+    client.step()
+    assert client.engine.waiting == 1
+    while client.engine.has_work:
+        client.step()
+    assert "small" in client.ended
 
 
 def test_an_idle_step_does_nothing() -> None:

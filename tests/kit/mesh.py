@@ -19,8 +19,8 @@ from llumnix.engine.exchange import Exchange
 from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.peer import PATH, Peers
 from llumnix.engine.placer import NoInstance, Route
+from llumnix.engine.sim.config import ModelConfig
 from llumnix.engine.sim.instance import Clock, SimEngine
-from llumnix.engine.sim.model import ModelConfig
 from tests.kit.loop import soon
 from tests.kit.requests import core_request
 

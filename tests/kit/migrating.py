@@ -17,8 +17,8 @@ from llumnix.engine.base import EngineError
 from llumnix.engine.departure import Limits
 from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.placer import NoInstance, Route
+from llumnix.engine.sim.config import ModelConfig
 from llumnix.engine.sim.instance import SimEngine
-from llumnix.engine.sim.model import ModelConfig
 from llumnix.entrypoints.migrations import Migrations, Rules
 from llumnix.policy.terms import Terms
 from tests.kit.loop import soon

@@ -6,8 +6,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from llumnix.control.keys import Keys
+from llumnix.engine.sim.config import ModelConfig
 from llumnix.engine.sim.instance import SimEngine
-from llumnix.engine.sim.model import ModelConfig
 from tests.kit.invariants import check_invariants
 from tests.kit.loop import soon
 from tests.kit.mesh import SMALL, MeshNode, Stream

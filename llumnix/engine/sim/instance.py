@@ -15,7 +15,8 @@ from vllm.v1.metrics.stats import SchedulerStats
 from llumnix.cluster import InstanceId
 from llumnix.engine.base import EngineDead, EngineError, EngineEvents, EngineFacts
 from llumnix.engine.sim.blocks import SimBlocks
-from llumnix.engine.sim.model import ModelConfig, ModelledEngine
+from llumnix.engine.sim.config import ModelConfig
+from llumnix.engine.sim.model import ModelledEngine
 from llumnix.engine.sim.request import SimRequest
 
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}

@@ -11,60 +11,15 @@ frontend's. There is no I/O and no waiting: a step returns the seconds it would 
 same engine runs in real time (the caller sleeps) and in virtual time (the caller's clock advances).
 """
 
-from bisect import insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
+from llumnix.engine.sim.batch import Batch
+from llumnix.engine.sim.config import ModelConfig
+from llumnix.engine.sim.queue import Sequence
 from llumnix.engine.sim.request import FinishReason, Output, SimRequest, StepResult
 from llumnix.engine.sim.stream import stream_seed, token_at
-from llumnix.latency import PROFILES, LatencyProfile
-
-
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """The engine's size and rules; the names are vLLM's.
-
-    Raises:
-        ValueError: a request of `max_model_len` tokens would not fit into the KV cache alone, which
-            vLLM refuses to start with too, or a limit is less than 1.
-    """
-
-    total_blocks: int
-    block_size: int = 16  # tokens in a KV block
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048  # a step
-    max_model_len: int = 2048  # prompt and outputs, tokens
-    vocab_size: int = 32_000
-    eos: int = 2
-    priority: bool = False  # order by priority, then arrival; else by arrival
-    profile: LatencyProfile = PROFILES["instant"]
-
-    def __post_init__(self) -> None:
-        smallest = min(self.block_size, self.max_num_seqs, self.max_num_batched_tokens)
-        if smallest < 1 or self.vocab_size < 2:
-            raise ValueError(f"a limit is too small: {self}")
-        if self.total_blocks * self.block_size < self.max_model_len:
-            raise ValueError(
-                f"{self.total_blocks} blocks of {self.block_size} tokens cannot hold "
-                f"one request of {self.max_model_len} tokens"
-            )
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    request: SimRequest
-    seed: int
-    order: tuple[int, int]  # place in the queue, and reversed, the order of preemption
-    tokens: int  # prompt and outputs so far
-    demand: int  # blocks for all of `tokens`, while it waits
-    cached: int
-    computed: int = 0  # tokens whose KV is in place
-    blocks: int = 0
-    scheduled: int = 0  # tokens in this step
-
-
-def _order(sequence: _Sequence) -> tuple[int, int]:
-    return sequence.order
 
 
 @dataclass(slots=True, eq=False)
@@ -72,38 +27,57 @@ class ModelledEngine:
     """Requests in, tokens out, one `step` at a time; see the module for what is modelled."""
 
     config: ModelConfig
-    preemptions: int = field(default=0, init=False)  # since the engine was made
-    waiting_blocks: int = field(default=0, init=False)  # asked for by the whole queue
-    free_blocks: int = field(init=False)
-    held_blocks: int = field(default=0, init=False)  # for requests that are to come
-    _running: list[_Sequence] = field(default_factory=list, init=False)
-    _waiting: list[_Sequence] = field(default_factory=list, init=False)  # by order
-    _known: dict[str, _Sequence] = field(default_factory=dict, init=False)
-    _first: int = field(default=0, init=False)  # places taken at the front of the queue, negative
-    _last: int = field(default=0, init=False)  # places taken at the end
+    _batch: Batch = field(init=False)
+    _known: dict[str, Sequence] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self.free_blocks = self.config.total_blocks
+        self._batch = Batch(self.config)
 
     @property
     def running(self) -> int:
         """Requests in the batch."""
-        return len(self._running)
+        return len(self._batch.running)
 
     @property
     def waiting(self) -> int:
         """Requests in the queue, preempted ones included."""
-        return len(self._waiting)
+        return len(self._batch.queue)
+
+    @property
+    def preempted(self) -> int:
+        """Requests in the queue that have run before."""
+        return sum(sequence.preempted for sequence in self._batch.queue)
+
+    @property
+    def preemptions(self) -> int:
+        """How often a request was preempted since the engine was made."""
+        return self._batch.preemptions
+
+    @property
+    def free_blocks(self) -> int:
+        """KV blocks that nobody holds."""
+        return self._batch.free
 
     @property
     def used_blocks(self) -> int:
-        """KV blocks held by running requests."""
-        return self.config.total_blocks - self.free_blocks
+        """KV blocks that are held: by running requests, and for those that are to come."""
+        return self.config.total_blocks - self._batch.free
+
+    @property
+    def held_blocks(self) -> int:
+        """KV blocks that are held for requests that are to come."""
+        return self._batch.held
+
+    @property
+    def waiting_blocks(self) -> int:
+        """KV blocks that the whole queue asks for."""
+        return self._batch.queue.blocks
 
     @property
     def head_blocks(self) -> int:
         """KV blocks that the head of the queue asks for; 0 for an empty queue."""
-        return self._waiting[0].demand if self._waiting else 0
+        head = self._batch.queue.head
+        return head.demand if head else 0
 
     @property
     def has_work(self) -> bool:
@@ -112,14 +86,23 @@ class ModelledEngine:
 
     def held(self) -> dict[str, int]:
         """The running requests in the order they were admitted, and the blocks each holds."""
-        return {sequence.request.id: sequence.blocks for sequence in self._running}
+        return {sequence.request.id: sequence.blocks for sequence in self._batch.running}
+
+    def queued(self) -> list[str]:
+        """The waiting requests in the order in which they are to be admitted."""
+        return [sequence.request.id for sequence in self._batch.queue]
 
     def computed(self, request_id: str) -> int | None:
         """The tokens of a request whose KV is in place; None if it is not here."""
         sequence = self._known.get(request_id)
         return sequence.computed if sequence else None
 
-    def prompt(self, request_id: str) -> Sequence[int]:
+    def tokens(self, request_id: str) -> int | None:
+        """The tokens of a request, prompt and outputs; None if it is not here."""
+        sequence = self._known.get(request_id)
+        return sequence.tokens if sequence else None
+
+    def prompt(self, request_id: str) -> Tokens[int]:
         """The prompt of a request that is here."""
         return self._known[request_id].request.prompt
 
@@ -129,10 +112,11 @@ class ModelledEngine:
         Raises:
             ValueError: there are fewer.
         """
-        if blocks > 0 and blocks > self.free_blocks - len(self._running):
-            raise ValueError(f"{blocks} KV blocks are needed and {self.free_blocks} are free")
-        self.free_blocks -= blocks
-        self.held_blocks += blocks
+        batch = self._batch
+        if blocks > 0 and blocks > batch.free - len(batch.running):
+            raise ValueError(f"{blocks} KV blocks are needed and {batch.free} are free")
+        batch.free -= blocks
+        batch.held += blocks
 
     def add(self, request: SimRequest) -> None:
         """Queue a request.
@@ -150,16 +134,16 @@ class ModelledEngine:
                 f"request {request.id} has {tokens} tokens and so no room for another "
                 f"in {self.config.max_model_len}"
             )
-        sequence = _Sequence(
+        sequence = Sequence(
             request=request,
-            seed=stream_seed(request.prompt),
-            order=self._place(request, request.front),
+            seed=0 if self.config.silent else stream_seed(request.prompt),
+            order=self._batch.queue.place(request, request.front),
             tokens=tokens,
             demand=0,
             cached=request.cached,
         )
         self._known[request.id] = sequence
-        self._enqueue(sequence)
+        self._batch.queue.add(sequence)
 
     def abort(self, ids: Iterable[str]) -> list[str]:
         """Drop requests wherever they are; return those that were here."""
@@ -170,136 +154,31 @@ class ModelledEngine:
                 continue
             removed.append(request_id)
             if sequence.demand:
-                self._waiting.remove(sequence)
-                self.waiting_blocks -= sequence.demand
+                self._batch.queue.remove(sequence)
             else:
-                self._running.remove(sequence)
-                self._release(sequence)
+                self._batch.running.remove(sequence)
+                self._batch.release(sequence)
         return removed
 
     def step(self) -> StepResult:
         """Schedule, compute and sample once; does nothing when there is no work."""
-        preempted: list[str] = []
-        budget = self._schedule_running(preempted)
-        if not preempted:
-            self._schedule_waiting(budget)
-        seconds = self._seconds()
-        return StepResult(seconds, self._compute(), preempted)
+        work = self._batch.schedule()
+        seconds = self.config.profile.step_seconds(
+            work.prefill, work.batch, work.context, work.squares
+        )
+        return StepResult(seconds, self._compute(), work.preempted)
 
     def check(self) -> None:
-        """Verify the books.
-
-        Raises:
-            AssertionError: they do not balance; the message says where.
-        """
-        held = 0
-        for sequence in self._running:
-            needed = -(-sequence.computed // self.config.block_size)
-            assert sequence.blocks == needed, f"{sequence} should hold {needed} blocks"
-            assert sequence.demand == 0 and sequence.scheduled == 0, f"{sequence} is not settled"
-            assert sequence.computed < sequence.tokens, f"{sequence} is ahead of its tokens"
-            held += sequence.blocks
-        held += self.held_blocks
-        assert self.free_blocks >= 0 and self.free_blocks + held == self.config.total_blocks, (
-            f"{self.free_blocks} free and {held} held of {self.config.total_blocks} blocks"
-        )
-        for sequence in self._waiting:
-            assert sequence.blocks == sequence.computed == 0, f"{sequence} waits and holds KV"
-        assert self.waiting_blocks == sum(s.demand for s in self._waiting), "demand is miscounted"
-        assert self._waiting == sorted(self._waiting, key=_order), "the queue is out of order"
-        everyone = [s.request.id for s in self._running + self._waiting]
+        """Verify the books. Raises AssertionError, with a message that says where they fail."""
+        self._batch.check()
+        everyone = [s.request.id for s in (*self._batch.running, *self._batch.queue)]
         assert sorted(everyone) == sorted(self._known), "a request is lost or in two places"
-        assert len(self._running) <= self.config.max_num_seqs, "the batch is too large"
-
-    def _place(self, request: SimRequest, front: bool) -> tuple[int, int]:
-        if front and not self.config.priority:
-            self._first -= 1
-            return (0, self._first)
-        self._last += 1
-        return (request.priority if self.config.priority else 0, self._last)
-
-    def _enqueue(self, sequence: _Sequence) -> None:
-        sequence.demand = -(-sequence.tokens // self.config.block_size)
-        self.waiting_blocks += sequence.demand
-        insort(self._waiting, sequence, key=_order)
-
-    def _release(self, sequence: _Sequence) -> None:
-        self.free_blocks += sequence.blocks
-        sequence.blocks = sequence.computed = sequence.scheduled = 0
-
-    def _schedule_running(self, preempted: list[str]) -> int:
-        """Give each running request its tokens and blocks; return what is left of the budget."""
-        running, block_size = self._running, self.config.block_size
-        budget = self.config.max_num_batched_tokens
-        index = 0
-        while index < len(running) and budget > 0:
-            sequence = running[index]
-            new = min(sequence.tokens - sequence.computed, budget)
-            needed = -(-(sequence.computed + new) // block_size) - sequence.blocks
-            if needed > self.free_blocks:
-                victim = self._victim()
-                budget += victim.scheduled
-                if running.index(victim) < index:
-                    index -= 1
-                preempted.append(victim.request.id)
-                self._preempt(victim)
-                if victim is sequence:
-                    break
-                continue  # the same request tries again
-            if needed:
-                self.free_blocks -= needed
-                sequence.blocks += needed
-            sequence.scheduled = new
-            budget -= new
-            index += 1
-        return budget
-
-    def _victim(self) -> _Sequence:
-        return max(self._running, key=_order) if self.config.priority else self._running[-1]
-
-    def _preempt(self, victim: _Sequence) -> None:
-        self.preemptions += 1
-        self._running.remove(victim)
-        self._release(victim)
-        victim.cached = 0
-        if not self.config.priority:
-            victim.order = self._place(victim.request, front=True)
-        self._enqueue(victim)
-
-    def _schedule_waiting(self, budget: int) -> None:
-        waiting, block_size = self._waiting, self.config.block_size
-        while budget > 0 and waiting and len(self._running) < self.config.max_num_seqs:
-            sequence = waiting[0]
-            if sequence.demand > self.free_blocks:
-                return  # first come, first served: nobody overtakes the head of the queue
-            del waiting[0]
-            self.waiting_blocks -= sequence.demand
-            sequence.demand = 0
-            # The last token is always computed, for it is what the next one is sampled from.
-            reused = min(sequence.cached, sequence.tokens - 1) // block_size * block_size
-            sequence.computed = reused
-            sequence.scheduled = min(sequence.tokens - reused, budget)
-            sequence.blocks = -(-(reused + sequence.scheduled) // block_size)
-            self.free_blocks -= sequence.blocks
-            budget -= sequence.scheduled
-            self._running.append(sequence)
-
-    def _seconds(self) -> float:
-        prefill = squares = batch = context = 0
-        for sequence in self._running:
-            new, computed = sequence.scheduled, sequence.computed
-            if new == 1:
-                batch += 1
-                context += computed + 1
-            elif new:
-                prefill += new
-                squares += (2 * computed + new) * new
-        return self.config.profile.step_seconds(prefill, batch, context, squares)
 
     def _compute(self) -> list[Output]:
         outputs = []
         ended = False
-        for sequence in self._running:
+        batch = self._batch
+        for sequence in batch.running:
             if not sequence.scheduled:
                 continue
             sequence.computed += sequence.scheduled
@@ -310,18 +189,20 @@ class ModelledEngine:
                 if finish:
                     ended = True
                     del self._known[sequence.request.id]
-                    self._release(sequence)
+                    batch.release(sequence)
         if ended:
-            self._running = [s for s in self._running if s.blocks]
+            batch.running = [s for s in batch.running if s.blocks]
         return outputs
 
-    def _sample(self, sequence: _Sequence) -> tuple[int, FinishReason | None]:
+    def _sample(self, sequence: Sequence) -> tuple[int, FinishReason | None]:
         request, config = sequence.request, self.config
         position = sequence.tokens - len(request.prompt)
         sequence.tokens += 1
         if position + 1 == request.ends_at:
             return config.eos, FinishReason.STOP
-        token = token_at(sequence.seed, position, config.vocab_size, (config.eos,))
+        token = 0
+        if not config.silent:
+            token = token_at(sequence.seed, position, config.vocab_size, (config.eos,))
         if token in request.stop_token_ids:
             return token, FinishReason.STOP
         if position + 1 >= request.max_tokens or sequence.tokens >= config.max_model_len:
