@@ -80,15 +80,16 @@ def pairs(
 def room(view: ClusterView, pair: Pair, terms: Terms = TERMS) -> Room | None:
     """What the destination of a pair can take now; None when one of both, or its load, is gone.
 
-    Its floor is what keeps requests from going to and fro: after the move the destination is not a
-    source itself, nor less free than the source was. For one that is being emptied there is none.
+    Its floor is what keeps requests from going to and fro: after the move the destination is freer
+    than the source was before it, by the gain that is wanted. So the lower of the two freenesses
+    rises with every move, and there is no way back. For one that is being emptied there is none.
     """
     source, destination = view.instances.get(pair.source), view.instances.get(pair.destination)
     given, load = view.loads.get(pair.source), view.loads.get(pair.destination)
     if source is None or destination is None or given is None or load is None:
         return None
     classes = terms.classes
-    floor = max(freeness(source, given, classes), terms.thresholds.out_below)
+    floor = freeness(source, given, classes) + terms.thresholds.min_gain
     return Room(
         blocks=destination.total_blocks - virtual_usage(destination, load, classes),
         batch=load.running + (1 if load.waiting else 0),

@@ -28,10 +28,8 @@ class Room(NamedTuple):
     """What the destination has left, in the terms of freeness F = (M - sum of V) / B (policy/load).
 
     The load after the move is what counts (the paper's artifact does not look at it): a request
-    fits only if it leaves the destination with an F of `floor` or more. With the source's F before
-    the move as the floor, nobody is worse off afterwards than the worse of the two was; with the
-    threshold of giving as the floor, the destination does not give away in the next round what it
-    took in this one.
+    fits only if it leaves the destination with an F above `floor`. With more than the source's
+    F before the move as the floor, the worse off of the two is better off afterwards.
     """
 
     blocks: int  # M - sum of V
@@ -41,7 +39,7 @@ class Room(NamedTuple):
     def takes(self, candidate: Candidate) -> bool:
         """Whether the destination can hold the request, and is left with enough freeness."""
         left = self.blocks - candidate.blocks
-        return left >= 0 and left / (self.batch + 1) >= self.floor
+        return left >= 0 and left / (self.batch + 1) > self.floor
 
 
 Rule = Callable[[Sequence[Candidate]], Candidate | None]

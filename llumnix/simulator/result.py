@@ -24,7 +24,7 @@ class Story:
 
     job: Job
     instance: InstanceId = ""  # to which it was dispatched
-    times: array[float] = field(default_factory=lambda: array("d"))  # of each output token
+    times: "array[float]" = field(default_factory=lambda: array("d"))  # of each output token
     preemptions: int = 0
     preemption_loss: float = 0.0  # seconds from being preempted to the next token, less one step
     hops: list[Hop] = field(default_factory=list)

@@ -78,9 +78,10 @@ def test_what_does_not_fit_leaves_the_next_to_the_rule() -> None:
 
 def test_the_destination_must_be_left_with_enough() -> None:
     asks = candidate("r", 0, 160)  # ten blocks
-    assert Room(40, 1, floor=15.0).takes(asks)  # (40 - 10) / 2
-    assert not Room(39, 1, floor=15.0).takes(asks)
-    assert not Room(40, 2, floor=15.0).takes(asks)
+    assert Room(40, 1, floor=14.9).takes(asks)  # (40 - 10) / 2
+    assert not Room(40, 1, floor=15.0).takes(asks)
+    assert not Room(39, 1, floor=14.9).takes(asks)
+    assert not Room(40, 2, floor=14.9).takes(asks)
     assert Room(10, 50).takes(asks), "without a floor it need only fit"
     assert not Room(9, 0).takes(asks)
     assert not Room(-5, 3, floor=-100.0).takes(asks), "an overloaded destination takes nothing"

@@ -166,7 +166,8 @@ class ModelledEngine:
         seconds = self.config.profile.step_seconds(
             work.prefill, work.batch, work.context, work.squares
         )
-        return StepResult(seconds, self._compute(), work.preempted)
+        computed = work.prefill + work.batch
+        return StepResult(seconds, self._compute(), work.preempted, computed)
 
     def check(self) -> None:
         """Verify the books. Raises AssertionError, with a message that says where they fail."""

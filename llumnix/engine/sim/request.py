@@ -47,3 +47,4 @@ class StepResult(NamedTuple):
     seconds: float
     outputs: list[Output]
     preempted: list[str]
+    computed: int = 0  # tokens; with none, the step changed nothing

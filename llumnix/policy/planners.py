@@ -1,0 +1,12 @@
+"""The rules of rescheduling by name; a rule is one function (`rebalance.Planner`) and one line."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from llumnix.policy.rebalance import Planner, pairs
+
+PLANNERS: Mapping[str, Planner] = MappingProxyType(
+    {
+        "llumnix": pairs,
+    }
+)

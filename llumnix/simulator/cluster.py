@@ -1,0 +1,91 @@
+"""What is simulated: the instances, their engines, and the policies over them."""
+
+from dataclasses import dataclass, field
+from math import inf
+
+from llumnix.engine.sim.config import ModelConfig
+from llumnix.latency import PROFILES
+from llumnix.policy.classes import Classes, PriorityClass
+from llumnix.policy.dispatch import POLICIES
+from llumnix.policy.select import RULES
+from llumnix.policy.terms import Terms, Thresholds
+from llumnix.simulator.cost import COSTS
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One instance; the defaults are LLaMA-7B on an A10 as the paper ran it (Llumnix, OSDI'24)."""
+
+    profile: str = "llama-7b-a10"  # step times, a key of latency.PROFILES
+    total_blocks: int = 792  # the artifact: with so many tokens batched, 12,672 tokens are left
+    block_size: int = 16  # tokens in a KV block
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 12_800  # a step
+    max_model_len: int = 12_300  # prompt and outputs, tokens
+    priority: bool = False  # the queue is ordered by priority, then arrival
+    prefill_first: bool = True  # vLLM 0.1's rule; else chunked prefill, as vLLM has it today
+    watermark: float = 0.01  # share of the KV blocks that an admission leaves free
+
+    def model(self) -> ModelConfig:
+        """The modelled engine's own configuration. Raises ValueError with one sentence."""
+        if self.profile not in PROFILES:
+            raise ValueError(f"no profile {self.profile!r}; there are {', '.join(PROFILES)}")
+        return ModelConfig(
+            total_blocks=self.total_blocks,
+            block_size=self.block_size,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            priority=self.priority,
+            prefill_first=self.prefill_first,
+            watermark=self.watermark,
+            silent=True,
+            profile=PROFILES[self.profile],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyConfig:
+    """Who decides, and how often."""
+
+    dispatch: str = "load"  # a key of policy.dispatch.POLICIES
+    top_k: int = 1
+    dispatchers: int = 1  # API servers that dispatch in turn, each knowing its own requests only
+    rescheduling: str = "none"  # none, or a key of policy.planners.PLANNERS
+    request: str = "low"  # which request leaves, a key of policy.select.RULES
+    interval: float = 0.2  # seconds between two rounds of rescheduling
+    report_interval: float = 0.2  # seconds between two reports of load
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    classes: tuple[PriorityClass, ...] = ()
+
+    def __post_init__(self) -> None:
+        for value, known in ((self.dispatch, POLICIES), (self.request, RULES)):
+            if value not in known:
+                raise ValueError(f"there is no {value!r} among {', '.join(known)}")
+        if not (self.interval > 0 and self.report_interval > 0 and self.dispatchers > 0):
+            raise ValueError("intervals and the number of dispatchers are more than 0")
+
+    def terms(self, profile: str) -> Terms:
+        """The operator's side of all decisions."""
+        classes = Classes({c.priority: c for c in self.classes})
+        return Terms(self.thresholds, classes, PROFILES[profile])
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """Everything about the cluster; what comes in is the workload's."""
+
+    instances: int = 16
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    migration: str = "llama-7b-a10"  # what a move costs, a key of cost.COSTS
+    start_seconds: float = 0.0  # that a new instance takes until it is ready
+    sample_interval: float = 1.0  # seconds
+    longest: float = inf  # seconds of virtual time after which the run is cut off
+
+    def __post_init__(self) -> None:
+        if self.instances < 1:
+            raise ValueError("a cluster has at least one instance")
+        if self.migration not in COSTS:
+            raise ValueError(f"no migration cost {self.migration!r}: {', '.join(COSTS)}")
+        self.engine.model()

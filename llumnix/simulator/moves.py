@@ -1,0 +1,151 @@
+"""Live migrations on the virtual clock: copied while the request decodes, then handed over."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from llumnix.cluster import ClusterView, InstanceId
+from llumnix.policy.rebalance import Pair, room
+from llumnix.policy.select import DRAIN_RULE, choose
+from llumnix.policy.terms import Terms
+from llumnix.simulator.clock import Clock
+from llumnix.simulator.cost import MigrationCost
+from llumnix.simulator.instance import SimInstance
+from llumnix.simulator.result import Hop, Story
+
+
+@dataclass(slots=True, eq=False)
+class _Move:
+    pair: Pair
+    name: str
+    source: SimInstance
+    destination: SimInstance
+    held: int = 0  # blocks at the destination
+
+
+class SimMoves:
+    """Carries out what the rescheduler orders; the source chooses, as in a live cluster."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        cost: MigrationCost,
+        terms: Terms,
+        rule: str,
+        finished: Callable[[Pair, bool], object],
+    ) -> None:
+        self._clock = clock
+        self._cost = cost
+        self._terms = terms
+        self._rule = rule
+        self._finished = finished
+        self._leaving: set[str] = set()
+        self.failed: Counter[str] = Counter()  # why, and how often
+        self.under_way = 0
+
+    def begin(
+        self,
+        view: ClusterView,
+        instances: dict[InstanceId, SimInstance],
+        pair: Pair,
+        drains: bool,
+    ) -> None:
+        """Have the source of a pair choose a request, and move it."""
+        source, destination = instances.get(pair.source), instances.get(pair.destination)
+        free = room(view, pair, self._terms)
+        if source is None or destination is None or free is None:
+            self._fail(pair, "an instance is gone")
+            return
+        rule = DRAIN_RULE if drains else pair.rule or self._rule
+        chosen = choose(source.candidates(self._leaving), rule, free)
+        if chosen is None:
+            self._fail(pair, "no request would fit")
+            return
+        move = _Move(pair, chosen.request, source, destination)
+        self._leaving.add(move.name)
+        self.under_way += 1
+        for instance in (source, destination):
+            instance.moves += 1
+            instance.slowdown = self._cost.slowdown
+        self._copy(move)
+
+    def _copy(self, move: _Move) -> None:
+        if not move.source.runs(move.name):  # it waits, and has nothing to be copied
+            self._clock.after(self._cost.message, self._leave, move)
+        elif self._hold(move):
+            tokens = self._tokens(move)
+            self._clock.after(self._cost.copy(tokens), self._at_boundary, move)
+        else:
+            self._end(move, "the destination is full")
+
+    def _at_boundary(self, move: _Move) -> None:
+        move.source.at_boundary(partial(self._leave, move))
+
+    def _leave(self, move: _Move) -> None:
+        """Hand over, unless the request has ended or was preempted meanwhile."""
+        if move.name not in move.source.stories:
+            self._end(move, "the request has ended")
+        elif move.source.runs(move.name):
+            if not move.held:  # it waited when it was chosen, and has begun since
+                self._copy(move)
+            elif self._hold(move):
+                tokens = self._tokens(move)
+                story = move.source.remove(move.name)
+                self._clock.after(self._cost.downtime(tokens), self._arrive, move, story, tokens)
+            else:
+                self._end(move, "the destination is full")
+        elif move.held:
+            self._end(move, "the request was preempted")
+        else:
+            move.source.at_boundary(partial(self._hand_over_waiting, move))
+
+    def _hand_over_waiting(self, move: _Move) -> None:
+        if move.name not in move.source.stories or move.source.runs(move.name):
+            self._leave(move)
+        else:
+            self._arrive(move, move.source.remove(move.name), 0)
+
+    def _arrive(self, move: _Move, story: Story, tokens: int) -> None:
+        now, blocks = self._clock.now, move.held
+        self._give_back(move)
+        downtime = self._cost.downtime(tokens) if tokens else 0.0
+        story.hops.append(Hop(now, move.source.id, move.destination.id, downtime, blocks))
+        move.destination.add(story, tokens)
+        self._end(move, "")
+
+    def _tokens(self, move: _Move) -> int:
+        story = move.source.stories[move.name]
+        return story.job.prompt + len(story.times)
+
+    def _hold(self, move: _Move) -> bool:
+        """Reserve what the request has by now at the destination; False if that is too full."""
+        size = move.destination.engine.config.block_size
+        further = -(-(self._tokens(move) + 1) // size) - move.held
+        try:
+            move.destination.engine.hold(further)
+        except ValueError:
+            return False
+        move.held += further
+        return True
+
+    def _give_back(self, move: _Move) -> None:
+        if move.held:
+            move.destination.engine.hold(-move.held)
+            move.held = 0
+
+    def _end(self, move: _Move, failure: str) -> None:
+        self._give_back(move)
+        self._leaving.discard(move.name)
+        self.under_way -= 1
+        for instance in (move.source, move.destination):
+            instance.moves -= 1
+        move.destination.wake()
+        if failure:
+            self._fail(move.pair, failure)
+        else:
+            self._finished(move.pair, True)
+
+    def _fail(self, pair: Pair, why: str) -> None:
+        self.failed[why] += 1
+        self._finished(pair, False)
