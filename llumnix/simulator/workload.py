@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -22,8 +21,6 @@ from llumnix.simulator.lengths import (
     Quantiles,
 )
 from llumnix.simulator.traces import FORMATS, Recorded
-
-_NO_PRIORITIES: Mapping[int, float] = MappingProxyType({})
 
 # A name of PROMPTS or OUTPUTS, a fixed number of tokens, or a distribution.
 LengthsOption = str | int | Fixed | PowerLaw | Quantiles | FileLengths
@@ -65,7 +62,7 @@ class Workload:
     prompt: LengthsOption | None = None
     output: LengthsOption | None = None
     trace: Trace | None = None
-    priorities: Mapping[int, float] = field(default_factory=lambda: _NO_PRIORITIES)  # shares
+    priorities: Mapping[int, float] = field(default_factory=dict)  # shares
     max_tokens: int | None = None
     too_long: Literal["cut", "resample"] = "cut"
 
