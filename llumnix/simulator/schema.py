@@ -22,18 +22,19 @@ _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 
 
 def build(kind: type[T], value: object, where: str) -> T:
-    """A dataclass from a mapping; `where` is the mapping's key, for errors.
+    """A dataclass from a mapping; `where` is the mapping's key, for errors; "" at the top.
 
     Raises:
         ConfigError: a key is missing, unknown, or has a value of another type; or the dataclass
             refuses what it is given with a ValueError.
     """
+    told = where or "the configuration"
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{where} is {_shown(value)}, and must have the keys {_keys(kind)}")
+        raise ConfigError(f"{told} is {_shown(value)}, and must have the keys {_keys(kind)}")
     known = _fields(kind)
     for key in value:
         if key not in known:
-            raise ConfigError(f"{where} has no key {key!r}; it has {_keys(kind)}")
+            raise ConfigError(f"{told} has no key {key!r}; it has {_keys(kind)}")
     for name, one in known.items():
         if name not in value and one.default is MISSING and one.default_factory is MISSING:
             raise ConfigError(f"{_inside(where, name)} is missing")
@@ -41,10 +42,8 @@ def build(kind: type[T], value: object, where: str) -> T:
     built = {key: _convert(hints[key], one, _inside(where, key)) for key, one in value.items()}
     try:
         return kind(**built)
-    except ConfigError:
-        raise
     except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from error
+        raise ConfigError(f"{told}: {error}") from error
 
 
 def _convert(kind: Any, value: object, where: str) -> Any:

@@ -1,0 +1,92 @@
+"""A configuration file: which workload meets which cluster, and with which seeds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import yaml
+
+from llumnix.simulator.errors import ConfigError
+from llumnix.simulator.schema import build
+from llumnix.simulator.workload import Workload
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, slots=True)
+class Config(Generic[C]):
+    """What is to be run, once for each seed."""
+
+    workload: Workload
+    cluster: C
+    seeds: tuple[int, ...]
+    tokens: bool  # whether the record of a run has the time of every token
+    given: Mapping[str, Any]  # the file's content, to be recorded
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """The keys of the file. Raises ValueError if the seeds make no sense."""
+
+    workload: Workload
+    cluster: Any
+    seed: int | None = None
+    seeds: tuple[int, ...] = ()
+    tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if self.seed is not None and self.seeds:
+            raise ValueError("seed and seeds exclude each other")
+        check_seeds(self.seeds if self.seed is None else (self.seed,))
+
+
+def check_seeds(seeds: tuple[int, ...]) -> None:
+    """Raises ValueError if a seed is negative, or there twice."""
+    if min(seeds, default=0) < 0 or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds are {list(seeds)}, and must be 0 or more and differ")
+
+
+def read_config(file: Path, cluster: type[C]) -> Config[C]:
+    """A configuration file, in YAML; `cluster` is the dataclass of its part of that name.
+
+    Paths in it (keys `file`) are taken from the folder that it is in.
+
+    Raises:
+        ConfigError: it cannot be read, or something in it is missing, unknown or wrong.
+    """
+    given = _load(file)
+    if isinstance(given, Mapping) and "workload" in given:
+        given = {**given, "workload": _anchored(given["workload"], file.parent)}
+    read = build(_File, given, "")
+    return Config(
+        workload=read.workload,
+        cluster=cluster_config(read.cluster, cluster),
+        seeds=read.seeds or (read.seed or 0,),
+        tokens=read.tokens,
+        given=given,
+    )
+
+
+def cluster_config(given: object, kind: type[C]) -> C:
+    """The `cluster` part of a configuration. Raises ConfigError."""
+    return build(kind, given, "cluster")
+
+
+def _load(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+
+
+def _anchored(given: Any, folder: Path) -> Any:
+    """The same with paths that hold from anywhere."""
+    if not isinstance(given, Mapping):
+        return given
+    return {
+        key: str(folder / one) if key == "file" and isinstance(one, str) else _anchored(one, folder)
+        for key, one in given.items()
+    }

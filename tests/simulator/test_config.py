@@ -1,0 +1,93 @@
+"""Configuration files, and what is said of those that are wrong."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from llumnix.simulator.arrivals import Arrivals
+from llumnix.simulator.config import Config, read_config
+from llumnix.simulator.errors import ConfigError
+from llumnix.simulator.lengths import PowerLaw, Quantiles
+from llumnix.simulator.workload import generate
+
+DATA = Path(__file__).parent / "data"
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "sim.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    instances: int
+
+
+WORKLOAD = """
+workload:
+  requests: 20
+  arrivals: {process: gamma, rate: 2, cv: 4}
+  prompt: {mean: 100, alpha: 1.5}
+  output: {mean: 306, p50: 74, p80: 348, p95: 1484, p99: 3388}
+  priorities: {-1: 0.1}
+"""
+
+
+def read(folder: Path, text: str) -> Config[Cluster]:
+    file = folder / "run.yaml"
+    file.write_text(text)
+    return read_config(file, Cluster)
+
+
+def test_a_whole_file(tmp_path: Path) -> None:
+    config = read(tmp_path, "seeds: [3, 4]\ntokens: false\ncluster: {instances: 2}" + WORKLOAD)
+    assert config.seeds == (3, 4) and config.tokens is False
+    assert config.cluster == Cluster(2)
+    assert config.workload.arrivals == Arrivals("gamma", 2.0, 4.0)
+    assert config.workload.prompt == PowerLaw(100, 1.5)
+    assert config.workload.output == Quantiles(306, 74, 348, 1484, 3388)
+    assert config.workload.priorities == {-1: 0.1}
+    assert config.given["cluster"] == {"instances": 2}
+
+
+def test_paths_are_taken_from_the_files_folder(tmp_path: Path) -> None:
+    (tmp_path / "trace.csv").write_text((DATA / "azure.csv").read_text())
+    text = "cluster: {instances: 1}\nworkload: {trace: {file: trace.csv, format: azure}}"
+    assert len(generate(read(tmp_path, text).workload, 0).jobs) == 11
+
+
+def test_one_seed_or_none(tmp_path: Path) -> None:
+    assert read(tmp_path, "cluster: {instances: 1}" + WORKLOAD).seeds == (0,)
+    assert read(tmp_path, "seed: 7\ncluster: {instances: 1}" + WORKLOAD).seeds == (7,)
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("", "the configuration is None, and must have the keys workload, cluster, seed"),
+        ("a: 1", "the configuration has no key 'a'"),
+        ("cluster: {instances: 1}", "workload is missing"),
+        (WORKLOAD, "cluster is missing"),
+        ("cluster: 3" + WORKLOAD, "cluster is 3, and must have the keys instances"),
+        ("cluster: {instances: x}" + WORKLOAD, "cluster.instances is 'x', and must be a whole"),
+        ("cluster: {nodes: 1}" + WORKLOAD, "cluster has no key 'nodes'"),
+        ("cluster: {instances: 1}\nworkload: {requests: 1}", "workload: arrivals is missing"),
+        ("cluster: {instances: 1}\nworkload: {trace: {file: x}}", "workload.trace.format is miss"),
+        ("seed: 1\nseeds: [1]\ncluster: {}" + WORKLOAD, "seed and seeds exclude each other"),
+        ("seeds: [1, 1]\ncluster: {}" + WORKLOAD, r"seeds are \[1, 1\]"),
+        ("seed: -1\ncluster: {}" + WORKLOAD, r"seeds are \[-1\]"),
+        ("a: [", "run.yaml is no YAML: while parsing"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as caught:
+        read(tmp_path, text)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        read_config(tmp_path / "none.yaml", Cluster)
+
+
+def test_the_example() -> None:
+    config = read_config(EXAMPLE, Cluster)
+    jobs, too_long = generate(config.workload, config.seeds[0])
+    assert len(jobs) == 1000 and too_long == 0
