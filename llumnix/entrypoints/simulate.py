@@ -7,18 +7,14 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from llumnix.simulator import plots, record
 from llumnix.simulator.config import Config, check_seeds, read_config
 from llumnix.simulator.errors import ConfigError
-from llumnix.simulator.job import Job
-from llumnix.simulator.result import Result
+from llumnix.simulator.run import simulate
 from llumnix.simulator.summary import summarize
 from llumnix.simulator.table import table
-from llumnix.simulator.workload import generate
 
 FAILED = 1  # exit code: something could not be done
 WRONG = 2  # exit code, as argparse has it: what was given makes no sense
@@ -27,21 +23,14 @@ INTERRUPTED = 130  # exit code, as shells have it
 Progress = Callable[[int], None]  # is told how many more requests have ended
 
 
-class Core(NamedTuple):
-    """The simulator itself: the dataclass of its cluster, and the function that runs it."""
-
-    cluster: type[Any]
-    simulate: Callable[[Any, list[Job], Progress, int], Result]  # the last is the seed
-
-
-def main(arguments: Sequence[str] | None = None, core: Core | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     options = _parser().parse_args(arguments)
     try:
         if options.command == "plot":
             _plot(options.results, options.out)
         else:
-            _run(options, core or _core())
+            _run(options)
     except ConfigError as error:
         return _told(str(error), WRONG)
     except plots.PlotsMissing as error:
@@ -69,14 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _core() -> Core:
-    cluster = import_module("llumnix.simulator.cluster").ClusterConfig
-    return Core(cluster, import_module("llumnix.simulator.run").simulate)
-
-
-def _run(options: argparse.Namespace, core: Core) -> None:
+def _run(options: argparse.Namespace) -> None:
     """Run each seed; print its table, and write its record as soon as it is there."""
-    config = read_config(options.config, core.cluster)
+    config = read_config(options.config)
     seeds = tuple(options.seed or config.seeds)
     try:
         check_seeds(seeds)
@@ -90,7 +74,7 @@ def _run(options: argparse.Namespace, core: Core) -> None:
     name, ending = options.config.stem, ".json.gz" if options.gzip else ".json"
     written = []
     for seed in seeds:
-        encoded = _simulate(config, seed, core, options.quiet)
+        encoded = _simulate(config, seed, options.quiet)
         if options.out is not None:
             written.append(options.out / f"{name}-{seed}{ending}")
             record.write(written[-1], encoded)
@@ -100,11 +84,11 @@ def _run(options: argparse.Namespace, core: Core) -> None:
         plots.save_plots(records, options.out, prefix=f"{name}-")
 
 
-def _simulate(config: Config[Any], seed: int, core: Core, quiet: bool) -> bytes:
+def _simulate(config: Config, seed: int, quiet: bool) -> bytes:
     """Run one seed and print its table; the record."""
-    jobs, too_long = generate(config.workload, seed)
+    jobs, too_long = config.requests(seed)
     with _progress(len(jobs), f"seed {seed}", quiet) as progress:
-        result = core.simulate(config.cluster, jobs, progress, seed)
+        result = simulate(config.cluster, jobs, progress, seed)
     summary = summarize(result)
     print(f"seed {seed}: {len(jobs)} requests, {too_long} of them too long ", end="")
     print(f"({config.workload.too_long})\n{table(summary)}\n")
@@ -134,7 +118,10 @@ def _progress(total: int, label: str, quiet: bool) -> Iterator[Progress]:
 
 def _plot(results: Sequence[Path], folder: Path) -> None:
     plots.check_plots()
-    records = {path.name.partition(".json")[0]: record.read(path) for path in results}
+    names = [path.name.partition(".json")[0] for path in results]
+    if len(set(names)) < len(names):  # from several folders
+        names = [str(path) for path in results]
+    records = dict(zip(names, map(record.read, results), strict=True))
     folder.mkdir(parents=True, exist_ok=True)
     for path in plots.save_plots(records, folder):
         print(path)

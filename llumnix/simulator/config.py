@@ -3,26 +3,41 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import yaml
 
+from llumnix.simulator.cluster import ClusterConfig
 from llumnix.simulator.errors import ConfigError
 from llumnix.simulator.schema import build
-from llumnix.simulator.workload import Workload
-
-C = TypeVar("C")
+from llumnix.simulator.workload import Generated, Workload, generate
 
 
 @dataclass(frozen=True, slots=True)
-class Config(Generic[C]):
+class Config:
     """What is to be run, once for each seed."""
 
     workload: Workload
-    cluster: C
+    cluster: ClusterConfig
     seeds: tuple[int, ...]
     tokens: bool  # whether the record of a run has the time of every token
     given: Mapping[str, Any]  # the file's content, to be recorded
+
+    def requests(self, seed: int) -> Generated:
+        """The requests of one run.
+
+        Raises:
+            ConfigError: they cannot be made, or there is one that no instance could take.
+        """
+        made = generate(self.workload, seed)
+        longest = max(job.prompt + job.output for job in made.jobs)
+        limit = self.cluster.engine.max_model_len
+        if longest > limit:
+            raise ConfigError(
+                f"a request has {longest} tokens, more than cluster.engine.max_model_len, {limit}: "
+                "workload.max_tokens can cut it"
+            )
+        return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +45,7 @@ class _File:
     """The keys of the file. Raises ValueError if the seeds make no sense."""
 
     workload: Workload
-    cluster: Any
+    cluster: ClusterConfig
     seed: int | None = None
     seeds: tuple[int, ...] = ()
     tokens: bool = True
@@ -47,8 +62,8 @@ def check_seeds(seeds: tuple[int, ...]) -> None:
         raise ValueError(f"seeds are {list(seeds)}, and must be 0 or more and differ")
 
 
-def read_config(file: Path, cluster: type[C]) -> Config[C]:
-    """A configuration file, in YAML; `cluster` is the dataclass of its part of that name.
+def read_config(file: Path) -> Config:
+    """A configuration file, in YAML.
 
     Paths in it (keys `file`) are taken from the folder that it is in.
 
@@ -61,16 +76,11 @@ def read_config(file: Path, cluster: type[C]) -> Config[C]:
     read = build(_File, given, "")
     return Config(
         workload=read.workload,
-        cluster=cluster_config(read.cluster, cluster),
+        cluster=read.cluster,
         seeds=read.seeds or (read.seed or 0,),
         tokens=read.tokens,
         given=given,
     )
-
-
-def cluster_config(given: object, kind: type[C]) -> C:
-    """The `cluster` part of a configuration. Raises ConfigError."""
-    return build(kind, given, "cluster")
 
 
 def _load(file: Path) -> Any:

@@ -74,20 +74,22 @@ class Workload:
         shares = self.priorities.values()
         if min(shares, default=0.0) < 0 or sum(shares) > 1 + 1e-9:
             raise ValueError("priorities must be shares that add up to 1 at most")
-        self._check_trace() if self.trace else self._check_lengths()
+        if self.trace is None:
+            self._check_lengths()
+        else:
+            self._check_trace(self.trace)
 
     def _check_lengths(self) -> None:
         for name in ("requests", "arrivals", "prompt", "output"):
             if getattr(self, name) is None:
                 raise ValueError(f"{name} is missing (or a trace)")
 
-    def _check_trace(self) -> None:
-        assert self.trace
+    def _check_trace(self, trace: Trace) -> None:
         if self.prompt is not None or self.output is not None:
             raise ValueError("prompt and output have their lengths from the trace, if there is one")
-        if self.arrivals is None and not FORMATS[self.trace.format].timed:
-            raise ValueError(f"arrivals is missing: a {self.trace.format} trace has no times")
-        if self.arrivals and self.trace.rate:
+        if self.arrivals is None and not FORMATS[trace.format].timed:
+            raise ValueError(f"arrivals is missing: a {trace.format} trace has no times")
+        if self.arrivals and trace.rate:
             raise ValueError("rate of the trace and arrivals exclude each other")
 
 

@@ -1,11 +1,11 @@
 """Configuration files, and what is said of those that are wrong."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from llumnix.simulator.arrivals import Arrivals
+from llumnix.simulator.cluster import ClusterConfig, EngineConfig
 from llumnix.simulator.config import Config, read_config
 from llumnix.simulator.errors import ConfigError
 from llumnix.simulator.lengths import PowerLaw, Quantiles
@@ -15,11 +15,7 @@ DATA = Path(__file__).parent / "data"
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "sim.yaml"
 
 
-@dataclass(frozen=True, slots=True)
-class Cluster:
-    instances: int
-
-
+CLUSTER = "cluster: {instances: 2, engine: {max_model_len: 9000}}"
 WORKLOAD = """
 workload:
   requests: 20
@@ -30,21 +26,21 @@ workload:
 """
 
 
-def read(folder: Path, text: str) -> Config[Cluster]:
+def read(folder: Path, text: str) -> Config:
     file = folder / "run.yaml"
     file.write_text(text)
-    return read_config(file, Cluster)
+    return read_config(file)
 
 
 def test_a_whole_file(tmp_path: Path) -> None:
-    config = read(tmp_path, "seeds: [3, 4]\ntokens: false\ncluster: {instances: 2}" + WORKLOAD)
+    config = read(tmp_path, "seeds: [3, 4]\ntokens: false\n" + CLUSTER + WORKLOAD)
     assert config.seeds == (3, 4) and config.tokens is False
-    assert config.cluster == Cluster(2)
+    assert config.cluster == ClusterConfig(2, EngineConfig(max_model_len=9000))
     assert config.workload.arrivals == Arrivals("gamma", 2.0, 4.0)
     assert config.workload.prompt == PowerLaw(100, 1.5)
     assert config.workload.output == Quantiles(306, 74, 348, 1484, 3388)
     assert config.workload.priorities == {-1: 0.1}
-    assert config.given["cluster"] == {"instances": 2}
+    assert config.given["cluster"]["instances"] == 2
 
 
 def test_paths_are_taken_from_the_files_folder(tmp_path: Path) -> None:
@@ -65,8 +61,9 @@ def test_one_seed_or_none(tmp_path: Path) -> None:
         ("a: 1", "the configuration has no key 'a'"),
         ("cluster: {instances: 1}", "workload is missing"),
         (WORKLOAD, "cluster is missing"),
-        ("cluster: 3" + WORKLOAD, "cluster is 3, and must have the keys instances"),
+        ("cluster: 3" + WORKLOAD, "cluster is 3, and must have the keys instances, engine"),
         ("cluster: {instances: x}" + WORKLOAD, "cluster.instances is 'x', and must be a whole"),
+        ("cluster: {engine: {profile: x}}" + WORKLOAD, "cluster: no profile 'x'"),
         ("cluster: {nodes: 1}" + WORKLOAD, "cluster has no key 'nodes'"),
         ("cluster: {instances: 1}\nworkload: {requests: 1}", "workload: arrivals is missing"),
         ("cluster: {instances: 1}\nworkload: {trace: {file: x}}", "workload.trace.format is miss"),
@@ -84,10 +81,20 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path, text: str, told: str) -> 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
-        read_config(tmp_path / "none.yaml", Cluster)
+        read_config(tmp_path / "none.yaml")
+
+
+def test_a_request_that_no_instance_could_take(tmp_path: Path) -> None:
+    config = read(tmp_path, "cluster: {engine: {max_model_len: 100}}" + WORKLOAD)
+    with pytest.raises(ConfigError, match=r"tokens, more than cluster.engine.max_model_len, 100"):
+        config.requests(0)
+    config = read(
+        tmp_path, "cluster: {engine: {max_model_len: 100}}" + WORKLOAD + "  max_tokens: 100"
+    )
+    assert config.requests(0).too_long > 0
 
 
 def test_the_example() -> None:
-    config = read_config(EXAMPLE, Cluster)
-    jobs, too_long = generate(config.workload, config.seeds[0])
+    config = read_config(EXAMPLE)
+    jobs, too_long = config.requests(config.seeds[0])
     assert len(jobs) == 1000 and too_long == 0
