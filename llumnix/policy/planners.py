@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from llumnix.policy.lookahead import lookahead
 from llumnix.policy.rebalance import Planner, pairs
 
 PLANNERS: Mapping[str, Planner] = MappingProxyType(
     {
         "llumnix": pairs,
+        "lookahead": lookahead,
     }
 )

@@ -17,6 +17,9 @@ from llumnix.policy.select import Room
 from llumnix.policy.terms import TERMS, Terms, Thresholds
 
 
+SPILL = "FCW"  # the rule by which a request that waits goes where it need not
+
+
 class Pair(NamedTuple):
     """A move to be made: one request, which the source chooses (policy/select)."""
 
@@ -70,7 +73,7 @@ def pairs(
             if not _is_worth_it(free[source], free[taker], thresholds):
                 break  # nor are those after it, which are less free
             pair = Pair(source, taker)
-            if taker not in taken and source != taker and _fit(view, pair) and allowed(pair):
+            if taker not in taken and source != taker and fit(view, pair) and allowed(pair):
                 found.append(pair)
                 taken.update((source, taker))
                 break
@@ -88,12 +91,16 @@ def room(view: ClusterView, pair: Pair, terms: Terms = TERMS) -> Room | None:
     given, load = view.loads.get(pair.source), view.loads.get(pair.destination)
     if source is None or destination is None or given is None or load is None:
         return None
+    if pair.rule == SPILL:  # it is to begin at once, and costs nobody there anything else
+        spare = destination.total_blocks - load.used_blocks - load.waiting_blocks
+        return Room(blocks=spare)
     classes = terms.classes
     floor = freeness(source, given, classes) + terms.thresholds.min_gain
     return Room(
         blocks=destination.total_blocks - virtual_usage(destination, load, classes),
         batch=load.running + (1 if load.waiting else 0),
         floor=-inf if is_emptied(view, source) else floor,
+        wanted=given.head_blocks - (source.total_blocks - given.used_blocks),
     )
 
 
@@ -113,7 +120,7 @@ def _is_worth_it(source: float, destination: float, thresholds: Thresholds) -> b
     return destination > thresholds.in_above and destination - source >= thresholds.min_gain
 
 
-def _fit(view: ClusterView, pair: Pair) -> bool:
+def fit(view: ClusterView, pair: Pair) -> bool:
     """Whether a request of the one can go on at the other."""
     source, destination = view.instances[pair.source], view.instances[pair.destination]
     alike = (source.model, source.block_size) == (destination.model, destination.block_size)

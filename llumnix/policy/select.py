@@ -35,6 +35,7 @@ class Room(NamedTuple):
     blocks: int  # M - sum of V
     batch: int = 0  # B
     floor: float = -inf  # blocks a request; -inf: whatever fits the memory
+    wanted: int = 0  # blocks that the source wants to be rid of; 0: it is all the same
 
     def takes(self, candidate: Candidate) -> bool:
         """Whether the destination can hold the request, and is left with enough freeness."""
@@ -42,10 +43,10 @@ class Room(NamedTuple):
         return left >= 0 and left / (self.batch + 1) > self.floor
 
 
-Rule = Callable[[Sequence[Candidate]], Candidate | None]
+Rule = Callable[[Sequence[Candidate], Room], Candidate | None]
 
 
-def lowest_priority(candidates: Sequence[Candidate]) -> Candidate | None:
+def lowest_priority(candidates: Sequence[Candidate], room: Room) -> Candidate | None:
     """Running, of the lowest priority; of these the shortest sequence, and then the last come.
 
     Source: Llumnix (OSDI'24): the unimportant bear the pause, and the shortest is copied soonest.
@@ -53,35 +54,50 @@ def lowest_priority(candidates: Sequence[Candidate]) -> Candidate | None:
     return min(_decoding(candidates), key=lambda c: (-c.priority, c.tokens, -c.order), default=None)
 
 
-def last_running(candidates: Sequence[Candidate]) -> Candidate | None:
+def last_running(candidates: Sequence[Candidate], room: Room) -> Candidate | None:
     """LCR: of the running ones the last come."""
     return max(_decoding(candidates), key=lambda c: c.order, default=None)
 
 
-def first_running(candidates: Sequence[Candidate]) -> Candidate | None:
+def first_running(candidates: Sequence[Candidate], room: Room) -> Candidate | None:
     """FCR: of the running ones the first come."""
     return min(_decoding(candidates), key=lambda c: c.order, default=None)
 
 
-def shortest_running(candidates: Sequence[Candidate]) -> Candidate | None:
+def shortest_running(candidates: Sequence[Candidate], room: Room) -> Candidate | None:
     """SR: of the running ones that with the shortest sequence."""
     return min(_decoding(candidates), key=lambda c: (c.tokens, -c.order), default=None)
 
 
-def longest_running(candidates: Sequence[Candidate]) -> Candidate | None:
+def longest_running(candidates: Sequence[Candidate], room: Room) -> Candidate | None:
     """LR: of the running ones that with the longest sequence."""
     return max(_decoding(candidates), key=lambda c: (c.tokens, c.order), default=None)
 
 
-def first_waiting(candidates: Sequence[Candidate]) -> Candidate | None:
+def first_waiting(candidates: Sequence[Candidate], room: Room) -> Candidate | None:
     """FCW: of the queued ones the first come."""
     waiting = (c for c in candidates if not c.running)
     return min(waiting, key=lambda c: c.order, default=None)
 
 
-def first_waiting_or_shortest_running(candidates: Sequence[Candidate]) -> Candidate | None:
+def first_waiting_or_shortest_running(
+    candidates: Sequence[Candidate], room: Room
+) -> Candidate | None:
     """FCWSR: of the queued ones the first come; when none is queued, the shortest running."""
-    return first_waiting(candidates) or shortest_running(candidates)
+    return first_waiting(candidates, room) or shortest_running(candidates, room)
+
+
+def filling(candidates: Sequence[Candidate], room: Room) -> Candidate | None:
+    """Of the running ones the smallest that frees what is wanted; if none is so large, the largest.
+
+    Priority comes first, as in `lowest_priority`: the unimportant bear the pause.
+    """
+    running = list(_decoding(candidates))
+    lowest = [c for c in running if c.priority == max(r.priority for r in running)]
+    enough = [c for c in lowest if c.blocks >= room.wanted]
+    if enough:
+        return min(enough, key=lambda c: (c.blocks, -c.order))
+    return max(lowest, key=lambda c: (c.blocks, c.order), default=None)
 
 
 RULES: Mapping[str, Rule] = MappingProxyType(
@@ -93,6 +109,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "FCR": first_running,
         "FCW": first_waiting,
         "FCWSR": first_waiting_or_shortest_running,
+        "fill": filling,
     }
 )
 
@@ -109,7 +126,7 @@ def choose(candidates: Iterable[Candidate], rule: str, room: Room) -> Candidate 
     """
     if rule not in RULES:
         raise ValueError(f"no rule {rule!r} to choose a request; there are {', '.join(RULES)}")
-    return RULES[rule]([c for c in candidates if room.takes(c)])
+    return RULES[rule]([c for c in candidates if room.takes(c)], room)
 
 
 def _decoding(candidates: Iterable[Candidate]) -> Iterable[Candidate]:

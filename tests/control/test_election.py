@@ -83,8 +83,9 @@ def test_resigning_hands_over_at_once(
     assert not other.election.resign(aside=0), "only the leader's key goes when it resigns"
     assert leader.election.resign()
     assert not leader.election.is_leader
-    took = eventually(lambda: other.election.is_leader, within=1)
-    assert took < 0.5 and other.election.epoch > epoch
+    took = eventually(lambda: other.election.is_leader, within=5)
+    assert took < 2, "the lease has nothing to do with it, which is 3 s long"
+    assert other.election.epoch > epoch
     eventually(lambda: [lead for lead, _ in leader.told] == [True, False], within=3)
     old, new = leader.name, other.name
     wanted = {
