@@ -16,7 +16,6 @@ from llumnix.policy.load import freeness, virtual_usage
 from llumnix.policy.select import Room
 from llumnix.policy.terms import TERMS, Terms, Thresholds
 
-
 SPILL = "FCW"  # the rule by which a request that waits goes where it need not
 
 
@@ -100,7 +99,7 @@ def room(view: ClusterView, pair: Pair, terms: Terms = TERMS) -> Room | None:
         blocks=destination.total_blocks - virtual_usage(destination, load, classes),
         batch=load.running + (1 if load.waiting else 0),
         floor=-inf if is_emptied(view, source) else floor,
-        wanted=given.head_blocks - (source.total_blocks - given.used_blocks),
+        wanted=max(given.head_blocks - (source.total_blocks - given.used_blocks), 0),
     )
 
 
