@@ -66,6 +66,7 @@ class InstanceLoad:
     waiting_blocks: int = 0  # asked for by all queued requests
     head_blocks: int = 0  # asked for by the request at the head of the queue
     prefill_tokens: int = 0  # not computed yet of all requests that have no first token
+    preempted: int = 0  # of the queued requests those that have run before
     preemptions: int = 0  # since the instance started
     # How many requests it has of each priority (vLLM's numbers) but 0, running and queued.
     priorities: Mapping[int, int] = field(default_factory=lambda: _NO_PRIORITY)

@@ -52,7 +52,7 @@ def decode_instance(instance: InstanceId, value: bytes) -> InstanceInfo:
 
 _COUNTS = (
     *("running", "waiting", "used_blocks", "waiting_blocks", "head_blocks"),
-    *("prefill_tokens", "preemptions"),
+    *("prefill_tokens", "preempted", "preemptions"),
 )
 
 

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from llumnix.policy.artifact import artifact
 from llumnix.policy.lookahead import lookahead
 from llumnix.policy.rebalance import Planner, pairs
 
 PLANNERS: Mapping[str, Planner] = MappingProxyType(
     {
         "llumnix": pairs,
+        "artifact": artifact,
         "lookahead": lookahead,
     }
 )

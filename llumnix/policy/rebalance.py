@@ -17,6 +17,7 @@ from llumnix.policy.select import Room
 from llumnix.policy.terms import TERMS, Terms, Thresholds
 
 SPILL = "FCW"  # the rule by which a request that waits goes where it need not
+UNCHECKED = "LCR"  # the rule of the paper's artifact, which does not look at the load after a move
 
 
 class Pair(NamedTuple):
@@ -93,6 +94,8 @@ def room(view: ClusterView, pair: Pair, terms: Terms = TERMS) -> Room | None:
     if pair.rule == SPILL:  # it is to begin at once, and costs nobody there anything else
         spare = destination.total_blocks - load.used_blocks - load.waiting_blocks
         return Room(blocks=spare)
+    if pair.rule == UNCHECKED:
+        return Room(blocks=destination.total_blocks - load.used_blocks)
     classes = terms.classes
     floor = freeness(source, given, classes) + terms.thresholds.min_gain
     return Room(

@@ -7,6 +7,7 @@ from llumnix.engine.sim.config import ModelConfig
 from llumnix.latency import PROFILES
 from llumnix.policy.classes import Classes, PriorityClass
 from llumnix.policy.dispatch import POLICIES
+from llumnix.policy.planners import PLANNERS
 from llumnix.policy.select import RULES
 from llumnix.policy.terms import Terms, Thresholds
 from llumnix.simulator.cost import COSTS
@@ -59,7 +60,11 @@ class PolicyConfig:
     classes: tuple[PriorityClass, ...] = ()
 
     def __post_init__(self) -> None:
-        for value, known in ((self.dispatch, POLICIES), (self.request, RULES)):
+        for value, known in (
+            (self.dispatch, tuple(POLICIES)),
+            (self.request, tuple(RULES)),
+            (self.rescheduling, ("none", *PLANNERS)),
+        ):
             if value not in known:
                 raise ValueError(f"there is no {value!r} among {', '.join(known)}")
         if not (self.interval > 0 and self.report_interval > 0 and self.dispatchers > 0):

@@ -58,6 +58,7 @@ class SimInstance:
             waiting_blocks=engine.waiting_blocks,
             head_blocks=engine.head_blocks,
             prefill_tokens=self._prefill,
+            preempted=engine.preempted,
             preemptions=engine.preemptions,
             priorities=MappingProxyType(priorities),
             received=MappingProxyType(dict(self.received)),

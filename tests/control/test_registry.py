@@ -63,7 +63,7 @@ def test_an_operator_can_read_it(single: EtcdCluster, registry: Registry, keys: 
         keys.load("a"),
         '{"sequence":1,"loads":{"a-0":{"running":3,"waiting":0,"used_blocks":40,'
         '"waiting_blocks":0,"head_blocks":0,"prefill_tokens":0,'
-        '"preemptions":0,"priorities":{},"received":{"b":12}}}}',
+        '"preempted":0,"preemptions":0,"priorities":{},"received":{"b":12}}}}',
         keys.node("a"),
         '{"address":"10.0.0.1:8000","version":"1.0","epoch":7}',
     ]
