@@ -25,7 +25,7 @@ class DispatcherActor(Actor):
     def __init__(
         self,
         node: NodeId,
-        policy: str | Policy,
+        policy: Policy,
         top_k: int,
         seed: int | None = None,
         terms: Terms = TERMS,

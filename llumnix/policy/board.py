@@ -18,9 +18,11 @@ from llumnix.cluster import (
     InstanceState,
     NodeId,
 )
-from llumnix.policy.dispatch import POLICIES, Candidate, Policy, Request, choose
+from llumnix.policy.dispatch import Candidate, Policy, Request, by_freeness, choose
 from llumnix.policy.load import NOTHING, InFlight
 from llumnix.policy.terms import TERMS, Terms
+
+LOAD = Policy(by_freeness, keeps=True)
 
 
 def is_candidate(view: ClusterView, info: InstanceInfo) -> bool:
@@ -49,7 +51,7 @@ class DispatchBoard:
     def __init__(
         self,
         node: NodeId,
-        policy: str | Policy = "load",
+        policy: Policy = LOAD,
         top_k: int = 1,
         rng: Random | None = None,
         first_sequence: int = 1,
@@ -62,14 +64,12 @@ class DispatchBoard:
         start time in microseconds will do).
 
         Raises:
-            ValueError: there is no policy of that name, or `top_k` is less than 1.
+            ValueError: `top_k` is less than 1.
         """
-        if isinstance(policy, str) and policy not in POLICIES:
-            raise ValueError(f"no dispatch policy {policy!r}; there are {', '.join(POLICIES)}")
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}, and must be 1 or more")
         self._node = node
-        self._score, self._keeps = POLICIES[policy] if isinstance(policy, str) else policy
+        self._score, self._keeps = policy
         self._terms = terms
         self._top_k = top_k
         self._rng = rng or Random()

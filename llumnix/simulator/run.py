@@ -7,9 +7,9 @@ from random import Random
 from types import MappingProxyType
 
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceLoad, InstanceState
+from llumnix.plugins import dispatch_policy, planner
 from llumnix.policy.board import DispatchBoard
 from llumnix.policy.dispatch import Request
-from llumnix.policy.planners import PLANNERS
 from llumnix.policy.rescheduler import Rescheduler
 from llumnix.simulator.clock import Clock
 from llumnix.simulator.cluster import ClusterConfig
@@ -54,13 +54,13 @@ class Simulation:
         self._model = config.engine.model()
         policy = config.policy
         self._terms = terms = policy.terms(config.engine.profile)
+        dispatch, plan = dispatch_policy(policy.dispatch), planner(policy.rescheduling)
         self._boards = [
-            DispatchBoard(f"d{i}", policy.dispatch, policy.top_k, Random(seed + i), 1, terms)
+            DispatchBoard(f"d{i}", dispatch, policy.top_k, Random(seed + i), 1, terms)
             for i in range(policy.dispatchers)
         ]
         self._turns = cycle(enumerate(self._boards))
-        planner = PLANNERS[policy.rescheduling] if policy.rescheduling != "none" else None
-        self._rescheduler = Rescheduler(planner, terms) if planner else None
+        self._rescheduler = Rescheduler(plan, terms) if plan else None
         self._moves = SimMoves(clock, COSTS[config.migration], terms, policy.request, self._moved)
         self._instances: dict[InstanceId, SimInstance] = {}
         self._infos: dict[InstanceId, InstanceInfo] = {}
