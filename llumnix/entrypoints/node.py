@@ -344,6 +344,7 @@ class Node:
             dispatched=dict(self._client.placer.dispatched),
             dropped={str(k): v for k, v in self._client.ledger.dropped.items()},
             peers=self._peers.open,
+            classes={p: made.name for p, made in self._terms.classes.by_priority.items()},
         )
 
     # ---- the end ----
