@@ -80,6 +80,11 @@ class Config:
         choices=("load", "queue", "balanced", "rr", "random"),
     )
     dispatch_top_k: int = _knob(1, "dispatch at random among the K best instances")
+    priority_classes: str = _knob(
+        "",
+        "YAML file with the priority classes that requests may name; with it the engines schedule "
+        "by priority, unless --scheduling-policy says otherwise",
+    )
     migration: bool = _knob(
         True,
         "move running requests between instances, to balance them and to empty some",

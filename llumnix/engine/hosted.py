@@ -191,7 +191,15 @@ class HostedInstance:
     def load(self) -> InstanceLoad:
         """The load as of the last step, with every request that has arrived since as queued."""
         waiting_count = max(len(self._tenants) - self._running, 0)
-        fresh = [t.blocks for t in self._tenants.values() if not t.started]
+        fresh: list[int] = []  # KV blocks of each request without an output here
+        prefill = 0
+        priorities: dict[int, int] = {}
+        for tenant in self._tenants.values():
+            if not tenant.started:
+                fresh.append(tenant.blocks)
+                prefill += tenant.tokens
+            if tenant.priority:
+                priorities[tenant.priority] = priorities.get(tenant.priority, 0) + 1
         waiting = fresh[len(fresh) - min(waiting_count, len(fresh)) :]
         total = self.facts.total_blocks if self.facts else 0
         busy = bool(self._tenants)
@@ -205,7 +213,9 @@ class HostedInstance:
             used_blocks=round(self._usage * total) if busy else 0,
             waiting_blocks=sum(waiting),
             head_blocks=waiting[0] if waiting else 0,
+            prefill_tokens=prefill,
             preemptions=self._preemptions,
+            priorities=priorities,
             received=received,
         )
 

@@ -32,6 +32,7 @@ from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.peer import PATH, Peers
 from llumnix.engine.placer import NoInstance, Route
 from llumnix.engine.vllm.frontend import authorised
+from llumnix.entrypoints.classes import read_classes
 from llumnix.entrypoints.control import ControlPlane
 from llumnix.entrypoints.engines import engine_maker
 from llumnix.entrypoints.loads import LoadReporter
@@ -45,6 +46,7 @@ from llumnix.entrypoints.server.drains import Drains
 from llumnix.entrypoints.server.generate import DemoRoute
 from llumnix.entrypoints.server.listener import Listener
 from llumnix.entrypoints.server.moves import Moves
+from llumnix.entrypoints.server.priority import Priorities
 from llumnix.entrypoints.supervision import Supervision
 from llumnix.metrics import (
     DISPATCH_SECONDS,
@@ -74,6 +76,8 @@ class Node:
         self._arguments = arguments
         self._vllm_config = vllm_config
         self.standing = Standing()
+        thresholds = Thresholds(config.migration_out_below, config.migration_in_above)
+        self._terms = Terms(thresholds, read_classes(config.priority_classes))
         self._control = ControlPlane(config)
         self._make_engine = engine_maker(config, vllm_config, self._control.rendezvous)
         self._collector = NodeCollector(self._snapshot)
@@ -155,7 +159,8 @@ class Node:
         self._opening.on_open = self._opened
         self._gateway = Gateway(lambda: self._opening.frontend, self.standing, config.send_timeout)
         admission = Admission(config.max_requests, config.max_prompt_tokens)
-        self._client.on_open = admission.enter
+        priorities = Priorities(self._terms.classes)
+        self._client.on_open += [priorities.enter, admission.enter]
         admin = Admin(config.node, self.standing, self._view_and_age, self._fault)
         may = partial(authorised, self._arguments)
         moves = Moves(lambda: self._migrations, may)
@@ -163,7 +168,7 @@ class Node:
         demo = DemoRoute(lambda: self._opening.frontend, self.standing, config.send_timeout)
         peer = (PATH, self._peers.accept)
         app = make_app(
-            *(self._gateway, admin, moves, drains, admission, demo.handle),
+            *(self._gateway, admin, moves, drains, admission, priorities, demo.handle),
             *(peer, config.max_body_bytes),
         )
         self._listener = Listener(app, self._arguments)
@@ -172,7 +177,7 @@ class Node:
         """Start the actors, and keep them alive; what each must know outlives it."""
         config = self._config
         keep = self._supervision.keep
-        terms = Terms(Thresholds(config.migration_out_below, config.migration_in_above))
+        terms = self._terms
         self._dispatch = keep(
             lambda: DispatcherActor.start(
                 config.node, config.dispatch_policy, config.dispatch_top_k, terms=terms
@@ -339,6 +344,7 @@ class Node:
             dispatched=dict(self._client.placer.dispatched),
             dropped={str(k): v for k, v in self._client.ledger.dropped.items()},
             peers=self._peers.open,
+            classes={p: made.name for p, made in self._terms.classes.by_priority.items()},
         )
 
     # ---- the end ----

@@ -98,11 +98,13 @@ def room(view: ClusterView, pair: Pair, terms: Terms = TERMS) -> Room | None:
         return Room(blocks=destination.total_blocks - load.used_blocks)
     classes = terms.classes
     floor = freeness(source, given, classes) + terms.thresholds.min_gain
+    emptied = is_emptied(view, source)
     return Room(
         blocks=destination.total_blocks - virtual_usage(destination, load, classes),
         batch=load.running + (1 if load.waiting else 0),
-        floor=-inf if is_emptied(view, source) else floor,
+        floor=-inf if emptied else floor,
         wanted=max(given.head_blocks - (source.total_blocks - given.used_blocks), 0),
+        headroom={} if emptied else classes.added(destination, load.priorities),
     )
 
 

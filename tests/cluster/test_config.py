@@ -199,6 +199,36 @@ def test_what_cannot_work(
     assert part in refusal("--model", model, *options)
 
 
+@pytest.mark.parametrize(
+    ("options", "policy"),
+    [
+        ([], None),  # vLLM's default
+        (["--priority-classes", "classes.yaml"], "priority"),
+        (["--priority-classes", "classes.yaml", "--scheduling-policy", "fcfs"], None),
+        (["--scheduling_policy=priority"], "priority"),
+    ],
+)
+def test_priority_classes_have_engines_schedule_by_priority(
+    show: Show, options: list[str], policy: str | None
+) -> None:
+    assert show(*options).get("scheduling-policy") == policy
+
+
+def test_a_policy_that_the_environment_has_chosen(
+    show: Show, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLUMNIX_PRIORITY_CLASSES", "classes.yaml")
+    assert show()["scheduling-policy"] == "priority"
+    monkeypatch.setenv("LLUMNIX_SCHEDULING_POLICY", "fcfs")
+    assert "scheduling-policy" not in show()
+
+
+def test_priority_classes_that_are_none(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", model, "--engine", "sim", "--priority-classes", "/no/such/file"]
+    assert main([*options, "--validate-config"]) == 2
+    assert "--priority-classes: /no/such/file can't be read: " in capsys.readouterr().err
+
+
 def test_a_profile_that_is_none(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model", model, "--engine", "sim", "--sim-profile", "warp"]
     assert main([*options, "--validate-config"]) == 2
