@@ -36,6 +36,7 @@ class NodeInfo:
     address: str
     version: str
     epoch: int
+    max_instances: int = 0  # most that it runs, whatever is desired there; 0: not known
 
 
 @dataclass(frozen=True, slots=True)
