@@ -19,7 +19,7 @@ from vllm.config import VllmConfig
 
 from llumnix.actors.dispatcher import Dispatched, DispatcherActor
 from llumnix.actors.instance import Report
-from llumnix.actors.manager import ManagerActor
+from llumnix.actors.manager import ManagerActor, Scaling
 from llumnix.actors.migration import Books, MigrationActor
 from llumnix.actors.node import NodeActor, Roster, Surroundings
 from llumnix.actors.supervised import Supervised
@@ -48,6 +48,7 @@ from llumnix.entrypoints.server.listener import Listener
 from llumnix.entrypoints.server.moves import Moves
 from llumnix.entrypoints.server.priority import Priorities
 from llumnix.entrypoints.supervision import Supervision
+from llumnix.entrypoints.wishes import Wishes
 from llumnix.metrics import (
     DISPATCH_SECONDS,
     FAILOVER_SECONDS,
@@ -56,6 +57,8 @@ from llumnix.metrics import (
     Snapshot,
 )
 from llumnix.policy.board import is_candidate
+from llumnix.policy.rebalance import Pair, pairs
+from llumnix.policy.scaling import ScalingTerms
 from llumnix.policy.terms import Terms, Thresholds
 from llumnix.version import VERSION
 
@@ -64,6 +67,11 @@ logger = logging.getLogger(__name__)
 HALT_SECONDS = 30.0  # for all engines to end
 LOOK_AFTER_SECONDS = 1.0  # between looks at the instances' actors
 POLL = 0.05  # seconds between looks while something ends
+
+
+def _no_moves(*facts: object) -> list[Pair]:
+    """The plan of a leader that only scales."""
+    return []
 
 
 class Node:
@@ -118,7 +126,7 @@ class Node:
         self._on_view(self.view)
         desired = self.view.desired.get(self._config.node, self._config.initial_instances)
         self._supervise.want.defer(desired)
-        if self._config.migration:
+        if self._config.migration or self._config.autoscale:
             self._rescheduling.start(self._manage)
 
     async def stop(self) -> None:
@@ -212,6 +220,8 @@ class Node:
                 lambda: self._control.registry.alive,
                 self._rescheduling.command,
                 terms,
+                pairs if config.migration else _no_moves,
+                scaling=self._scaling() if config.autoscale else None,
             ),
             self._inform,
         )
@@ -234,6 +244,17 @@ class Node:
         )
         rules = Rules(limits, config.migration_request, terms)
         return Migrations(self._exchange, admits, lambda: self.view, rules)
+
+    def _scaling(self) -> Scaling:
+        config = self._config
+        terms = ScalingTerms(
+            *(config.autoscale_low, config.autoscale_high),
+            *(config.autoscale_period, config.autoscale_cooldown),
+            *(config.autoscale_min, config.autoscale_max),
+            config.start_timeout,
+        )
+        wishes = Wishes(self._loop, self._control.registry.put_desired)
+        return Scaling(terms, wishes.make)
 
     @property
     def _model(self) -> str:
