@@ -7,6 +7,7 @@ from llumnix.engine.sim.config import ModelConfig
 from llumnix.latency import PROFILES
 from llumnix.plugins import dispatch_policy, planner
 from llumnix.policy.classes import Classes, PriorityClass
+from llumnix.policy.scaling import ScalingTerms
 from llumnix.policy.select import RULES
 from llumnix.policy.terms import Terms, Thresholds
 from llumnix.simulator.cost import COSTS
@@ -80,7 +81,9 @@ class ClusterConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     migration: str = "llama-7b-a10"  # what a move costs, a key of cost.COSTS
-    start_seconds: float = 0.0  # that a new instance takes until it is ready
+    scaling: ScalingTerms | None = None  # None: the number of instances stays
+    scaling_interval: float = 1.0  # seconds between two looks of the scaler
+    start_seconds: float = 0.0  # that an instance takes until it is ready, if it is added later
     sample_interval: float = 1.0  # seconds
     longest: float = inf  # seconds of virtual time after which the run is cut off
 

@@ -46,6 +46,11 @@ class SimInstance:
             self.id, NODE, "model", self.state, config.total_blocks, config.block_size
         )
 
+    @property
+    def idle(self) -> bool:
+        """Whether it has no request, and none is on its way to it."""
+        return not self.stories and not self.moves
+
     def load(self) -> InstanceLoad:
         """What it reports of itself now."""
         engine = self.engine
