@@ -56,5 +56,5 @@ class DispatcherActor(Actor):
         instance = self._board.decide(Request(tokens, blocks, priority), exclude)
         if instance is None:
             return None
-        sequence = self._board.sent(instance, blocks, tokens)
+        sequence = self._board.sent(instance, blocks, tokens, priority)
         return Dispatched(instance, self._view.instances[instance].node, sequence)

@@ -39,7 +39,8 @@ def is_candidate(view: ClusterView, info: InstanceInfo) -> bool:
 class _Entry:
     candidate: Candidate
     open: bool  # whether it may get new requests
-    pending: deque[tuple[int, int, int]] = field(default_factory=deque)  # sequence, blocks, tokens
+    # Sequence, blocks, tokens and priority of each dispatch that no report covers.
+    pending: deque[tuple[int, int, int, int]] = field(default_factory=deque)
 
 
 class DispatchBoard:
@@ -110,7 +111,7 @@ class DispatchBoard:
             (self._entries[i].candidate.info.total_blocks for i in self._scores[0]), default=0
         )
 
-    def sent(self, instance: InstanceId, blocks: int, tokens: int) -> int:
+    def sent(self, instance: InstanceId, blocks: int, tokens: int, priority: int = 0) -> int:
         """Count a dispatch in flight, and give it its sequence number.
 
         The number travels with the request; the instance reports the greatest one it has received
@@ -121,10 +122,10 @@ class DispatchBoard:
         self._next += 1
         if entry := self._entries.get(instance):
             candidate = entry.candidate
-            candidate.sent = candidate.sent.plus(blocks, tokens)
+            candidate.sent = candidate.sent.plus(blocks, tokens, priority)
             candidate.dispatched += 1
             candidate.last = sequence
-            entry.pending.append((sequence, blocks, tokens))
+            entry.pending.append((sequence, blocks, tokens, priority))
             self._rescore(instance, entry)
         return sequence
 
@@ -136,7 +137,7 @@ class DispatchBoard:
         for item in entry.pending:
             if item[0] == sequence:
                 entry.pending.remove(item)
-                entry.candidate.sent = entry.candidate.sent.minus(item[1], item[2])
+                entry.candidate.sent = entry.candidate.sent.minus(*item[1:])
                 self._rescore(instance, entry)
                 return
 
@@ -202,8 +203,7 @@ class DispatchBoard:
             candidate.load = load
             covered = load.received.get(self._node, 0)
             while pending and pending[0][0] <= covered:
-                _, blocks, tokens = pending.popleft()
-                candidate.sent = candidate.sent.minus(blocks, tokens)
+                candidate.sent = candidate.sent.minus(*pending.popleft()[1:])
         self._rescore(info.id, entry)
 
     def _rescore(self, instance: InstanceId, entry: _Entry) -> None:

@@ -60,9 +60,10 @@ def by_freeness(candidate: Candidate, request: Request, terms: Terms) -> float:
     """
     info, load, sent = candidate.info, candidate.load, candidate.sent
     headroom = 0
-    if terms.classes.by_priority and load.priorities:
-        others = {p: n for p, n in load.priorities.items() if p != request.priority}
-        headroom = terms.classes.headroom(info, others)
+    if terms.classes.by_priority and (load.priorities or sent.priorities):
+        present = {**load.priorities, **sent.priorities}
+        present.pop(request.priority, None)
+        headroom = terms.classes.headroom(info, present)
     free = dispatch_freeness(info, load, sent, headroom)
     if free == inf:
         return _EMPTY + info.total_blocks - load.used_blocks

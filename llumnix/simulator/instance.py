@@ -111,6 +111,7 @@ class SimInstance:
     def candidates(self, leaving: set[str]) -> list[Candidate]:
         """Its requests as a rule of choice sees them."""
         size = self.engine.config.block_size
+        queued = {name for name in self.engine.queued() if name not in self._started}
         found = []
         for order, (name, story) in enumerate(self.stories.items()):
             if name in leaving:
@@ -122,7 +123,7 @@ class SimInstance:
                     priority=story.job.priority,
                     tokens=tokens,
                     blocks=ceil((tokens + 1) / size),
-                    running=name in self._started,
+                    running=name not in queued,
                     order=order,
                     generated=len(story.times),
                 )

@@ -102,7 +102,7 @@ class Simulation:
         if chosen is None:
             self._homeless.append(story)
             return
-        sequence = board.sent(chosen, blocks, tokens)
+        sequence = board.sent(chosen, blocks, tokens, job.priority)
         instance = self._fleet.instances[chosen]
         instance.received[f"d{number}"] = sequence
         story.instance = story.instance or chosen
