@@ -36,6 +36,7 @@ class NodeInfo:
     address: str
     version: str
     epoch: int
+    max_instances: int = 0  # most that it runs, whatever is desired there; 0: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,8 @@ class ClusterView:
     )
     loads: Mapping[InstanceId, InstanceLoad] = field(default_factory=lambda: MappingProxyType({}))
     desired: Mapping[NodeId, int] = field(default_factory=lambda: _EMPTY)
+    # Which instance is to go first from a node, where desired/<node> names one.
+    without: Mapping[NodeId, InstanceId] = field(default_factory=lambda: MappingProxyType({}))
     draining: frozenset[str] = frozenset()  # nodes and instances under drain/
     leader: NodeId | None = None
     leader_epoch: int = 0

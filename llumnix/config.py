@@ -80,6 +80,11 @@ class Config:
         choices=("load", "queue", "balanced", "rr", "random"),
     )
     dispatch_top_k: int = _knob(1, "dispatch at random among the K best instances")
+    priority_classes: str = _knob(
+        "",
+        "YAML file with the priority classes that requests may name; with it the engines schedule "
+        "by priority, unless --scheduling-policy says otherwise",
+    )
     migration: bool = _knob(
         True,
         "move running requests between instances, to balance them and to empty some",
@@ -117,6 +122,25 @@ class Config:
     migration_timeout: float = _knob(
         10.0, "seconds for each answer of a migration's other end, and for each transfer"
     )
+    autoscale: bool = _knob(
+        False,
+        "while this node leads, add and remove instances in the cluster as the load asks for it",
+        action=argparse.BooleanOptionalAction,
+    )
+    autoscale_low: float = _knob(
+        10.0, "add instances below this mean freeness, in KV blocks a request"
+    )
+    autoscale_high: float = _knob(
+        60.0, "remove one if the mean freeness is above this without it, in KV blocks a request"
+    )
+    autoscale_period: float = _knob(
+        10.0, "seconds for which the mean freeness must be out of this range"
+    )
+    autoscale_cooldown: float = _knob(
+        30.0, "seconds after a change in which no other instance is added or removed"
+    )
+    autoscale_min: int = _knob(1, "fewest instances in the cluster for --autoscale to go down to")
+    autoscale_max: int = _knob(16, "most instances in the cluster for --autoscale to go up to")
     drain_timeout: float = _knob(60.0, "seconds that running requests get to end at SIGTERM")
     max_requests: int = _knob(
         2048, "requests open at this API server, running or waiting; beyond them: 429; 0: no limit"
@@ -197,6 +221,7 @@ class Config:
         ):
             if getattr(self, knob) < 0:
                 raise ConfigError(f"--{knob.replace('_', '-')} must not be negative")
+        self._check_scaling()
         self._check_addresses()
         if bool(self.etcd_cert) != bool(self.etcd_key):
             raise ConfigError("--etcd-cert and --etcd-key go together")
@@ -204,6 +229,23 @@ class Config:
             raise ConfigError("--etcd-user and --etcd-password go together")
         if (self.etcd_user or self.etcd_ca or self.etcd_cert) and not self.etcd_endpoints:
             raise ConfigError("--etcd-user and --etcd-ca need --etcd-endpoints")
+
+    def _check_scaling(self) -> None:
+        if not 0 < self.autoscale_low <= self.autoscale_high < math.inf:
+            raise ConfigError(
+                "--autoscale-low must be more than 0, and not above --autoscale-high, which is "
+                f"{self.autoscale_high}"
+            )
+        if not 1 <= self.autoscale_min <= self.autoscale_max:
+            raise ConfigError(
+                "--autoscale-min must be 1 or more, and not above --autoscale-max, which is "
+                f"{self.autoscale_max}"
+            )
+        for knob in ("autoscale_period", "autoscale_cooldown"):
+            if not 0 <= getattr(self, knob) < math.inf:
+                raise ConfigError(
+                    f"--{knob.replace('_', '-')} must be a number of seconds, and not negative"
+                )
 
     def _check_addresses(self) -> None:
         for endpoint in self.etcd_endpoints or ():

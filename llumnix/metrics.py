@@ -59,6 +59,7 @@ class Snapshot:
     dispatched: Mapping[str, int] = field(default_factory=dict)  # by instance
     dropped: Mapping[str, int] = field(default_factory=dict)  # outputs refused, by reason
     peers: int = 0
+    classes: Mapping[int, str] = field(default_factory=dict)  # names of priority classes
 
 
 class NodeCollector(Collector):
@@ -76,6 +77,8 @@ class NodeCollector(Collector):
         now = self._snapshot()
         yield from _of_cluster(now)
         yield from _of_instances(now.loads)
+        if now.classes:
+            yield _of_classes(now.loads, now.classes)
         yield _counter("llumnix_dispatches", "Requests dispatched", "instance", now.dispatched)
         yield _counter("llumnix_dropped_outputs", "Refused by the ledger", "reason", now.dropped)
 
@@ -113,6 +116,20 @@ def _of_instances(loads: Iterable[InstanceLoad]) -> Iterator[Metric]:
         yield gauge
     preempted = {load.instance: load.preemptions for load in loads}
     yield _counter("llumnix_preemptions", "Requests preempted", "instance", preempted)
+
+
+def _of_classes(loads: Iterable[InstanceLoad], names: Mapping[int, str]) -> Metric:
+    """Priorities without a class count together: clients may think of any number of them."""
+    text = "Requests running and queued, by priority class"
+    gauge = GaugeMetricFamily("llumnix_instance_requests", text, labels=["instance", "class"])
+    for load in loads:
+        counts = dict.fromkeys((*names.values(), "other"), 0)
+        normal = load.running + load.waiting - sum(load.priorities.values())
+        for priority, count in {**load.priorities, 0: normal}.items():
+            counts[names.get(priority, "other")] += count
+        for name, count in counts.items():
+            gauge.add_metric([load.instance, name], count)
+    return gauge
 
 
 def _counter(name: str, text: str, label: str, values: Mapping[str, int]) -> CounterMetricFamily:

@@ -25,7 +25,7 @@ class DispatcherActor(Actor):
     def __init__(
         self,
         node: NodeId,
-        policy: str | Policy,
+        policy: Policy,
         top_k: int,
         seed: int | None = None,
         terms: Terms = TERMS,
@@ -56,5 +56,5 @@ class DispatcherActor(Actor):
         instance = self._board.decide(Request(tokens, blocks, priority), exclude)
         if instance is None:
             return None
-        sequence = self._board.sent(instance, blocks, tokens)
+        sequence = self._board.sent(instance, blocks, tokens, priority)
         return Dispatched(instance, self._view.instances[instance].node, sequence)

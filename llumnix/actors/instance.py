@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -54,6 +55,14 @@ class Report(NamedTuple):
         return known.get(self.life, InstanceState.STARTING)
 
 
+@dataclass
+class _Drain:
+    """One drain as it is on the loop, where alone it changes."""
+
+    ends: bool = False  # the engine is being stopped
+    called_off: bool = False
+
+
 class InstanceActor(Actor):
     """Supervises one instance; `tell` is called on the actor's thread with each change."""
 
@@ -75,6 +84,7 @@ class InstanceActor(Actor):
         self._hosted: HostedInstance | None = None
         self._failures = 0
         self._up_since = 0.0  # monotonic
+        self._draining = _Drain()
         self._begun = 0  # starts so far; what a former engine reports late is ignored
 
     def on_failure(
@@ -97,13 +107,19 @@ class InstanceActor(Actor):
     def drain(self, within: float) -> None:
         """Take no new requests, let those here end within so many seconds, then stop."""
         if self._life in (Life.READY, Life.STARTING, Life.BACKING_OFF):
+            self._draining = _Drain()
             self._become(Life.DRAINING, self._facts)
-            self._send(self._drain_and_stop(within))
+            self._send(self._drain_and_stop(within, self._draining))
+
+    def keep(self) -> None:
+        """Go on after all, if it drains and was up; nothing happens once it has begun to stop."""
+        if self._life is Life.DRAINING and self._facts is not None:
+            self._send(self._call_off(self._draining))
 
     def halt(self) -> None:
         """Stop the engine now."""
         if self._life is not Life.STOPPED:
-            self._send(self._drain_and_stop(0.0))
+            self._send(self._drain_and_stop(0.0, _Drain()))
 
     def report(self) -> None:
         """Tell what the last change was, once more if need be."""
@@ -119,6 +135,8 @@ class InstanceActor(Actor):
 
     def went_down(self, start: int, reason: str) -> None:
         """The engine did not come up, or died."""
+        if start == self._begun and self._life is Life.DRAINING:
+            self._facts = None  # if it is kept now, it must start anew
         if start != self._begun or self._life not in (Life.STARTING, Life.READY):
             return
         was_up = self._life is Life.READY
@@ -134,6 +152,15 @@ class InstanceActor(Actor):
     def retry(self) -> None:
         """The back-off is over."""
         if self._life is Life.BACKING_OFF:
+            self.begin()
+
+    def kept(self, drain: _Drain) -> None:
+        """The drain was called off."""
+        if drain is not self._draining or self._life is not Life.DRAINING:
+            return
+        if self._facts is not None:
+            self._become(Life.READY, self._facts)
+        else:  # it has died while it drained
             self.begin()
 
     def stopped(self) -> None:
@@ -168,21 +195,30 @@ class InstanceActor(Actor):
         await hosted.stop(0.0)
         self._proxy.went_down.defer(start, reason)
 
-    async def _drain_and_stop(self, within: float) -> None:
+    async def _call_off(self, drain: _Drain) -> None:
+        if not drain.ends:
+            drain.called_off = True
+            self._proxy.kept.defer(drain)
+
+    async def _drain_and_stop(self, within: float, drain: _Drain) -> None:
         hosted = self._hosted
         if hosted is not None:
             try:
                 async with asyncio.timeout(within):
-                    while hosted.requests:
+                    while hosted.requests and not drain.called_off:
                         await asyncio.sleep(DRAIN_POLL)
             except TimeoutError:
-                if within > 0:
+                if within > 0 and not drain.called_off:
                     names = ", ".join(sorted(tenant.request_id for tenant in hosted.tenants))
                     logger.warning(
                         "instance %s stops after %.0f s with %d requests: %s",
                         *(hosted.id, within, hosted.requests, names),
                     )
+            if drain.called_off:
+                return
+            drain.ends = True
             await hosted.stop(STOP_SECONDS)
+        drain.ends = True
         self._proxy.stopped.defer()
 
     async def _later(self, delay: float) -> None:

@@ -1,6 +1,7 @@
-"""The leader's rescheduler: which instance gives a request away, to which other, and when."""
+"""What the leader decides: which requests move from where to where, and how many instances run."""
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -8,9 +9,11 @@ from typing import Literal
 
 from llumnix.actors.base import Actor
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, NodeId
+from llumnix.control.desired import Wish
 from llumnix.policy.load import freeness
 from llumnix.policy.rebalance import Pair, Planner, pairs
 from llumnix.policy.rescheduler import DRAIN_MOVES, PATIENCE, Order, Rescheduler
+from llumnix.policy.scaling import Scaler, ScalingTerms
 from llumnix.policy.terms import TERMS, Terms
 
 logger = logging.getLogger(__name__)
@@ -36,8 +39,17 @@ class MoveCommand:
         return Pair(self.source, self.destination, self.rule)
 
 
+@dataclass(frozen=True)
+class Scaling:
+    """How a manager scales."""
+
+    terms: ScalingTerms
+    wish: Callable[[Wish], None]  # hands numbers of instances to the node's loop
+    clock: Callable[[], float] = time.monotonic
+
+
 class ManagerActor(Actor):
-    """Pairs instances while its node leads; has no timer, but is told of each tick.
+    """Acts while its node leads; has no timer, but is told of each tick.
 
     All functions given to it are called on its own thread, and must not block.
     """
@@ -51,6 +63,7 @@ class ManagerActor(Actor):
         planner: Planner = pairs,
         drain_moves: int = DRAIN_MOVES,
         patience: int = PATIENCE,
+        scaling: Scaling | None = None,  # None: the number of instances is left alone
     ) -> None:
         super().__init__()
         self._leads = leads
@@ -60,6 +73,8 @@ class ManagerActor(Actor):
         self._patience = patience
         self._new_term = partial(Rescheduler, planner, terms, drain_moves, patience)
         self._rescheduler = self._new_term()
+        self._scaling = scaling
+        self._scaler = self._new_scaler()
         self._view = ClusterView()
         self._epoch = 0  # in which this node leads, or led last
         self._holds = False
@@ -75,11 +90,15 @@ class ManagerActor(Actor):
             return
         if epoch != self._epoch:  # what was under way belongs to another term
             self._epoch, self._rescheduler, self._holds = epoch, self._new_term(), False
+            self._scaler = self._new_scaler()
         for pair in self._rescheduler.next_round():
             self._say_failed(pair, f"no answer within {self._patience} intervals")
         if self._may_act():
             for order in self._rescheduler.orders(self._view):
                 self._command_all(order)
+            self._scale()
+        elif self._scaler is not None:
+            self._scaler.forget()
 
     def finished(self, pair: Pair, outcome: str) -> None:
         """A commanded move has ended: MOVED, or why no request was moved."""
@@ -90,7 +109,8 @@ class ManagerActor(Actor):
         """Whether the view can be trusted. When etcd is silent it is old, and all stays put."""
         holds = not self._current()
         if holds and not self._holds:
-            logger.info("epoch %d: moves nothing while etcd is silent", self._epoch)
+            what = "moves nothing" if self._scaling is None else "moves and scales nothing"
+            logger.info("epoch %d: %s while etcd is silent", self._epoch, what)
         self._holds = holds
         return not holds
 
@@ -118,6 +138,24 @@ class ManagerActor(Actor):
                     pair.rule,
                 )
             )
+
+    def _new_scaler(self) -> Scaler | None:
+        """The scaler of a term: whatever another leader knew of the past, this one does not."""
+        if self._scaling is None:
+            return None
+        return Scaler(self._scaling.terms, self._terms.classes)
+
+    def _scale(self) -> None:
+        """Wish for another number of instances, if it is time for that."""
+        scaling, view = self._scaling, self._view
+        if scaling is None or self._scaler is None:
+            return
+        decision = self._scaler.decide(view, scaling.clock())
+        if decision is None:
+            return
+        logger.info("epoch %d: %s", self._epoch, decision.sentence)
+        seen = {node: view.desired[node] for node in decision.desired if node in view.desired}
+        scaling.wish(Wish(self._epoch, decision.desired, seen, decision.victim))
 
     def _freeness(self, info: InstanceInfo) -> float:
         return freeness(info, self._view.loads[info.id], self._terms.classes)

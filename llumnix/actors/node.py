@@ -35,10 +35,11 @@ class _Slot:
     instance: InstanceId
     proxy: Any
     report: Report
+    kept: bool = False  # is to go on, though the report still says that it drains
 
     @property
     def wanted(self) -> bool:
-        return self.report.life not in (Life.DRAINING, Life.STOPPED)
+        return self.kept or self.report.life not in (Life.DRAINING, Life.STOPPED)
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Roster:
 
     slots: dict[int, _Slot] = field(default_factory=dict)
     wanted: int = 0
+    without: InstanceId | None = None  # which one is to go first
     desired: int | None = None  # the value under desired/<node> acted on last
     leaving: bool = False
     deaths: Deaths = field(default_factory=Deaths)  # of instances' actors
@@ -82,16 +84,16 @@ class NodeActor(Actor):
         desired = view.desired.get(self._node)
         if desired is not None and desired != self._roster.desired:
             logger.info("%d instances are desired on this node, by its key in etcd", desired)
-            self.want(desired)
+            self.want(desired, view.without.get(self._node))
         self._roster.desired = desired
 
-    def want(self, number: int) -> None:
-        """Have this many instances run here, at most the limit."""
+    def want(self, number: int, without: InstanceId | None = None) -> None:
+        """Have this many instances run here, at most the limit; `without` is to go first."""
         if number > self._limit:
             logger.warning(
                 "%d instances are wanted, but --max-instances is %d", number, self._limit
             )
-        self._roster.wanted = min(number, self._limit)
+        self._roster.wanted, self._roster.without = min(number, self._limit), without
         self._settle()
 
     def changed(self, slot: int, report: Report) -> None:
@@ -100,8 +102,11 @@ class NodeActor(Actor):
         if held is None:
             return
         if not held.wanted and report.life not in (Life.DRAINING, Life.STOPPED):
-            return  # it was on its way when the instance was told to drain
+            # It was on its way when the instance was told to drain, or to drain again.
+            self._command(slot, "drain", self._drain_timeout)
+            return
         held.report = report
+        held.kept = held.kept and report.life is Life.DRAINING
         if report.life is Life.STOPPED:
             del self._roster.slots[slot]
             held.proxy.actor_ref.stop(block=False)
@@ -160,23 +165,38 @@ class NodeActor(Actor):
         return [slot.report for _, slot in sorted(self._roster.slots.items())]
 
     def _settle(self) -> None:
-        """Start or drain what the difference between wanted and running asks for."""
+        """Start, keep or drain what the difference between wanted and running asks for."""
         if self._roster.leaving:
             return
-        running = [n for n, slot in self._roster.slots.items() if slot.wanted]
-        for _ in range(self._roster.wanted - len(running)):
-            if len(self._roster.slots) >= self._limit:
-                break  # a slot is free again when a draining instance has stopped
-            self._open(next(n for n in range(self._limit) if n not in self._roster.slots))
-        if len(running) > self._roster.wanted:
-            # The emptiest go first; of equally empty ones the youngest.
-            running.sort(key=lambda n: (self._around.requests(self._roster.slots[n].instance), -n))
-            for number in running[: len(running) - self._roster.wanted]:
-                slot = self._roster.slots[number]
-                logger.info("instance %s drains: %d are wanted", slot.instance, self._roster.wanted)
-                # Not chosen again while its actor's own report is on its way.
-                slot.report = slot.report._replace(life=Life.DRAINING)
-                self._command(number, "drain", self._drain_timeout)
+        slots, wanted = self._roster.slots, self._roster.wanted
+        running = sorted((n for n, slot in slots.items() if slot.wanted), key=self._goes_first)
+        for number in running[: max(len(running) - wanted, 0)]:
+            self._drain(number)
+        draining = sorted((n for n, slot in slots.items() if not slot.wanted), key=self._goes_first)
+        for _ in range(wanted - len(running)):
+            if draining:
+                self._keep(draining.pop())
+            elif len(slots) < self._limit:  # else one is free when a draining instance has stopped
+                self._open(next(n for n in range(self._limit) if n not in slots))
+
+    def _goes_first(self, number: int) -> tuple[bool, int, int]:
+        """A key by which the one that was named comes first, then the emptiest, the youngest."""
+        instance = self._roster.slots[number].instance
+        return instance != self._roster.without, self._around.requests(instance), -number
+
+    def _drain(self, number: int) -> None:
+        slot = self._roster.slots[number]
+        logger.info("instance %s drains: %d are wanted", slot.instance, self._roster.wanted)
+        # Not chosen again while its actor's own report is on its way.
+        slot.report, slot.kept = slot.report._replace(life=Life.DRAINING), False
+        self._command(number, "drain", self._drain_timeout)
+
+    def _keep(self, number: int) -> None:
+        """Have one that drains go on, if it is not too late; else its slot is filled anew."""
+        slot = self._roster.slots[number]
+        logger.info("instance %s is kept: %d are wanted", slot.instance, self._roster.wanted)
+        slot.kept = True
+        self._command(number, "keep")
 
     def _open(self, number: int) -> None:
         instance = f"{self._node}-{number}"

@@ -6,7 +6,7 @@ fields that a newer version adds are ignored.
 
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -14,13 +14,24 @@ from llumnix.cluster import InstanceId, InstanceInfo, InstanceLoad, InstanceStat
 
 
 def encode_node(node: NodeInfo) -> bytes:
-    return orjson.dumps({"address": node.address, "version": node.version, "epoch": node.epoch})
+    return orjson.dumps(
+        {
+            "address": node.address,
+            "version": node.version,
+            "epoch": node.epoch,
+            "max_instances": node.max_instances,
+        }
+    )
 
 
 def decode_node(node: NodeId, value: bytes) -> NodeInfo:
     data = _object(value)
     return NodeInfo(
-        node, _text(data, "address"), _text(data, "version", ""), _count(data, "epoch", 0)
+        node,
+        _text(data, "address"),
+        _text(data, "version", ""),
+        _count(data, "epoch", 0),
+        _count(data, "max_instances", 0),
     )
 
 
@@ -114,15 +125,32 @@ def decode_text(value: bytes) -> str:
     return text.strip()
 
 
-def decode_desired(value: bytes) -> int:
-    """The number of instances that an operator put: 3, or "3"."""
+class Desired(NamedTuple):
+    """What is wanted of a node: so many instances, and if one is to go, this one first."""
+
+    instances: int
+    without: InstanceId | None = None
+
+
+def encode_desired(desired: Desired) -> bytes:
+    """A bare number, unless an instance is named."""
+    if desired.without is None:
+        return b"%d" % desired.instances
+    return orjson.dumps(desired._asdict())
+
+
+def decode_desired(value: bytes) -> Desired:
+    """What an operator or the leader put: 3, or "3", or {"instances": 3, "without": "a-1"}."""
+    if value.lstrip().startswith(b"{"):
+        data = _object(value)
+        return Desired(_count(data, "instances"), _text(data, "without", "") or None)
     try:
         number = int(value.decode().strip().strip('"'))
     except ValueError:
         raise ValueError("it is no whole number") from None
     if number < 0:
         raise ValueError("it is negative")
-    return number
+    return Desired(number)
 
 
 def _object(value: bytes) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceLoad, NodeId, NodeInfo
 from llumnix.control.changes import changes
 from llumnix.control.codec import encode_instance, encode_node
+from llumnix.control.desired import Wish, put_desired
 from llumnix.control.etcd import Etcd
 from llumnix.control.grace import Grace
 from llumnix.control.keys import Keys, Kind
@@ -114,6 +115,10 @@ class Registry:
     def delete_drain(self, name: str) -> None:
         """Has it emptied no more. Blocks; raises EtcdError."""
         self._etcd.delete(self._keys.drain(name))
+
+    def put_desired(self, wish: Wish) -> None:
+        """Have other numbers of instances, as this node leads. Blocks; raises EtcdError."""
+        put_desired(self._etcd, self._keys, wish)
 
     def _write_loads(self, value: bytes) -> None:
         assert self._node is not None

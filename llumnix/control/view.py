@@ -77,13 +77,20 @@ class ViewBuilder:
         if Kind.LOAD in touched:
             reports = facts[Kind.LOAD].values()
             loads = MappingProxyType({load.instance: load for node in reports for load in node})
+        desired, without = old.desired, old.without
+        if Kind.DESIRED in touched:
+            wanted: dict[str, codec.Desired] = facts[Kind.DESIRED]
+            desired = MappingProxyType({n: each.instances for n, each in wanted.items()})
+            named = {n: each.without for n, each in wanted.items() if each.without}
+            without = MappingProxyType(named)
         leader = facts[Kind.LEADER].get("")
         return ClusterView(
             revision=revision,
             nodes=part(Kind.NODE, old.nodes),
             instances=part(Kind.INSTANCE, old.instances),
             loads=loads,
-            desired=part(Kind.DESIRED, old.desired),
+            desired=desired,
+            without=without,
             draining=frozenset(facts[Kind.DRAIN]) if Kind.DRAIN in touched else old.draining,
             leader=leader,
             leader_epoch=self._leader_epoch if leader is not None else 0,

@@ -70,8 +70,8 @@ class ClusterClient(EngineCoreClient):
         # Called for a request that has to end: its id, one sentence, and the status that fits, 400
         # if no engine can run it, 500 if it is not to be sent again, 503 if it may be.
         self.on_failure: Callable[[str, str, HTTPStatus], None] = lambda *failure: None
-        # Called for each request of the frontend, in its handler's context.
-        self.on_open: Callable[[EngineCoreRequest], None] = lambda request: None
+        # Called for each request of the frontend, in its handler's context, in this order.
+        self.on_open: list[Callable[[EngineCoreRequest], None]] = []
         # Called with the seconds that a move has interrupted a stream of tokens.
         self.on_gap: Callable[[float], None] = lambda seconds: None
         # Called with the seconds from the loss of an owner to the next token.
@@ -100,7 +100,8 @@ class ClusterClient(EngineCoreClient):
         Raises ValueError if a request of that id is open already.
         """
         self.ledger.open(request.request_id, request)
-        self.on_open(request)
+        for call in self.on_open:
+            call(request)
         self._spawn(self._place(request.request_id))
 
     async def get_output_async(self) -> EngineCoreOutputs:

@@ -61,6 +61,16 @@ class HostedInstance:
         """The requests it has, in the order in which they came."""
         return list(self._tenants.values())
 
+    @property
+    def queued(self) -> list[Tenant]:
+        """Those that wait and have no output here, in the order in which they came.
+
+        The engine says how many it runs, and not which: of those without an output the first come.
+        """
+        fresh = [tenant for tenant in self._tenants.values() if not tenant.started]
+        waiting = max(len(self._tenants) - self._running, 0)
+        return fresh[len(fresh) - min(waiting, len(fresh)) :]
+
     def find(self, request_id: str) -> Tenant | None:
         """The request of that id, if it is here."""
         name = self._names.get(request_id)
@@ -191,8 +201,14 @@ class HostedInstance:
     def load(self) -> InstanceLoad:
         """The load as of the last step, with every request that has arrived since as queued."""
         waiting_count = max(len(self._tenants) - self._running, 0)
-        fresh = [t.blocks for t in self._tenants.values() if not t.started]
-        waiting = fresh[len(fresh) - min(waiting_count, len(fresh)) :]
+        waiting = [tenant.blocks for tenant in self.queued]
+        prefill = 0
+        priorities: dict[int, int] = {}
+        for tenant in self._tenants.values():
+            if not tenant.started:
+                prefill += tenant.tokens
+            if tenant.priority:
+                priorities[tenant.priority] = priorities.get(tenant.priority, 0) + 1
         total = self.facts.total_blocks if self.facts else 0
         busy = bool(self._tenants)
         received: dict[NodeId, int] = {}  # a node may have a former link and a new one
@@ -205,7 +221,10 @@ class HostedInstance:
             used_blocks=round(self._usage * total) if busy else 0,
             waiting_blocks=sum(waiting),
             head_blocks=waiting[0] if waiting else 0,
+            prefill_tokens=prefill,
+            preempted=waiting_count - len(waiting),
             preemptions=self._preemptions,
+            priorities=priorities,
             received=received,
         )
 

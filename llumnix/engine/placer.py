@@ -6,7 +6,6 @@ It tries until an instance has taken the request, or for --failover-timeout whil
 import asyncio
 import contextlib
 import logging
-import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
@@ -19,6 +18,7 @@ from llumnix.engine.frames import Cancel, Submit
 from llumnix.engine.ledger import Entry, Ledger
 from llumnix.engine.suspects import Suspects
 from llumnix.engine.tenant import Origin
+from llumnix.engine.waiting import WaitingRoom
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,6 @@ DEATHS = 2  # of its engines that a request may survive: it may be what kills th
 CRASHES = 8  # of its engines in all, however often it was found innocent in between
 TRIAL_TOKENS = 3  # that clear a suspect: what kills an engine does it in its first steps there
 TRIAL_SECONDS = 10.0  # that others wait for one suspect at most
-RETRY_SECONDS = 0.25, 0.75  # between looks for an instance, unless the cluster changes before
 SHORTEST = 0.5  # seconds of --failover-timeout, for one try at least
 POLL_SECONDS = 0.02  # between looks at a request on trial
 
@@ -66,7 +65,7 @@ class Placer:
         self._home = home
         self._failover_timeout = max(failover_timeout, SHORTEST)  # seconds
         self._suspects = Suspects()
-        self._changed = asyncio.Event()
+        self._waiting = WaitingRoom()
         self._trials = asyncio.Lock()
         self.homeless: dict[str, float] = {}  # since when (monotonic) a request has lost its owner
         self.nodes: dict[InstanceId, NodeId] = {}  # of every instance that was ever tried
@@ -76,9 +75,8 @@ class Placer:
         self.on_undelivered: Callable[[Route], None] = lambda route: None
 
     def instances_changed(self) -> None:
-        """Have all requests that wait for an instance look again."""
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+        """Have all requests that wait for an instance look again, the most urgent first."""
+        self._waiting.look()
 
     def suspect(self, instance: InstanceId) -> None:
         """It has lost or refused a request."""
@@ -168,7 +166,8 @@ class Placer:
                     self.on_undelivered(route)
                 return self._too_long(reason)
             if route is None:
-                await self._wait(deadline)
+                left = deadline - time.monotonic()
+                await self._waiting.wait(entry.request.priority, entry.request.arrival_time, left)
                 waited = True
                 continue
             waited = False
@@ -201,13 +200,6 @@ class Placer:
     def _too_long(self, reason: str) -> str:
         sentence = f"no instance was ready within {self._failover_timeout:g} s (--failover-timeout)"
         return f"{sentence}; {reason}" if reason else sentence
-
-    async def _wait(self, deadline: float) -> None:
-        """Until the cluster changes, or another look is due."""
-        pause = min(random.uniform(*RETRY_SECONDS), max(deadline - time.monotonic(), 0.0))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(pause):
-                await self._changed.wait()
 
     async def _passes(self, request_id: str, entry: Entry) -> bool:
         """Whether a request on trial generates some tokens, or ends, without its engine dying."""

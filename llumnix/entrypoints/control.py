@@ -131,7 +131,9 @@ class ControlPlane:
         """Make this node known to the others and stand for leader."""
         config = self._config
         epoch = time.time_ns() // 1000
-        self.registry.announce_node(NodeInfo(config.node, config.advertise_address, VERSION, epoch))
+        self.registry.announce_node(
+            NodeInfo(*(config.node, config.advertise_address, VERSION, epoch, config.max_instances))
+        )
         self.election.start()
 
     @property

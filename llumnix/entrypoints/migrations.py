@@ -190,13 +190,14 @@ class Migrations:
         if free is None:
             raise MigrationError(f"the load of {hosted.id} or {destination} is not known")
         size = hosted.facts.block_size if hosted.facts else 1
+        queued = {tenant.request_id for tenant in hosted.queued}
         candidates = {
             tenant.request_id: Candidate(
                 request=tenant.request_id,
                 priority=tenant.priority,
                 tokens=tenant.tokens,
                 blocks=-(-(tenant.tokens + 1) // size),
-                running=tenant.started,
+                running=tenant.request_id not in queued,
                 order=order,
                 generated=tenant.position,
             )

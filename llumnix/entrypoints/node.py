@@ -19,7 +19,7 @@ from vllm.config import VllmConfig
 
 from llumnix.actors.dispatcher import Dispatched, DispatcherActor
 from llumnix.actors.instance import Report
-from llumnix.actors.manager import ManagerActor
+from llumnix.actors.manager import ManagerActor, Scaling
 from llumnix.actors.migration import Books, MigrationActor
 from llumnix.actors.node import NodeActor, Roster, Surroundings
 from llumnix.actors.supervised import Supervised
@@ -32,6 +32,7 @@ from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.peer import PATH, Peers
 from llumnix.engine.placer import NoInstance, Route
 from llumnix.engine.vllm.frontend import authorised
+from llumnix.entrypoints.classes import read_classes
 from llumnix.entrypoints.control import ControlPlane
 from llumnix.entrypoints.engines import engine_maker
 from llumnix.entrypoints.loads import LoadReporter
@@ -45,7 +46,9 @@ from llumnix.entrypoints.server.drains import Drains
 from llumnix.entrypoints.server.generate import DemoRoute
 from llumnix.entrypoints.server.listener import Listener
 from llumnix.entrypoints.server.moves import Moves
+from llumnix.entrypoints.server.priority import Priorities
 from llumnix.entrypoints.supervision import Supervision
+from llumnix.entrypoints.wishes import Wishes
 from llumnix.metrics import (
     DISPATCH_SECONDS,
     FAILOVER_SECONDS,
@@ -54,6 +57,8 @@ from llumnix.metrics import (
     Snapshot,
 )
 from llumnix.policy.board import is_candidate
+from llumnix.policy.rebalance import Pair, pairs
+from llumnix.policy.scaling import ScalingTerms
 from llumnix.policy.terms import Terms, Thresholds
 from llumnix.version import VERSION
 
@@ -62,6 +67,11 @@ logger = logging.getLogger(__name__)
 HALT_SECONDS = 30.0  # for all engines to end
 LOOK_AFTER_SECONDS = 1.0  # between looks at the instances' actors
 POLL = 0.05  # seconds between looks while something ends
+
+
+def _no_moves(*facts: object) -> list[Pair]:
+    """The plan of a leader that only scales."""
+    return []
 
 
 class Node:
@@ -74,6 +84,8 @@ class Node:
         self._arguments = arguments
         self._vllm_config = vllm_config
         self.standing = Standing()
+        thresholds = Thresholds(config.migration_out_below, config.migration_in_above)
+        self._terms = Terms(thresholds, read_classes(config.priority_classes))
         self._control = ControlPlane(config)
         self._make_engine = engine_maker(config, vllm_config, self._control.rendezvous)
         self._collector = NodeCollector(self._snapshot)
@@ -114,7 +126,7 @@ class Node:
         self._on_view(self.view)
         desired = self.view.desired.get(self._config.node, self._config.initial_instances)
         self._supervise.want.defer(desired)
-        if self._config.migration:
+        if self._config.migration or self._config.autoscale:
             self._rescheduling.start(self._manage)
 
     async def stop(self) -> None:
@@ -155,7 +167,8 @@ class Node:
         self._opening.on_open = self._opened
         self._gateway = Gateway(lambda: self._opening.frontend, self.standing, config.send_timeout)
         admission = Admission(config.max_requests, config.max_prompt_tokens)
-        self._client.on_open = admission.enter
+        priorities = Priorities(self._terms.classes)
+        self._client.on_open += [priorities.enter, admission.enter]
         admin = Admin(config.node, self.standing, self._view_and_age, self._fault)
         may = partial(authorised, self._arguments)
         moves = Moves(lambda: self._migrations, may)
@@ -163,7 +176,7 @@ class Node:
         demo = DemoRoute(lambda: self._opening.frontend, self.standing, config.send_timeout)
         peer = (PATH, self._peers.accept)
         app = make_app(
-            *(self._gateway, admin, moves, drains, admission, demo.handle),
+            *(self._gateway, admin, moves, drains, admission, priorities, demo.handle),
             *(peer, config.max_body_bytes),
         )
         self._listener = Listener(app, self._arguments)
@@ -172,7 +185,7 @@ class Node:
         """Start the actors, and keep them alive; what each must know outlives it."""
         config = self._config
         keep = self._supervision.keep
-        terms = Terms(Thresholds(config.migration_out_below, config.migration_in_above))
+        terms = self._terms
         self._dispatch = keep(
             lambda: DispatcherActor.start(
                 config.node, config.dispatch_policy, config.dispatch_top_k, terms=terms
@@ -207,6 +220,8 @@ class Node:
                 lambda: self._control.registry.alive,
                 self._rescheduling.command,
                 terms,
+                pairs if config.migration else _no_moves,
+                scaling=self._scaling() if config.autoscale else None,
             ),
             self._inform,
         )
@@ -229,6 +244,17 @@ class Node:
         )
         rules = Rules(limits, config.migration_request, terms)
         return Migrations(self._exchange, admits, lambda: self.view, rules)
+
+    def _scaling(self) -> Scaling:
+        config = self._config
+        terms = ScalingTerms(
+            *(config.autoscale_low, config.autoscale_high),
+            *(config.autoscale_period, config.autoscale_cooldown),
+            *(config.autoscale_min, config.autoscale_max),
+            config.start_timeout,
+        )
+        wishes = Wishes(self._loop, self._control.registry.put_desired)
+        return Scaling(terms, wishes.make)
 
     @property
     def _model(self) -> str:
@@ -339,6 +365,7 @@ class Node:
             dispatched=dict(self._client.placer.dispatched),
             dropped={str(k): v for k, v in self._client.ledger.dropped.items()},
             peers=self._peers.open,
+            classes={p: made.name for p, made in self._terms.classes.by_priority.items()},
         )
 
     # ---- the end ----

@@ -18,9 +18,11 @@ from llumnix.cluster import (
     InstanceState,
     NodeId,
 )
-from llumnix.policy.dispatch import POLICIES, Candidate, Policy, Request, choose
+from llumnix.policy.dispatch import Candidate, Policy, Request, by_freeness, choose
 from llumnix.policy.load import NOTHING, InFlight
 from llumnix.policy.terms import TERMS, Terms
+
+LOAD = Policy(by_freeness, keeps=True)
 
 
 def is_candidate(view: ClusterView, info: InstanceInfo) -> bool:
@@ -37,7 +39,8 @@ def is_candidate(view: ClusterView, info: InstanceInfo) -> bool:
 class _Entry:
     candidate: Candidate
     open: bool  # whether it may get new requests
-    pending: deque[tuple[int, int, int]] = field(default_factory=deque)  # sequence, blocks, tokens
+    # Sequence, blocks, tokens and priority of each dispatch that no report covers.
+    pending: deque[tuple[int, int, int, int]] = field(default_factory=deque)
 
 
 class DispatchBoard:
@@ -49,7 +52,7 @@ class DispatchBoard:
     def __init__(
         self,
         node: NodeId,
-        policy: str | Policy = "load",
+        policy: Policy = LOAD,
         top_k: int = 1,
         rng: Random | None = None,
         first_sequence: int = 1,
@@ -62,14 +65,12 @@ class DispatchBoard:
         start time in microseconds will do).
 
         Raises:
-            ValueError: there is no policy of that name, or `top_k` is less than 1.
+            ValueError: `top_k` is less than 1.
         """
-        if isinstance(policy, str) and policy not in POLICIES:
-            raise ValueError(f"no dispatch policy {policy!r}; there are {', '.join(POLICIES)}")
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}, and must be 1 or more")
         self._node = node
-        self._score, self._keeps = POLICIES[policy] if isinstance(policy, str) else policy
+        self._score, self._keeps = policy
         self._terms = terms
         self._top_k = top_k
         self._rng = rng or Random()
@@ -110,7 +111,7 @@ class DispatchBoard:
             (self._entries[i].candidate.info.total_blocks for i in self._scores[0]), default=0
         )
 
-    def sent(self, instance: InstanceId, blocks: int, tokens: int) -> int:
+    def sent(self, instance: InstanceId, blocks: int, tokens: int, priority: int = 0) -> int:
         """Count a dispatch in flight, and give it its sequence number.
 
         The number travels with the request; the instance reports the greatest one it has received
@@ -121,10 +122,10 @@ class DispatchBoard:
         self._next += 1
         if entry := self._entries.get(instance):
             candidate = entry.candidate
-            candidate.sent = candidate.sent.plus(blocks, tokens)
+            candidate.sent = candidate.sent.plus(blocks, tokens, priority)
             candidate.dispatched += 1
             candidate.last = sequence
-            entry.pending.append((sequence, blocks, tokens))
+            entry.pending.append((sequence, blocks, tokens, priority))
             self._rescore(instance, entry)
         return sequence
 
@@ -136,7 +137,7 @@ class DispatchBoard:
         for item in entry.pending:
             if item[0] == sequence:
                 entry.pending.remove(item)
-                entry.candidate.sent = entry.candidate.sent.minus(item[1], item[2])
+                entry.candidate.sent = entry.candidate.sent.minus(*item[1:])
                 self._rescore(instance, entry)
                 return
 
@@ -202,8 +203,7 @@ class DispatchBoard:
             candidate.load = load
             covered = load.received.get(self._node, 0)
             while pending and pending[0][0] <= covered:
-                _, blocks, tokens = pending.popleft()
-                candidate.sent = candidate.sent.minus(blocks, tokens)
+                candidate.sent = candidate.sent.minus(*pending.popleft()[1:])
         self._rescore(info.id, entry)
 
     def _rescore(self, instance: InstanceId, entry: _Entry) -> None:

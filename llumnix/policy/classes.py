@@ -39,6 +39,11 @@ class PriorityClass:
         if min(numbers) < 0:
             raise ValueError(f"class {self.name} has a negative number")
 
+    @property
+    def keeps_headroom(self) -> bool:
+        """Whether its requests keep room around them."""
+        return self.headroom_tokens > 0 or self.target_tokens is not None
+
     def headroom(self, info: InstanceInfo) -> int:
         """The KV blocks that its requests keep free around them on an instance, together."""
         if self.target_tokens is not None:
@@ -68,6 +73,17 @@ class Classes:
         if not self.by_priority or not present:
             return 0
         return sum(self.of(p).headroom(info) for p, count in present.items() if count)
+
+    def added(self, info: InstanceInfo, present: Mapping[int, int]) -> Mapping[int, int]:
+        """What one request more would keep free there, by priority of the classes that do.
+
+        Nothing more, where a request of its class is present: see `headroom`.
+        """
+        return {
+            priority: 0 if present.get(priority) else made.headroom(info)
+            for priority, made in self.by_priority.items()
+            if made.keeps_headroom
+        }
 
 
 NO_CLASSES = Classes()

@@ -1,7 +1,7 @@
 """Dispatch policies: how good an instance is for the next request, and the choice among scores.
 
-A policy is one function from a candidate and a request to a score (greater is better), and one line
-in `POLICIES`. Equal scores are settled at random by `choose`, so a policy need not do it.
+A policy is one function from a candidate and a request to a score (greater is better), and one
+line in `dispatchers.POLICIES`. Equal scores are settled at random by `choose`.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from heapq import nlargest
 from math import inf
 from random import Random
-from types import MappingProxyType
 from typing import NamedTuple
 
 from llumnix.cluster import InstanceId, InstanceInfo, InstanceLoad
@@ -61,9 +60,10 @@ def by_freeness(candidate: Candidate, request: Request, terms: Terms) -> float:
     """
     info, load, sent = candidate.info, candidate.load, candidate.sent
     headroom = 0
-    if terms.classes.by_priority and load.priorities:
-        others = {p: n for p, n in load.priorities.items() if p != request.priority}
-        headroom = terms.classes.headroom(info, others)
+    if terms.classes.by_priority and (load.priorities or sent.priorities):
+        present = {**load.priorities, **sent.priorities}
+        present.pop(request.priority, None)
+        headroom = terms.classes.headroom(info, present)
     free = dispatch_freeness(info, load, sent, headroom)
     if free == inf:
         return _EMPTY + info.total_blocks - load.used_blocks
@@ -94,18 +94,6 @@ def by_turn(candidate: Candidate, request: Request, terms: Terms) -> float:
 def by_chance(candidate: Candidate, request: Request, terms: Terms) -> float:
     """Any instance: all are equal, and `choose` settles that at random."""
     return 0.0
-
-
-POLICIES: Mapping[str, Policy] = MappingProxyType(
-    {
-        "load": Policy(by_freeness, keeps=True),
-        "memory": Policy(by_memory, keeps=True),
-        "queue": Policy(by_queue, keeps=True),
-        "balanced": Policy(by_count, keeps=True),
-        "rr": Policy(by_turn, keeps=True),
-        "random": Policy(by_chance, keeps=True),
-    }
-)
 
 
 def choose(scores: Mapping[InstanceId, float], top_k: int, rng: Random) -> InstanceId:

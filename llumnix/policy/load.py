@@ -16,11 +16,15 @@ Both count the headroom of priority classes (policy/classes) as used, the first 
 other classes than the request's own.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import inf
+from types import MappingProxyType
 
 from llumnix.cluster import InstanceInfo, InstanceLoad, InstanceState
 from llumnix.policy.classes import NO_CLASSES, Classes
+
+_NONE: Mapping[int, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +34,24 @@ class InFlight:
     requests: int = 0
     blocks: int = 0  # KV blocks that these requests will ask for
     tokens: int = 0  # tokens that these requests have to prefill
+    priorities: Mapping[int, int] = field(default_factory=lambda: _NONE)  # how many of each but 0
 
-    def plus(self, blocks: int, tokens: int) -> "InFlight":
+    def plus(self, blocks: int, tokens: int, priority: int = 0) -> "InFlight":
         """This, with one more request in flight."""
-        return InFlight(self.requests + 1, self.blocks + blocks, self.tokens + tokens)
+        return self._changed(1, blocks, tokens, priority)
 
-    def minus(self, blocks: int, tokens: int) -> "InFlight":
+    def minus(self, blocks: int, tokens: int, priority: int = 0) -> "InFlight":
         """This, with one request less in flight."""
-        return InFlight(self.requests - 1, self.blocks - blocks, self.tokens - tokens)
+        return self._changed(-1, -blocks, -tokens, priority)
+
+    def _changed(self, requests: int, blocks: int, tokens: int, priority: int) -> "InFlight":
+        priorities = self.priorities
+        if priority:
+            counts = {**priorities, priority: priorities.get(priority, 0) + requests}
+            priorities = MappingProxyType({p: n for p, n in counts.items() if n > 0})
+        return InFlight(
+            self.requests + requests, self.blocks + blocks, self.tokens + tokens, priorities
+        )
 
 
 NOTHING = InFlight()

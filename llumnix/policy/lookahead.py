@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceLoad
 from llumnix.policy.board import is_candidate
-from llumnix.policy.rebalance import SPILL, Allowed, Pair, fit, pairs
+from llumnix.policy.rebalance import SPILL, Allowed, Pair, fit, pairs, spare_blocks
 from llumnix.policy.terms import Terms
 
 MAKE_ROOM = "fill"  # the rule by which the source chooses whom to send away for the head's sake
@@ -37,7 +37,7 @@ class _Side:
 def lookahead(view: ClusterView, terms: Terms, allowed: Allowed) -> list[Pair]:
     """The moves of one round (a `rebalance.Planner`)."""
     sides = [
-        _Side(info, load, info.total_blocks - load.used_blocks - load.waiting_blocks)
+        _Side(info, load, spare_blocks(info, load, terms.classes))
         for i, load in view.loads.items()
         if (info := view.instances.get(i)) is not None and is_candidate(view, info)
     ]

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from math import inf
 from typing import NamedTuple
 
-from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceState
+from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceLoad, InstanceState
 from llumnix.policy.board import is_candidate
-from llumnix.policy.load import freeness, virtual_usage
+from llumnix.policy.classes import Classes
+from llumnix.policy.load import dispatch_usage, freeness, virtual_usage
 from llumnix.policy.select import Room
 from llumnix.policy.terms import TERMS, Terms, Thresholds
 
@@ -92,18 +93,24 @@ def room(view: ClusterView, pair: Pair, terms: Terms = TERMS) -> Room | None:
     if source is None or destination is None or given is None or load is None:
         return None
     if pair.rule == SPILL:  # it is to begin at once, and costs nobody there anything else
-        spare = destination.total_blocks - load.used_blocks - load.waiting_blocks
-        return Room(blocks=spare)
+        return Room(blocks=spare_blocks(destination, load, terms.classes))
     if pair.rule == UNCHECKED:
         return Room(blocks=destination.total_blocks - load.used_blocks)
     classes = terms.classes
     floor = freeness(source, given, classes) + terms.thresholds.min_gain
+    emptied = is_emptied(view, source)
     return Room(
         blocks=destination.total_blocks - virtual_usage(destination, load, classes),
         batch=load.running + (1 if load.waiting else 0),
-        floor=-inf if is_emptied(view, source) else floor,
+        floor=-inf if emptied else floor,
         wanted=max(given.head_blocks - (source.total_blocks - given.used_blocks), 0),
+        headroom={} if emptied else classes.added(destination, load.priorities),
     )
+
+
+def spare_blocks(info: InstanceInfo, load: InstanceLoad, classes: Classes) -> int:
+    """Blocks that nothing there holds, waits for, or keeps free around it."""
+    return info.total_blocks - dispatch_usage(load) - classes.headroom(info, load.priorities)
 
 
 def _gives(view: ClusterView, instance: InstanceId, free: float, thresholds: Thresholds) -> bool:

@@ -24,22 +24,30 @@ class Candidate:
     generated: int  # output tokens so far
 
 
+_NO_HEADROOM: Mapping[int, int] = MappingProxyType({})
+
+
 class Room(NamedTuple):
     """What the destination has left, in the terms of freeness F = (M - sum of V) / B (policy/load).
 
     The load after the move is what counts (the paper's artifact does not look at it): a request
     fits only if it leaves the destination with an F above `floor`. With more than the source's
     F before the move as the floor, the worse off of the two is better off afterwards.
+
+    A request that keeps headroom takes it along, so it goes only to where that is free as well.
     """
 
     blocks: int  # M - sum of V
     batch: int = 0  # B
     floor: float = -inf  # blocks a request; -inf: whatever fits the memory
     wanted: int = 0  # blocks that the source wants to be rid of; 0: it is all the same
+    # By priority, of the classes that keep headroom: the blocks that a request of it would keep
+    # free there, besides those that are kept already.
+    headroom: Mapping[int, int] = _NO_HEADROOM
 
     def takes(self, candidate: Candidate) -> bool:
         """Whether the destination can hold the request, and is left with enough freeness."""
-        left = self.blocks - candidate.blocks
+        left = self.blocks - candidate.blocks - self.headroom.get(candidate.priority, 0)
         return left >= 0 and left / (self.batch + 1) > self.floor
 
 
@@ -121,12 +129,16 @@ DRAIN_RULE = "FCWSR"
 def choose(candidates: Iterable[Candidate], rule: str, room: Room) -> Candidate | None:
     """The request that leaves, out of those that the destination takes; None when none can.
 
+    One that keeps headroom leaves only if no other does: it is what the others have to leave for.
+
     Raises:
         ValueError: there is no rule of that name.
     """
     if rule not in RULES:
         raise ValueError(f"no rule {rule!r} to choose a request; there are {', '.join(RULES)}")
-    return RULES[rule]([c for c in candidates if room.takes(c)], room)
+    fitting = [c for c in candidates if room.takes(c)]
+    others = [c for c in fitting if c.priority not in room.headroom]
+    return RULES[rule](others, room) or RULES[rule](fitting, room)
 
 
 def _decoding(candidates: Iterable[Candidate]) -> Iterable[Candidate]:

@@ -5,9 +5,9 @@ from math import inf
 
 from llumnix.engine.sim.config import ModelConfig
 from llumnix.latency import PROFILES
+from llumnix.plugins import dispatch_policy, planner
 from llumnix.policy.classes import Classes, PriorityClass
-from llumnix.policy.dispatch import POLICIES
-from llumnix.policy.planners import PLANNERS
+from llumnix.policy.scaling import ScalingTerms
 from llumnix.policy.select import RULES
 from llumnix.policy.terms import Terms, Thresholds
 from llumnix.simulator.cost import COSTS
@@ -49,10 +49,10 @@ class EngineConfig:
 class PolicyConfig:
     """Who decides, and how often."""
 
-    dispatch: str = "load"  # a key of policy.dispatch.POLICIES
+    dispatch: str = "load"  # a name that plugins.dispatch_policy knows
     top_k: int = 1
     dispatchers: int = 1  # API servers that dispatch in turn, each knowing its own requests only
-    rescheduling: str = "none"  # none, or a key of policy.planners.PLANNERS
+    rescheduling: str = "none"  # a name that plugins.planner knows
     request: str = "low"  # which request leaves, a key of policy.select.RULES
     interval: float = 0.2  # seconds between two rounds of rescheduling
     report_interval: float = 0.2  # seconds between two reports of load
@@ -60,13 +60,10 @@ class PolicyConfig:
     classes: tuple[PriorityClass, ...] = ()
 
     def __post_init__(self) -> None:
-        for value, known in (
-            (self.dispatch, tuple(POLICIES)),
-            (self.request, tuple(RULES)),
-            (self.rescheduling, ("none", *PLANNERS)),
-        ):
-            if value not in known:
-                raise ValueError(f"there is no {value!r} among {', '.join(known)}")
+        dispatch_policy(self.dispatch)
+        planner(self.rescheduling)
+        if self.request not in RULES:
+            raise ValueError(f"no rule {self.request!r}; there are {', '.join(RULES)}")
         if not (self.interval > 0 and self.report_interval > 0 and self.dispatchers > 0):
             raise ValueError("intervals and the number of dispatchers are more than 0")
 
@@ -84,7 +81,9 @@ class ClusterConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     migration: str = "llama-7b-a10"  # what a move costs, a key of cost.COSTS
-    start_seconds: float = 0.0  # that a new instance takes until it is ready
+    scaling: ScalingTerms | None = None  # None: the number of instances stays
+    scaling_interval: float = 1.0  # seconds between two looks of the scaler
+    start_seconds: float = 0.0  # that an instance takes until it is ready, if it is added later
     sample_interval: float = 1.0  # seconds
     longest: float = inf  # seconds of virtual time after which the run is cut off
 

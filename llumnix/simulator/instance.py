@@ -46,6 +46,11 @@ class SimInstance:
             self.id, NODE, "model", self.state, config.total_blocks, config.block_size
         )
 
+    @property
+    def idle(self) -> bool:
+        """Whether it has no request, and none is on its way to it."""
+        return not self.stories and not self.moves
+
     def load(self) -> InstanceLoad:
         """What it reports of itself now."""
         engine = self.engine
@@ -106,6 +111,7 @@ class SimInstance:
     def candidates(self, leaving: set[str]) -> list[Candidate]:
         """Its requests as a rule of choice sees them."""
         size = self.engine.config.block_size
+        queued = {name for name in self.engine.queued() if name not in self._started}
         found = []
         for order, (name, story) in enumerate(self.stories.items()):
             if name in leaving:
@@ -117,7 +123,7 @@ class SimInstance:
                     priority=story.job.priority,
                     tokens=tokens,
                     blocks=ceil((tokens + 1) / size),
-                    running=name in self._started,
+                    running=name not in queued,
                     order=order,
                     generated=len(story.times),
                 )

@@ -4,17 +4,16 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import cycle
 from random import Random
-from types import MappingProxyType
 
-from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceLoad, InstanceState
+from llumnix.plugins import dispatch_policy, planner
 from llumnix.policy.board import DispatchBoard
 from llumnix.policy.dispatch import Request
-from llumnix.policy.planners import PLANNERS
+from llumnix.policy.rebalance import Pair
 from llumnix.policy.rescheduler import Rescheduler
 from llumnix.simulator.clock import Clock
 from llumnix.simulator.cluster import ClusterConfig
 from llumnix.simulator.cost import COSTS
-from llumnix.simulator.instance import SimInstance
+from llumnix.simulator.fleet import Fleet
 from llumnix.simulator.job import Job
 from llumnix.simulator.moves import SimMoves
 from llumnix.simulator.result import Result, Sample, Story
@@ -54,37 +53,33 @@ class Simulation:
         self._model = config.engine.model()
         policy = config.policy
         self._terms = terms = policy.terms(config.engine.profile)
+        dispatch, plan = dispatch_policy(policy.dispatch), planner(policy.rescheduling)
         self._boards = [
-            DispatchBoard(f"d{i}", policy.dispatch, policy.top_k, Random(seed + i), 1, terms)
+            DispatchBoard(f"d{i}", dispatch, policy.top_k, Random(seed + i), 1, terms)
             for i in range(policy.dispatchers)
         ]
         self._turns = cycle(enumerate(self._boards))
-        planner = PLANNERS[policy.rescheduling] if policy.rescheduling != "none" else None
-        self._rescheduler = Rescheduler(planner, terms) if planner else None
+        self._rescheduler = Rescheduler(plan, terms) if plan else None
         self._moves = SimMoves(clock, COSTS[config.migration], terms, policy.request, self._moved)
-        self._instances: dict[InstanceId, SimInstance] = {}
-        self._infos: dict[InstanceId, InstanceInfo] = {}
-        self._loads: dict[InstanceId, InstanceLoad] = {}
-        self._view = ClusterView()
+        self._fleet = Fleet(config, terms, clock, self._ended)
         self._homeless: list[Story] = []  # that no instance could take
         self._open = len(jobs)
         self._stories: list[Story] = []
         self._samples: list[Sample] = []
-        self._spent = 0.0  # instance seconds of those that have ended
 
     def run(self) -> Result:
         """From the first arrival to the last token."""
-        for _ in range(self._config.instances):
-            self._start(0.0)
         self._report()
         self._sample()
         if self._rescheduler is not None:
             self._clock.after(self._config.policy.interval, self._reschedule)
+        if self._config.scaling is not None:
+            self._clock.after(self._config.scaling_interval, self._scale)
         self._arrive_at(0)
         self._clock.run(lambda: not self._open, self._config.longest)
         now = self._clock.now
-        spent = self._spent + sum(now - i.began for i in self._instances.values())
-        return Result(self._stories, self._samples, now, 0.0, spent, dict(self._moves.failed))
+        failed = dict(self._moves.failed)
+        return Result(self._stories, self._samples, now, 0.0, self._fleet.spent, failed)
 
     # ---- requests ----
 
@@ -107,8 +102,8 @@ class Simulation:
         if chosen is None:
             self._homeless.append(story)
             return
-        sequence = board.sent(chosen, blocks, tokens)
-        instance = self._instances[chosen]
+        sequence = board.sent(chosen, blocks, tokens, job.priority)
+        instance = self._fleet.instances[chosen]
         instance.received[f"d{number}"] = sequence
         story.instance = story.instance or chosen
         instance.add(story)
@@ -121,49 +116,32 @@ class Simulation:
 
     def _report(self) -> None:
         """The instances report, and everybody sees it."""
-        for instance in self._instances.values():
-            if instance.changed:
-                instance.changed = False
-                self._loads[instance.id] = instance.load()
-        self._view = ClusterView(
-            instances=MappingProxyType(dict(self._infos)),
-            loads=MappingProxyType(dict(self._loads)),
-        )
+        view = self._fleet.report()
         for board in self._boards:
-            board.update_view(self._view)
+            board.update_view(view)
+        homeless, self._homeless = self._homeless, []
+        for story in homeless:
+            self._dispatch(story)
         self._clock.after(self._config.policy.report_interval, self._report)
 
     def _reschedule(self) -> None:
         assert self._rescheduler is not None
         self._rescheduler.next_round()
-        for order in self._rescheduler.orders(self._view):
+        fleet = self._fleet
+        for order in self._rescheduler.orders(fleet.view):
             for _ in range(order.moves):
-                self._moves.begin(self._view, self._instances, order.pair, order.drains)
+                self._moves.begin(fleet.view, fleet.instances, order.pair, order.drains)
         self._clock.after(self._config.policy.interval, self._reschedule)
 
-    def _moved(self, pair: object, moved: bool) -> None:
+    def _scale(self) -> None:
+        self._fleet.scale()
+        self._clock.after(self._config.scaling_interval, self._scale)
+
+    def _moved(self, pair: Pair, moved: bool) -> None:
         assert self._rescheduler is not None
-        self._rescheduler.finished(pair, moved)  # type: ignore[arg-type]
+        self._rescheduler.finished(pair, moved)
 
     def _sample(self) -> None:
-        self._samples.append(
-            sample(self._clock.now, self._instances.values(), self._moves.under_way)
-        )
+        instances = self._fleet.instances.values()
+        self._samples.append(sample(self._clock.now, instances, self._moves.under_way))
         self._clock.after(self._config.sample_interval, self._sample)
-
-    # ---- instances ----
-
-    def _start(self, seconds: float) -> None:
-        name = f"i{len(self._infos):04d}"
-        instance = SimInstance(name, self._model, self._clock)
-        instance.on_end = self._ended
-        self._instances[name] = instance
-        if seconds:
-            self._infos[name] = instance.info
-            self._clock.after(seconds, self._ready, instance)
-        else:
-            self._ready(instance)
-
-    def _ready(self, instance: SimInstance) -> None:
-        instance.state = InstanceState.READY
-        self._infos[instance.id] = instance.info

@@ -9,7 +9,7 @@ import pytest
 
 from llumnix.actors.dispatcher import DispatcherActor
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState, NodeInfo
-from llumnix.policy.dispatch import POLICIES
+from llumnix.policy.dispatchers import POLICIES
 
 READY, DRAINING, STARTING = InstanceState.READY, InstanceState.DRAINING, InstanceState.STARTING
 
@@ -33,7 +33,7 @@ def view(
 
 
 def dispatcher(policy: str = "load", top_k: int = 1) -> Any:
-    return DispatcherActor.start("a", policy, top_k, seed=1).proxy()
+    return DispatcherActor.start("a", POLICIES[policy], top_k, seed=1).proxy()
 
 
 def burst(proxy: Any, requests: int, tokens: int = 100) -> Counter[str]:

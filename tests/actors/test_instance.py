@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -208,6 +209,42 @@ def test_draining_waits_for_its_requests(idle: Supervised) -> None:
     asyncio.run_coroutine_threadsafe(hosted.cancel(["r2"]), idle.side.loop).result(5)
     idle.reaches(Life.STARTING, Life.READY, Life.DRAINING, Life.STOPPED)
     assert idle.engine.stops == 1
+
+
+def test_a_drain_can_be_called_off(idle: Supervised) -> None:
+    idle.submit("r1")
+    idle.proxy.drain.defer(10.0)
+    for _ in range(2):  # twice is no more than once
+        idle.proxy.keep.defer()
+    idle.reaches(Life.STARTING, Life.READY, Life.DRAINING, Life.READY)
+    assert idle.reports[-1].facts == FACTS
+    eventually(lambda: idle.side.tasks() == 0)
+    assert idle.engine.stops == 0 and idle.made[0].requests == 1
+    idle.proxy.keep.defer()
+    idle.proxy.drain.defer(0.1)
+    idle.reaches(*[Life.STARTING, *[Life.READY, Life.DRAINING] * 2, Life.STOPPED])
+
+
+def test_a_drain_that_has_ended_cannot_be_called_off(idle: Supervised) -> None:
+    idle.proxy.drain.defer(10.0)
+    idle.reaches(Life.STARTING, Life.READY, Life.DRAINING, Life.STOPPED)
+    idle.proxy.keep.defer()
+    idle.proxy.ping().get(timeout=5.0)
+    assert idle.lives[-1] is Life.STOPPED
+
+
+def test_one_that_dies_while_its_drain_is_called_off_starts_anew(idle: Supervised) -> None:
+    idle.submit("r1")
+    idle.proxy.drain.defer(10.0)
+    idle.reaches(Life.STARTING, Life.READY, Life.DRAINING)
+    go_on = threading.Event()
+    idle.on_loop(go_on.wait, 5.0)
+    idle.proxy.keep.defer()
+    idle.proxy.went_down.defer(1, "it died")
+    idle.proxy.ping().get(timeout=5.0)
+    go_on.set()
+    idle.reaches(Life.STARTING, Life.READY, Life.DRAINING, Life.STARTING, Life.READY)
+    assert len(idle.made) == 2
 
 
 def test_draining_ends_at_its_deadline(idle: Supervised, caplog: pytest.LogCaptureFixture) -> None:

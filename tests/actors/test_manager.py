@@ -1,14 +1,17 @@
 """The leader's rescheduler: what it commands, when it holds, and what it remembers of failures."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from llumnix.actors.manager import DRAIN_MOVES, MOVED, ManagerActor, MoveCommand
-from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
+from llumnix.actors.manager import DRAIN_MOVES, MOVED, ManagerActor, MoveCommand, Scaling
+from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState, NodeInfo
+from llumnix.control.desired import Wish
 from llumnix.policy.moves import BACKOFF_LONGEST
 from llumnix.policy.rebalance import Pair
+from llumnix.policy.scaling import ScalingTerms
 from llumnix.policy.terms import Terms, Thresholds
 
 A, B, C = "node-a-0", "node-b-0", "node-c-0"
@@ -220,3 +223,88 @@ def test_a_destination_of_many_moves_takes_none_for_balance() -> None:
 
 def test_the_thresholds_are_those_given() -> None:
     assert Led(terms=Terms(Thresholds(out_below=2.0))).ticks() == []
+
+
+# ---- how many instances there are ----
+
+
+CROWDED = replace(
+    view(load(A, 4.0), load(B, 5.0)),
+    nodes={n: NodeInfo(n, "h:1", "1", 1, 2) for n in ("node-a", "node-b")},
+)
+IDLE = replace(CROWDED, loads={A: InstanceLoad(A, 2, used_blocks=10)}, desired={"node-b": 1})
+
+
+class Scaled(Led):
+    """A manager that scales, with a clock of its own."""
+
+    def __init__(self, seen: ClusterView) -> None:
+        self.now = 0.0
+        self.wishes: list[Wish] = []
+        terms = ScalingTerms(period=10.0, cooldown=30.0)
+        super().__init__(seen, scaling=Scaling(terms, self.wishes.append, lambda: self.now))
+
+    def at(self, now: float) -> list[Wish]:
+        """What is wished for at that time."""
+        before, self.now = len(self.wishes), now
+        self.ticks()
+        return self.wishes[before:]
+
+
+@pytest.fixture
+def scaled(caplog: pytest.LogCaptureFixture) -> Scaled:
+    caplog.set_level("INFO")
+    return Scaled(CROWDED)
+
+
+def test_an_addition_is_a_wish_and_a_sentence(
+    scaled: Scaled, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert [scaled.at(now) for now in (0.0, 9.0)] == [[], []]
+    assert scaled.at(10.0) == [Wish(17, {"node-a": 2}, {})]
+    assert caplog.messages == [
+        "epoch 17: adds instances: desired are 2 on node-a, as the mean freeness is 4.5 blocks a "
+        "request, and has been below 10 for 10 s"
+    ]
+    scaled.sees(replace(CROWDED, desired={"node-a": 2}))
+    assert scaled.at(100.0) == scaled.at(200.0) == [], "they are on their way"
+
+
+def test_a_removal_names_the_instance_and_what_was_seen(
+    scaled: Scaled, caplog: pytest.LogCaptureFixture
+) -> None:
+    scaled.sees(IDLE)
+    scaled.at(0.0)
+    assert scaled.at(10.0) == [Wish(17, {"node-b": 0}, {"node-b": 1}, without=B)]
+    assert caplog.messages == [
+        "epoch 17: removes node-b-0: desired are 0 on node-b, as the mean freeness without it is "
+        "495.0 blocks a request, and has been above 60 for 10 s"
+    ]
+
+
+def test_nothing_is_scaled_while_etcd_is_silent_and_the_period_begins_anew(
+    scaled: Scaled, caplog: pytest.LogCaptureFixture
+) -> None:
+    scaled.at(0.0)
+    scaled.current = False
+    assert scaled.at(10.0) == scaled.at(50.0) == []
+    assert caplog.messages == ["epoch 17: moves and scales nothing while etcd is silent"]
+    scaled.current = True
+    assert scaled.at(60.0) == scaled.at(69.0) == []
+    assert len(scaled.at(70.0)) == 1
+
+
+def test_a_new_leader_begins_with_fresh_timers_and_what_is_desired(scaled: Scaled) -> None:
+    scaled.at(0.0)
+    assert len(scaled.at(10.0)) == 1
+    scaled.sees(replace(IDLE, desired={"node-a": 1, "node-b": 1}))
+    scaled.epoch = None
+    assert scaled.at(15.0) == []
+    scaled.epoch = 23
+    assert scaled.at(16.0) == scaled.at(25.0) == []
+    assert [wish.epoch for wish in scaled.at(26.0)] == [23], "no pause after another's change"
+
+
+def test_who_does_not_lead_scales_nothing(scaled: Scaled) -> None:
+    scaled.epoch = None
+    assert scaled.at(0.0) == scaled.at(100.0) == []

@@ -1,6 +1,8 @@
 """The supervisor keeps as many instances running as are wanted, and says what it does."""
 
+import asyncio
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from types import MappingProxyType
 from typing import Any
@@ -121,16 +123,25 @@ def test_the_emptiest_goes_first(node: Supervisor) -> None:
     node.wants(1, "a-1")
 
 
-def test_a_draining_instance_holds_its_slot(node: Supervisor) -> None:
+def test_an_instance_that_ends_holds_its_slot(
+    node: Supervisor, side: LoopThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
     node.wants(LIMIT, "a-0", "a-1", "a-2", "a-3")
     hosted = node.hosted["a-3"]
-    hosted._tenants["r"] = hosted._names["r"] = object()  # type: ignore[assignment]
+    begun, ended = threading.Event(), asyncio.Event()
+
+    async def stop(timeout: float) -> None:
+        begun.set()
+        await ended.wait()
+
+    monkeypatch.setattr(hosted.engine, "stop", stop)
     node.proxy.want.defer(3)
-    eventually(lambda: node.announced["a-3"].state is InstanceState.DRAINING)
+    assert begun.wait(5.0)
     node.proxy.want.defer(LIMIT)
     node.proxy.ping().get(timeout=5.0)
     assert len(node.announced) == LIMIT
-    hosted._tenants.clear()
+    assert node.ready() == {"a-0", "a-1", "a-2"}, "it is too late to keep it"
+    side.loop.call_soon_threadsafe(ended.set)
     eventually(lambda: node.ready() == {"a-0", "a-1", "a-2", "a-3"})
     assert node.hosted["a-3"] is not hosted, "it was made anew"
 
@@ -213,8 +224,6 @@ def test_leaving_keeps_instances_but_offers_none(node: Supervisor) -> None:
 def test_an_instance_that_comes_up_late_is_not_offered_by_a_node_that_leaves(
     side: LoopThread,
 ) -> None:
-    import asyncio
-
     up = asyncio.Event()
     node = Supervisor(side, lambda instance: IdleEngine(instance, up))
     node.proxy.want.defer(1)
@@ -234,6 +243,48 @@ def test_stopping_the_supervisor_stops_its_actors(node: Supervisor) -> None:
     eventually(lambda: node.proxy.left().get(timeout=5.0) == 0)
     eventually(lambda: len(pykka.ActorRegistry.get_all()) == 1)
     assert Life.STOPPED not in {r.life for r in node.proxy.reports().get(timeout=5.0)}
+
+
+# ---- instances that are named, and such as are kept after all ----
+
+
+def test_the_one_that_is_named_goes_first(node: Supervisor) -> None:
+    node.wants(3, "a-0", "a-1", "a-2")
+    node.requests = {"a-0": 1, "a-1": 5, "a-2": 3}
+    node.proxy.update_view.defer(
+        ClusterView(desired=MappingProxyType({"a": 2}), without=MappingProxyType({"a": "a-1"}))
+    )
+    eventually(lambda: set(node.announced) == {"a-0", "a-2"})
+    node.wants(1, "a-2")
+
+
+def test_one_that_drains_is_kept_before_another_is_started(
+    node: Supervisor, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    node.wants(2, "a-0", "a-1")
+    hosted = node.hosted["a-1"]
+    hosted._tenants["r"] = hosted._names["r"] = object()  # type: ignore[assignment]
+    node.proxy.want.defer(1)
+    eventually(lambda: node.ready() == {"a-0"})
+    node.proxy.want.defer(3)
+    eventually(lambda: node.ready() == {"a-0", "a-1", "a-2"})
+    assert "instance a-1 is kept: 3 are wanted" in caplog.messages
+    assert node.hosted["a-1"] is hosted and hosted.engine.stops == 0
+    for number in (1, 3, 1, 3, 1):  # whatever happens in between, the last word counts
+        node.proxy.want.defer(number)
+    eventually(lambda: {i.state for i in node.announced.values()} >= {InstanceState.DRAINING})
+    hosted._tenants.clear()
+    eventually(lambda: set(node.announced) == node.ready() == {"a-0"})
+
+
+def test_one_that_has_ended_before_it_could_be_kept_is_started_anew(node: Supervisor) -> None:
+    node.wants(2, "a-0", "a-1")
+    for number in (1, 2, 0, 2):
+        node.proxy.want.defer(number)
+    eventually(lambda: node.ready() == {"a-0", "a-1"})
+    node.proxy.ping().get(timeout=5.0)
+    assert len(node.proxy.reports().get(timeout=5.0)) == 2
 
 
 # ---- actors that die ----

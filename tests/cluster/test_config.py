@@ -182,6 +182,12 @@ def test_a_good_configuration(model: str, capsys: pytest.CaptureFixture[str]) ->
         (["--uds", "/tmp/x", "--etcd-endpoints", "a:1"], "--advertise-address"),
         (["--chat-template", "no template"], "no template"),
         (["--drain-timeout", "-1"], "--drain-timeout"),
+        (["--autoscale-low", "70"], "--autoscale-high, which is 60.0"),
+        (["--autoscale-low", "0"], "--autoscale-low must be more than 0"),
+        (["--autoscale-min", "0"], "--autoscale-min must be 1 or more"),
+        (["--autoscale-max", "2", "--autoscale-min", "3"], "--autoscale-max, which is 2"),
+        (["--autoscale-period", "-1"], "--autoscale-period must be a number of seconds"),
+        (["--autoscale-cooldown", "nan"], "--autoscale-cooldown"),
         (["--etcd-cert", "x", "--etcd-endpoints", "a:1"], "--etcd-key"),
         (["--etcd-user", "x", "--etcd-endpoints", "a:1"], "--etcd-password"),
         (["--etcd-ca", "x"], "--etcd-endpoints"),
@@ -197,6 +203,36 @@ def test_what_cannot_work(
     refusal: Callable[..., str], model: str, options: list[str], part: str
 ) -> None:
     assert part in refusal("--model", model, *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "policy"),
+    [
+        ([], None),  # vLLM's default
+        (["--priority-classes", "classes.yaml"], "priority"),
+        (["--priority-classes", "classes.yaml", "--scheduling-policy", "fcfs"], None),
+        (["--scheduling_policy=priority"], "priority"),
+    ],
+)
+def test_priority_classes_have_engines_schedule_by_priority(
+    show: Show, options: list[str], policy: str | None
+) -> None:
+    assert show(*options).get("scheduling-policy") == policy
+
+
+def test_a_policy_that_the_environment_has_chosen(
+    show: Show, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLUMNIX_PRIORITY_CLASSES", "classes.yaml")
+    assert show()["scheduling-policy"] == "priority"
+    monkeypatch.setenv("LLUMNIX_SCHEDULING_POLICY", "fcfs")
+    assert "scheduling-policy" not in show()
+
+
+def test_priority_classes_that_are_none(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", model, "--engine", "sim", "--priority-classes", "/no/such/file"]
+    assert main([*options, "--validate-config"]) == 2
+    assert "--priority-classes: /no/such/file can't be read: " in capsys.readouterr().err
 
 
 def test_a_profile_that_is_none(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from llumnix.control.keys import Keys, Kind, Parsed
 KEYS = Keys("prod")
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
 counts = st.integers(0, 2**53)
-nodes = st.builds(NodeInfo, names, names, names, counts)
+nodes = st.builds(NodeInfo, names, names, names, counts, counts)
 instances = st.builds(
     InstanceInfo, names, names, names, st.sampled_from(InstanceState), counts, counts, names
 )
@@ -107,12 +107,26 @@ def test_anything_else_raises_nothing_but_value_error(
         decode(value)
 
 
-@pytest.mark.parametrize(("value", "number"), [(b"3", 3), (b'"4"', 4), (b" 0\n", 0)])
-def test_desired(value: bytes, number: int) -> None:
-    assert codec.decode_desired(value) == number
+@pytest.mark.parametrize(
+    ("value", "desired"),
+    [
+        (b"3", (3, None)),
+        (b'"4"', (4, None)),
+        (b" 0\n", (0, None)),
+        (b'{"instances": 2}', (2, None)),
+        (b' {"instances": 2, "without": "a-1", "why": "it is hot"}', (2, "a-1")),
+    ],
+)
+def test_desired(value: bytes, desired: tuple[int, str | None]) -> None:
+    assert codec.decode_desired(value) == desired
 
 
-@pytest.mark.parametrize("value", [b"", b"x", b"-1", b"1.5", b"[]", b"\xff"])
+@given(st.builds(codec.Desired, counts, st.none() | names))
+def test_desired_is_read_as_written(desired: codec.Desired) -> None:
+    assert codec.decode_desired(codec.encode_desired(desired)) == desired
+
+
+@pytest.mark.parametrize("value", [b"", b"x", b"-1", b"1.5", b"[]", b"{}", b"{", b"\xff"])
 def test_desired_ignored(value: bytes) -> None:
     with pytest.raises(ValueError):
         codec.decode_desired(value)

@@ -304,3 +304,21 @@ def test_a_prompt_asks_for_the_blocks_of_its_first_step(tokens: int, blocks: int
             assert hosted.instance.load().waiting_blocks == blocks
 
     check()
+
+
+@on_loop
+async def test_the_load_tells_priorities_and_what_is_to_be_prefilled() -> None:
+    async with Hosted() as hosted:
+        for name, prompt, priority in (("r1", 20, -1), ("r2", 30, 0), ("r3", 10, -1)):
+            request = core_request(name, [1] * prompt, 8, priority)
+            await hosted.instance.submit(hosted.home, Submit("a-0", 1, 1, request))
+        load = hosted.instance.load()
+        assert (load.prefill_tokens, load.priorities) == (60, {-1: 2})
+        await hosted.steps(1)
+        resumed = core_request("r4", [1] * 10, 8, 5)
+        await hosted.instance.submit(hosted.away, Submit("a-0", 3, 2, resumed, [7] * 4))
+        load = hosted.instance.load()
+        assert (load.prefill_tokens, load.priorities) == (14, {-1: 2, 5: 1})
+        hosted.gate.open()
+        await soon(lambda: not hosted.instance.requests)
+        assert (hosted.instance.load().prefill_tokens, hosted.instance.load().priorities) == (0, {})

@@ -78,7 +78,7 @@ def test_a_stream_survives_deaths_at_any_token(deaths: int, how: str) -> None:
         async with mesh("a", "b") as (a, b):
             places = Places(a, b)
             await places.host(deaths + 1)
-            stream = await a.ask("r1", PROMPT, TOKENS)
+            stream = await a.ask("r1", PROMPT, TOKENS, priority=-5)
             for n in range(deaths):
                 instance = places.order[n]
                 await places.let(instance, stream, 7 + n)
@@ -89,7 +89,8 @@ def test_a_stream_survives_deaths_at_any_token(deaths: int, how: str) -> None:
                     places.engine(instance).die(f"instance {instance} died: killed")
             last = places.order[deaths]
             await soon(lambda: places.gates[last].waiting)
-            assert (a if last in a.hosted else b).hosted[last].requests == 1
+            hosted = (a if last in a.hosted else b).hosted[last]
+            assert [tenant.priority for tenant in hosted.tenants] == [-5]
             await _ended(places, stream)
 
     check()
@@ -242,7 +243,7 @@ class Refusing(SimEngine):
 async def _handed(a: MeshNode, b: MeshNode, places: Places, destination: str) -> Stream:
     """A request of a's that its instance at b has just handed over, behind five tokens."""
     source = places.order[0]
-    stream = await a.ask("r1", PROMPT, TOKENS)
+    stream = await a.ask("r1", PROMPT, TOKENS, priority=-5)
     await places.let(source, stream, 5)
     tenant = b.hosted[source].find("r1")
     assert tenant is not None
@@ -271,6 +272,7 @@ async def test_a_hand_over() -> None:
         await soon(lambda: gate.waiting)
         (tenant,) = c.hosted[there].tenants
         assert (tenant.request_id, tenant.epoch, tenant.position) == ("r1", 2, 5)
+        assert tenant.priority == -5
         assert not gaps
         gate.open()
         await _ended(places, stream)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llumnix.cluster import InstanceInfo, InstanceLoad, InstanceState
-from llumnix.policy.dispatch import POLICIES, Candidate, Request, choose
+from llumnix.policy.dispatch import Candidate, Request, choose
+from llumnix.policy.dispatchers import POLICIES
 from llumnix.policy.load import InFlight
 from llumnix.policy.terms import TERMS
 

@@ -136,3 +136,22 @@ def test_whoever_leaves_is_taken_and_is_the_rule_s_choice(
         assert all((c.priority, -c.tokens) <= (chosen.priority, -chosen.tokens) for c in rivals), (
             "nobody less important, and nobody as important and shorter, stays"
         )
+
+
+def test_who_keeps_headroom_goes_only_if_no_other_can() -> None:
+    room = Room(10_000, headroom={-1: 0})
+    assert named(MIXED, "SR", room) == "unimportant and short", "the shortest is important"
+    assert named(MIXED, "FCR", room) == "long"
+    assert named(MIXED[:1] + MIXED[3:4], "SR", room) == "important", "the other is prefilling"
+    upside_down = Room(10_000, headroom={5: 0})
+    assert named(MIXED, "low", upside_down) == "middle", "of a low priority, but kept"
+
+
+def test_headroom_is_taken_along() -> None:
+    important = candidate("important", 0, 160, priority=-1)  # 10 blocks
+    just = Room(100, 9, 3.0, headroom={-1: 59})  # 3.1 are left each
+    assert named([important], "low", just) == "important"
+    assert named([important], "low", just._replace(headroom={-1: 60})) is None
+    assert named([important], "low", Room(70, headroom={-1: 61})) is None
+    normal = candidate("normal", 0, 160)
+    assert named([normal], "low", just._replace(headroom={-1: 99})) == "normal"

@@ -51,12 +51,13 @@ class Queue:
         return self._waiting[0] if self._waiting else None
 
     def place(self, request: SimRequest, front: bool) -> tuple[int, int]:
-        """A place for a request; at the front only where arrival alone counts."""
-        if front and not self.priority:
+        """A place for a request; at the front of those of its priority, where that counts."""
+        priority = request.priority if self.priority else 0
+        if front:
             self._first -= 1
-            return (0, self._first)
+            return (priority, self._first)
         self._last += 1
-        return (request.priority if self.priority else 0, self._last)
+        return (priority, self._last)
 
     def add(self, sequence: Sequence) -> None:
         """Let it wait at its place."""

@@ -30,7 +30,7 @@ class SimRequest:
     stop_token_ids: Collection[int] = ()
     priority: int = 0  # lower is earlier, where the engine is configured for it
     cached: int = 0
-    front: bool = False  # at the head of the queue (first come, first served only)
+    front: bool = False  # at the head of the queue, before all others of its priority
 
 
 class Output(NamedTuple):

@@ -81,9 +81,17 @@ class NodeArgumentParser(configargparse.ArgumentParser, FlexibleArgumentParser):
     def parse_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """Parse like vLLM's parser, which ends in ConfigArgParse's parse_known_args."""
+        """Parse like vLLM's parser, which ends in ConfigArgParse's parse_known_args.
+
+        With priority classes the engines schedule by priority, unless the user chose otherwise: a
+        priority that orders no queue would be none.
+        """
+        namespace = namespace or argparse.Namespace(scheduling_policy=None)  # None: not chosen
         parsed: argparse.Namespace = FlexibleArgumentParser.parse_args(self, args, namespace)
         self._refuse_unknown_environment()
+        if parsed.scheduling_policy is None:
+            default = self.get_default("scheduling_policy")
+            parsed.scheduling_policy = "priority" if parsed.priority_classes else default
         return parsed
 
     def _refuse_unknown_environment(self) -> None:

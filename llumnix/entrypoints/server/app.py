@@ -16,6 +16,7 @@ from llumnix.entrypoints.server.drains import Drains
 from llumnix.entrypoints.server.errors import RETRY_AFTER, Handler, error_response, openai_errors
 from llumnix.entrypoints.server.moves import Moves
 from llumnix.entrypoints.server.outlet import Outlet
+from llumnix.entrypoints.server.priority import Priorities
 
 logger = logging.getLogger(__name__)
 
@@ -106,11 +107,16 @@ def make_app(
     moves: Moves,
     drains: Drains,
     admission: Admission,
+    priorities: Priorities,
     generate: Handler,
     peer: tuple[str, Handler],
     max_body_bytes: int,
 ) -> web.Application:
     """The application, with every route in its place."""
+
+    def guard(handler: Handler) -> Handler:
+        return admission.guard(priorities.guard(handler))
+
     app = web.Application(client_max_size=max_body_bytes, middlewares=[openai_errors])
     app.router.add_get(*peer)
     looks = {
@@ -129,7 +135,7 @@ def make_app(
     app.router.add_get("/llumnix/drain", drains.list)
     app.router.add_post("/llumnix/drain", drains.drain)
     app.router.add_route("*", "/llumnix/drain", _get_or_post_only)
-    app.router.add_post("/generate", admission.guard(generate))
+    app.router.add_post("/generate", guard(generate))
     app.router.add_route("*", "/generate", _post_only)
-    app.router.add_route("*", "/{path:.*}", admission.guard(gateway.handle))
+    app.router.add_route("*", "/{path:.*}", guard(gateway.handle))
     return app

@@ -70,9 +70,11 @@ def _modelled(argv: list[str]) -> bool:
 
 def _validate(config: "Config", engines: "VllmConfig") -> int:
     from llumnix.config import ConfigError
+    from llumnix.entrypoints.classes import read_classes
     from llumnix.entrypoints.engines import engine_maker
 
     try:
+        read_classes(config.priority_classes)
         engine_maker(config, engines)
     except ConfigError as error:
         logger.error("%s", error)

@@ -1,0 +1,96 @@
+"""How many instances each node has, is to have, and has room for, as a view shows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf
+from typing import NamedTuple
+
+from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceState, NodeId
+from llumnix.policy.board import is_candidate
+
+
+class Place(NamedTuple):
+    """The instances of one node, counted."""
+
+    wanted: int  # are to run there
+    up: int  # are ready
+    parting: int  # drain, to be stopped
+    held_back: int  # an operator drains by name; they run, but serve nothing new
+    room: float  # further ones that may be wanted there
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """The instances of the cluster, counted by node.
+
+    Nodes that an operator drains, or that are about to leave, have no place: nothing is changed
+    there, and what they have does not count.
+    """
+
+    places: Mapping[NodeId, Place]
+    serving: Mapping[InstanceId, InstanceInfo]  # those that get new requests
+    elsewhere: int  # instances wanted on nodes that an operator drains
+
+    @property
+    def wanted(self) -> int:
+        """How many instances are to serve, once all that was asked for is done."""
+        return sum(place.wanted - place.held_back for place in self.places.values())
+
+    def missing_to(self, minimum: int) -> int:
+        """How many more there are to be for `minimum` to serve."""
+        return max(minimum - self.wanted, 0)
+
+    @property
+    def total(self) -> int:
+        """How many instances are to run, whether they serve or not."""
+        return sum(place.wanted for place in self.places.values()) + self.elsewhere
+
+    @property
+    def missing(self) -> Mapping[NodeId, int]:
+        """How many instances that are wanted on each node are not up yet."""
+        short = {node: place.wanted - place.up for node, place in self.places.items()}
+        return {node: number for node, number in short.items() if number > 0}
+
+    @property
+    def parting(self) -> Mapping[NodeId, int]:
+        """How many instances drain on each node because fewer are wanted there."""
+        return {node: place.parting for node, place in self.places.items() if place.parting}
+
+
+def census(view: ClusterView) -> Census:
+    """Count the instances that a view shows."""
+    places: dict[NodeId, Place] = {}
+    elsewhere = 0
+    for node in sorted(view.nodes):
+        place = _place(view, node)
+        if node in view.draining:
+            elsewhere += place.wanted
+        elif not _is_leaving(view, node, place):
+            places[node] = place
+    serving = {
+        i: info
+        for i, info in sorted(view.instances.items())
+        if info.node in places and is_candidate(view, info)
+    }
+    return Census(places, serving, elsewhere)
+
+
+def _place(view: ClusterView, node: NodeId) -> Place:
+    infos = view.instances_of(node)
+    staying = [i for i in infos if i.state is not InstanceState.DRAINING]
+    limit = view.nodes[node].max_instances or inf  # 0: a node of an older version, not known
+    # Without a number of its own in etcd, a node has what it was started with.
+    wanted = int(min(view.desired.get(node, len(staying)), limit))
+    return Place(
+        wanted,
+        up=sum(i.state is InstanceState.READY for i in staying),
+        parting=len(infos) - len(staying),
+        held_back=sum(i.id in view.draining for i in staying),
+        room=limit - wanted,
+    )
+
+
+def _is_leaving(view: ClusterView, node: NodeId, place: Place) -> bool:
+    """Whether all instances of a node drain though nobody wanted that: the node itself stops."""
+    all_part = place.parting > 0 and len(view.instances_of(node)) == place.parting
+    return all_part and view.desired.get(node) != 0

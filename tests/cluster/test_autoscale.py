@@ -1,0 +1,112 @@
+"""Node processes add an instance under load and remove one at rest, and no client notices."""
+
+import json
+import threading
+from typing import Any
+
+import pytest
+
+from tests.kit.etcd import EtcdCluster
+from tests.kit.moves import Run
+from tests.kit.node import Node, Nodes
+from tests.kit.wait import eventually
+
+pytestmark = pytest.mark.cluster
+
+COMPLETIONS = "/v1/completions"
+CLIENTS = 12
+# 256 blocks in an instance: the clients of the test leave at most 21 to a request on one, and at
+# least 29 on two.
+OPTIONS = (
+    *("--num-gpu-blocks-override", "256", "--migration-interval", "0.1", "--autoscale"),
+    *("--autoscale-low", "25", "--autoscale-high", "60", "--autoscale-period", "1"),
+    *("--autoscale-cooldown", "1", "--autoscale-max", "2"),
+)
+
+
+class Load:
+    """Clients that send a request after the other, each of 200 tokens at most 13 blocks long."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._enough = threading.Event()
+        self.texts: set[str] = set()
+        self._broken: list[BaseException] = []
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(CLIENTS)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self) -> None:
+        body = {"prompt": "Once upon a time", "max_tokens": 200, "stream": True}
+        try:
+            while not self._enough.is_set():
+                run = Run(self._node, COMPLETIONS, body).begin()
+                while run.is_alive() and not self._enough.is_set():
+                    run.join(0.1)
+                if run.is_alive():
+                    run.hang_up()
+                else:
+                    self.texts.add(_text(run.end()))
+        except BaseException as error:  # the test's own thread is to fail
+            self._broken.append(error)
+
+    def end(self) -> None:
+        """All hang up."""
+        self._enough.set()
+        for thread in self._threads:
+            thread.join(30.0)
+            assert not thread.is_alive()
+        assert not self._broken
+
+
+def _text(answer: dict[str, Any]) -> str:
+    (choice,) = answer["choices"]
+    assert choice["finish_reason"] == "length"
+    text: str = choice["text"]
+    return text
+
+
+def _one_on_each(node: Node, body: dict[str, Any]) -> list[Run]:
+    """A request on each of the two instances, begun one after the other."""
+    found: dict[str, Run] = {}
+    others = []
+    while len(found) < 2:
+        assert len(others) < 30, f"all are on {list(found)}"
+        run = Run(node, COMPLETIONS, body).begin()
+        if found.setdefault(run.reach(1)[0]["instance"], run) is not run:
+            others.append(run)  # which has the next one go elsewhere, sooner or later
+    for run in others:
+        run.hang_up()
+    return list(found.values())
+
+
+def test_instances_follow_the_load(nodes: Nodes, etcd_member: EtcdCluster) -> None:
+    left = nodes.start("left", *OPTIONS).ready(60)
+    right = nodes.start("right", "--initial-instances", "0", *OPTIONS).ready(60)
+    prefix = f"/llumnix/{nodes.cluster}/desired/"
+
+    def desired(node: Node) -> str:
+        return etcd_member.ctl("get", "--print-value-only", prefix + node.name).strip()
+
+    long = {"prompt": "Once upon a time", "max_tokens": 1800, "stream": True}
+    undisturbed = _text(Run(left, COMPLETIONS, long).begin().end())
+    load = Load(right)
+    try:
+        eventually(lambda: right.instances() == ["left-0", "right-0"], within=20)
+        assert (desired(left), desired(right)) == ("", "1")
+        runs = _one_on_each(left, long)
+    finally:
+        load.end()
+    eventually(lambda: desired(right) != "1", within=20, every=0.1)
+    assert json.loads(desired(right)) == {"instances": 0, "without": "right-0"}
+    eventually(lambda: [i["id"] for i in left.status["instances"]] == ["left-0"], within=10)
+    assert all(run.is_alive() for run in runs), "the one has moved, and not just ended"
+    assert [_text(run.end()) for run in runs] == [undisturbed] * 2
+    assert len(load.texts) == 1, "all clients have got the same"
+    said = [line for line in left.said.splitlines() if "epoch" in line and "desired" in line]
+    print(*said, etcd_member.ctl("get", "--prefix", prefix), sep="\n")
+    epoch = left.status["leader_epoch"]
+    assert len(said) == 2, said
+    assert f"epoch {epoch}: adds instances: desired are 1 on right, as the mean " in said[0]
+    assert f"epoch {epoch}: removes right-0: desired are 0 on right, as the mean " in said[1]
+    assert "moves a request from right-0 (drains)" in left.said
