@@ -21,6 +21,7 @@ class Options:
     results: Path
     figures: Path
     cache: Path
+    page: Path
 
 
 def read_options(description: str | None, argv: Sequence[str] | None = None) -> Options:
@@ -35,6 +36,7 @@ def read_options(description: str | None, argv: Sequence[str] | None = None) -> 
     add("--results", type=Path, default=ROOT / "docs/results/paper", help="folder for JSON")
     add("--figures", type=Path, default=ROOT / "docs/figures/paper", help="folder for plots")
     add("--cache", type=Path, default=ROOT / "build/paper", help="folder for what has been run")
+    add("--page", type=Path, default=ROOT / "docs/paper.md", help="file of the page")
     args = parser.parse_args(argv)
     usual = ROOT.parent / "shared/traces"
     return Options(
@@ -46,4 +48,5 @@ def read_options(description: str | None, argv: Sequence[str] | None = None) -> 
         results=args.results,
         figures=args.figures,
         cache=args.cache,
+        page=args.page,
     )

@@ -2,10 +2,11 @@
 
 The modelled engine has none of the overheads of vLLM 0.1.7, so that at the paper's rates it is less
 loaded than theirs was. So the rate at which Llumnix, with seed 1, has a P99 prefill of about 10 s
-is looked for: by doubling or halving, then by bisection, on three digits of the rate.
+is looked for: in steps of a tenth, then by bisection, on three digits of the rate.
 """
 
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from math import log
@@ -21,8 +22,9 @@ from benchmarks.paper.traces import ROWS, Row
 NAME = "rates"
 TARGET, LEAST, MOST = 10.0, 5.0, 20.0  # seconds of P99 prefill
 NEAR = (8.0, 12.5)  # seconds; what ends the search
-STEPS = 9  # of bisection, at most
+STEPS = 9  # in one direction, and then of bisection, at most
 SEED = 1
+Tried = dict[float, tuple[float, float]]  # P50 and P99 of the prefill by rate
 # A row of the priorities' figure: gamma arrivals of the middle CV.
 GAMMA, CV = "S-S, CV 4", 4.0
 
@@ -30,27 +32,14 @@ GAMMA, CV = "S-S, CV 4", 4.0
 def search(name: str, options: Options) -> dict[str, Any]:
     """The rate of one row, and all that was tried for it."""
     row, cv = (ROWS["S-S"], CV) if name == GAMMA else (ROWS[name], None)
-    tried: dict[float, tuple[float, float]] = {}
+    tried: Tried = {}
 
     def above(rate: float) -> bool:
         tried[rate] = _prefill(row, rate, cv, options)
         print(f"{name} @ {rate}: P99 {tried[rate][1]:.2f} s", file=sys.stderr)
         return tried[rate][1] > TARGET
 
-    low = high = row.guess
-    if above(low):
-        while above(low := _digits(low / 1.3)):
-            high = low
-    else:
-        while not above(high := _digits(high * 1.3)):
-            low = high
-    for _ in range(STEPS):
-        if any(NEAR[0] <= p99 <= NEAR[1] for _, p99 in tried.values()):
-            break
-        middle = _digits((low + high) / 2)
-        if middle in tried:
-            break
-        low, high = (low, middle) if above(middle) else (middle, high)
+    _bracket_and_halve(row.guess, above, tried)
     rate = min(tried, key=lambda one: abs(log(tried[one][1] / TARGET)))
     p50, p99 = tried[rate]
     return {
@@ -60,6 +49,24 @@ def search(name: str, options: Options) -> dict[str, Any]:
         "kept": LEAST <= p99 <= MOST,  # the rule
         "tried": [[one, p] for one, (_, p) in sorted(tried.items())],
     }
+
+
+def _bracket_and_halve(guess: float, above: Callable[[float], bool], tried: Tried) -> None:
+    """Try rates until one is near the target, or there is none between two that are not."""
+    low = high = guess
+    factor = 1 / 1.1 if above(guess) else 1.1
+    for _ in range(STEPS):
+        further = _digits((low if factor < 1 else high) * factor)
+        is_above = above(further)
+        low, high = (low, further) if factor > 1 else (further, high)
+        if is_above == (factor > 1):
+            break
+        low = high = further
+    for _ in range(STEPS):
+        middle = _digits((low + high) / 2)
+        if middle in tried or any(NEAR[0] <= p99 <= NEAR[1] for _, p99 in tried.values()):
+            break
+        low, high = (low, middle) if above(middle) else (middle, high)
 
 
 def found(name: str) -> float:

@@ -54,14 +54,14 @@ class Row:
 
 ROWS: Mapping[str, Row] = MappingProxyType(
     {
-        "S-S": Row("short", "short", rates=(32, 34, 36), guess=36),
-        "M-M": Row("medium", "medium", rates=(7.4, 7.6, 7.8), guess=8.5, threshold=10),
-        "L-L": Row("long", "long", rates=(2.6, 2.8, 3.0), guess=3),
-        "S-L": Row("short", "long", rates=(4.1, 4.2, 4.3), guess=4.3, threshold=10),
-        "L-S": Row("long", "short", rates=(10, 14, 18), guess=18),
-        "ShareGPT": Row("sharegpt", "sharegpt", guess=10),
-        "BurstGPT": Row("burstgpt", "burstgpt", guess=12),
-        "Azure conversation": Row(file="azure2023_conv.csv", guess=9),
-        "Azure code": Row(file="azure2023_code.csv", guess=9),
+        "S-S": Row("short", "short", rates=(32, 34, 36), guess=51),
+        "M-M": Row("medium", "medium", rates=(7.4, 7.6, 7.8), guess=8.4, threshold=10),
+        "L-L": Row("long", "long", rates=(2.6, 2.8, 3.0), guess=3.1),
+        "S-L": Row("short", "long", rates=(4.1, 4.2, 4.3), guess=4.2, threshold=10),
+        "L-S": Row("long", "short", rates=(10, 14, 18), guess=22),
+        "ShareGPT": Row("sharegpt", "sharegpt", guess=9.8),
+        "BurstGPT": Row("burstgpt", "burstgpt", guess=10.6),
+        "Azure conversation": Row(file="azure2023_conv.csv", guess=10),
+        "Azure code": Row(file="azure2023_code.csv", guess=4),
     }
 )
