@@ -19,6 +19,7 @@ from llumnix.entrypoints.migrations import Migrations, Rules
 from llumnix.entrypoints.rescheduling import Rescheduling
 from llumnix.entrypoints.supervision import Supervision
 from llumnix.entrypoints.wishes import Wishes
+from llumnix.plugins import dispatch_policy
 from llumnix.policy.rebalance import Pair, pairs
 from llumnix.policy.scaling import ScalingTerms
 from llumnix.policy.terms import Terms
@@ -56,9 +57,10 @@ class Acting:
     def start(self, model: str, exchange: Exchange, around: Surroundings) -> None:
         """Start the actors, which wait for what they are told."""
         config, keep = self._config, self._supervision.keep
+        policy = dispatch_policy(config.dispatch_policy)
         self.dispatch = keep(
             lambda: DispatcherActor.start(
-                *(config.node, config.dispatch_policy, config.dispatch_top_k), terms=self._terms
+                config.node, policy, config.dispatch_top_k, terms=self._terms
             ),
             self._inform,
         )
