@@ -16,13 +16,12 @@ from llumnix.engine.departure import Limits
 from llumnix.engine.exchange import Exchange
 from llumnix.entrypoints.control import ControlPlane
 from llumnix.entrypoints.migrations import Migrations, Rules
+from llumnix.entrypoints.policies import Policies
 from llumnix.entrypoints.rescheduling import Rescheduling
 from llumnix.entrypoints.supervision import Supervision
 from llumnix.entrypoints.wishes import Wishes
-from llumnix.plugins import dispatch_policy
-from llumnix.policy.rebalance import Pair, pairs
+from llumnix.policy.rebalance import Pair
 from llumnix.policy.scaling import ScalingTerms
-from llumnix.policy.terms import Terms
 
 LOOK_AFTER_SECONDS = 1.0  # between looks at the instances' actors
 
@@ -42,13 +41,13 @@ class Acting:
     def __init__(
         self,
         config: Config,
-        terms: Terms,
+        policies: Policies,
         loop: asyncio.AbstractEventLoop,
         supervision: Supervision,
         control: ControlPlane,
     ) -> None:
         self._config = config
-        self._terms = terms
+        self._policies = policies
         self._loop = loop
         self._supervision = supervision
         self._control = control
@@ -57,10 +56,10 @@ class Acting:
     def start(self, model: str, exchange: Exchange, around: Surroundings) -> None:
         """Start the actors, which wait for what they are told."""
         config, keep = self._config, self._supervision.keep
-        policy = dispatch_policy(config.dispatch_policy)
+        policies = self._policies
         self.dispatch = keep(
             lambda: DispatcherActor.start(
-                config.node, policy, config.dispatch_top_k, terms=self._terms
+                *(config.node, policies.dispatch, config.dispatch_top_k), terms=policies.terms
             ),
             self._inform,
         )
@@ -82,8 +81,8 @@ class Acting:
                 lambda: self._control.election.epoch or None,
                 lambda: self._control.registry.alive,
                 self.rescheduling.command,
-                self._terms,
-                pairs if config.migration else _no_moves,
+                policies.terms,
+                policies.planner or _no_moves,
                 scaling=self._scaling() if config.autoscale else None,
             ),
             self._inform,
@@ -133,7 +132,7 @@ class Acting:
             config.migration_tail_tokens,
             config.migration_timeout,
         )
-        return Rules(limits, config.migration_request, self._terms)
+        return Rules(limits, config.migration_request, self._policies.terms)
 
     def _scaling(self) -> Scaling:
         config = self._config

@@ -27,11 +27,11 @@ from llumnix.engine.peer import PATH, Peers
 from llumnix.engine.placer import NoInstance, Route
 from llumnix.engine.vllm.frontend import authorised
 from llumnix.entrypoints.acting import Acting
-from llumnix.entrypoints.classes import read_classes
 from llumnix.entrypoints.control import ControlPlane
 from llumnix.entrypoints.engines import engine_maker
 from llumnix.entrypoints.loads import LoadReporter
 from llumnix.entrypoints.opening import Opening
+from llumnix.entrypoints.policies import read_policies
 from llumnix.entrypoints.server.admin import Admin, Standing
 from llumnix.entrypoints.server.admission import Admission
 from llumnix.entrypoints.server.app import Gateway, make_app
@@ -49,7 +49,6 @@ from llumnix.metrics import (
     Snapshot,
 )
 from llumnix.policy.board import is_candidate
-from llumnix.policy.terms import Terms, Thresholds
 from llumnix.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -68,8 +67,7 @@ class Node:
         self._arguments = arguments
         self._vllm_config = vllm_config
         self.standing = Standing()
-        thresholds = Thresholds(config.migration_out_below, config.migration_in_above)
-        self._terms = Terms(thresholds, read_classes(config.priority_classes))
+        self._policies = read_policies(config)
         self._control = ControlPlane(config)
         self._make_engine = engine_maker(config, vllm_config, self._control.rendezvous)
         self._collector = NodeCollector(self._snapshot)
@@ -91,7 +89,7 @@ class Node:
         self._loop = asyncio.get_running_loop()
         self._supervision = Supervision(self._loop, lambda sentence: self.on_giving_up(sentence))
         self._acting = Acting(
-            *(self._config, self._terms, self._loop), *(self._supervision, self._control)
+            *(self._config, self._policies, self._loop), *(self._supervision, self._control)
         )
         ends = self._ends
         ends.push_async_callback(asyncio.to_thread, self._control.close)
@@ -152,7 +150,7 @@ class Node:
         self._opening.on_open = self._opened
         self._gateway = Gateway(lambda: self._opening.frontend, self.standing, config.send_timeout)
         admission = Admission(config.max_requests, config.max_prompt_tokens)
-        priorities = Priorities(self._terms.classes)
+        priorities = Priorities(self._policies.terms.classes)
         self._client.on_open += [priorities.enter, admission.enter]
         admin = Admin(config.node, self.standing, self._view_and_age, self._fault)
         may = partial(authorised, self._arguments)
@@ -277,7 +275,7 @@ class Node:
             dispatched=dict(self._client.placer.dispatched),
             dropped={str(k): v for k, v in self._client.ledger.dropped.items()},
             peers=self._peers.open,
-            classes={p: made.name for p, made in self._terms.classes.by_priority.items()},
+            classes={p: made.name for p, made in self._policies.terms.classes.by_priority.items()},
         )
 
     # ---- the end ----
