@@ -76,8 +76,14 @@ class Config:
     )
     dispatch_policy: str = _knob(
         "load",
-        "load (freeness), queue (fewest waiting), balanced (fewest dispatched), rr or random",
-        choices=("load", "queue", "balanced", "rr", "random"),
+        "which instance gets a request: load (freeness), slo (the targets of its class), memory "
+        "(free blocks), queue (fewest waiting), balanced (fewest dispatched), rr, random, artifact "
+        "(as the paper's evaluation ran), or the name of an entry point in llumnix.dispatch",
+    )
+    latency_profile: str = _knob(
+        "",
+        "how long steps take, for the policies that predict: a profile's name, or a YAML file with "
+        "its coefficients in seconds",
     )
     dispatch_top_k: int = _knob(1, "dispatch at random among the K best instances")
     priority_classes: str = _knob(
@@ -89,6 +95,11 @@ class Config:
         True,
         "move running requests between instances, to balance them and to empty some",
         action=argparse.BooleanOptionalAction,
+    )
+    migration_policy: str = _knob(
+        "llumnix",
+        "between which instances requests move: llumnix (the paper's rule), lookahead (what waits "
+        "goes first), artifact, none, or the name of an entry point in llumnix.rescheduling",
     )
     migration_interval: float = _knob(1.0, "seconds between two rounds of rescheduling")
     migration_out_below: float = _knob(

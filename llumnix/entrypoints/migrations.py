@@ -190,7 +190,7 @@ class Migrations:
         if free is None:
             raise MigrationError(f"the load of {hosted.id} or {destination} is not known")
         size = hosted.facts.block_size if hosted.facts else 1
-        queued = {tenant.request_id for tenant in hosted.queued}
+        queued = [tenant.request_id for tenant in hosted.queued]
         candidates = {
             tenant.request_id: Candidate(
                 request=tenant.request_id,
@@ -200,6 +200,7 @@ class Migrations:
                 running=tenant.request_id not in queued,
                 order=order,
                 generated=tenant.position,
+                head=tenant.request_id in queued[:1],
             )
             for order, tenant in enumerate(hosted.tenants)
             if tenant.stuck is None and not tenant.leaving

@@ -11,34 +11,27 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from prometheus_client import REGISTRY
 from pykka import ActorDeadError
 from vllm.config import VllmConfig
 
-from llumnix.actors.dispatcher import Dispatched, DispatcherActor
-from llumnix.actors.instance import Report
-from llumnix.actors.manager import ManagerActor, Scaling
-from llumnix.actors.migration import Books, MigrationActor
-from llumnix.actors.node import NodeActor, Roster, Surroundings
-from llumnix.actors.supervised import Supervised
+from llumnix.actors.dispatcher import Dispatched
+from llumnix.actors.node import Surroundings
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceState, NodeId
 from llumnix.config import Config
 from llumnix.engine.client import ClusterClient
-from llumnix.engine.departure import Limits
 from llumnix.engine.exchange import Exchange
 from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.peer import PATH, Peers
 from llumnix.engine.placer import NoInstance, Route
 from llumnix.engine.vllm.frontend import authorised
-from llumnix.entrypoints.classes import read_classes
+from llumnix.entrypoints.acting import Acting
 from llumnix.entrypoints.control import ControlPlane
 from llumnix.entrypoints.engines import engine_maker
 from llumnix.entrypoints.loads import LoadReporter
-from llumnix.entrypoints.migrations import Migrations, Rules
 from llumnix.entrypoints.opening import Opening
-from llumnix.entrypoints.rescheduling import Rescheduling
+from llumnix.entrypoints.policies import read_policies
 from llumnix.entrypoints.server.admin import Admin, Standing
 from llumnix.entrypoints.server.admission import Admission
 from llumnix.entrypoints.server.app import Gateway, make_app
@@ -48,7 +41,6 @@ from llumnix.entrypoints.server.listener import Listener
 from llumnix.entrypoints.server.moves import Moves
 from llumnix.entrypoints.server.priority import Priorities
 from llumnix.entrypoints.supervision import Supervision
-from llumnix.entrypoints.wishes import Wishes
 from llumnix.metrics import (
     DISPATCH_SECONDS,
     FAILOVER_SECONDS,
@@ -57,21 +49,12 @@ from llumnix.metrics import (
     Snapshot,
 )
 from llumnix.policy.board import is_candidate
-from llumnix.policy.rebalance import Pair, pairs
-from llumnix.policy.scaling import ScalingTerms
-from llumnix.policy.terms import Terms, Thresholds
 from llumnix.version import VERSION
 
 logger = logging.getLogger(__name__)
 
 HALT_SECONDS = 30.0  # for all engines to end
-LOOK_AFTER_SECONDS = 1.0  # between looks at the instances' actors
 POLL = 0.05  # seconds between looks while something ends
-
-
-def _no_moves(*facts: object) -> list[Pair]:
-    """The plan of a leader that only scales."""
-    return []
 
 
 class Node:
@@ -84,13 +67,11 @@ class Node:
         self._arguments = arguments
         self._vllm_config = vllm_config
         self.standing = Standing()
-        thresholds = Thresholds(config.migration_out_below, config.migration_in_above)
-        self._terms = Terms(thresholds, read_classes(config.priority_classes))
+        self._policies = read_policies(config)
         self._control = ControlPlane(config)
         self._make_engine = engine_maker(config, vllm_config, self._control.rendezvous)
         self._collector = NodeCollector(self._snapshot)
         self._serving = False  # between a complete start and the beginning of the end
-        self._acting = False  # while there are actors to tell of a new view
         # Called with one sentence when this node cannot go on and has to be stopped.
         self.on_giving_up: Callable[[str], None] = lambda sentence: None
         self._ends = contextlib.AsyncExitStack()
@@ -107,6 +88,9 @@ class Node:
         """
         self._loop = asyncio.get_running_loop()
         self._supervision = Supervision(self._loop, lambda sentence: self.on_giving_up(sentence))
+        self._acting = Acting(
+            *(self._config, self._policies, self._loop), *(self._supervision, self._control)
+        )
         ends = self._ends
         ends.push_async_callback(asyncio.to_thread, self._control.close)
         await asyncio.to_thread(self._control.open, self._on_view)
@@ -114,20 +98,19 @@ class Node:
         ends.push_async_callback(self._listener.close)
         await self._listener.open()
         ends.push_async_callback(self._exchange.close)
-        ends.callback(self._stop_actors)
+        ends.callback(self._acting.stop)
         self._start_actors()
-        ends.callback(self._rescheduling.stop)
+        ends.callback(self._acting.rescheduling.stop)
         ends.push_async_callback(self._halt)
-        ends.push_async_callback(self._migrations.close)
+        ends.push_async_callback(self._acting.migrations.close)
         REGISTRY.register(self._collector)
         ends.callback(REGISTRY.unregister, self._collector)
         await asyncio.to_thread(self._control.join)
         self._serving = True
         self._on_view(self.view)
         desired = self.view.desired.get(self._config.node, self._config.initial_instances)
-        self._supervise.want.defer(desired)
-        if self._config.migration or self._config.autoscale:
-            self._rescheduling.start(self._manage)
+        self._acting.supervise.want.defer(desired)
+        self._acting.lead()
 
     async def stop(self) -> None:
         """Let what runs end, within --drain-timeout; then leave, in reverse order of start."""
@@ -138,7 +121,7 @@ class Node:
                 self._control.retire()  # another node's manager is to empty this one
                 deadline = self._loop.time() + self._config.drain_timeout
                 await self._listener.refuse_new()
-                await self._supervise.leave()
+                await self._acting.supervise.leave()
                 await self._drained(deadline)
         finally:
             await self._ends.aclose()
@@ -163,16 +146,16 @@ class Node:
             *(self._arguments, self._vllm_config, self._client, self._exchange.hosted),
             *(lambda: self.view, self._ready),
         )
-        self._opening.on_try = lambda: self._supervise.notify("announce_all")
+        self._opening.on_try = lambda: self._acting.supervise.notify("announce_all")
         self._opening.on_open = self._opened
         self._gateway = Gateway(lambda: self._opening.frontend, self.standing, config.send_timeout)
         admission = Admission(config.max_requests, config.max_prompt_tokens)
-        priorities = Priorities(self._terms.classes)
+        priorities = Priorities(self._policies.terms.classes)
         self._client.on_open += [priorities.enter, admission.enter]
         admin = Admin(config.node, self.standing, self._view_and_age, self._fault)
         may = partial(authorised, self._arguments)
-        moves = Moves(lambda: self._migrations, may)
-        drains = Drains(lambda: self._control.registry, lambda: self._migrations, may)
+        moves = Moves(lambda: self._acting.migrations, may)
+        drains = Drains(lambda: self._control.registry, lambda: self._acting.migrations, may)
         demo = DemoRoute(lambda: self._opening.frontend, self.standing, config.send_timeout)
         peer = (PATH, self._peers.accept)
         app = make_app(
@@ -182,79 +165,16 @@ class Node:
         self._listener = Listener(app, self._arguments)
 
     def _start_actors(self) -> None:
-        """Start the actors, and keep them alive; what each must know outlives it."""
-        config = self._config
-        keep = self._supervision.keep
-        terms = self._terms
-        self._dispatch = keep(
-            lambda: DispatcherActor.start(
-                config.node, config.dispatch_policy, config.dispatch_top_k, terms=terms
-            ),
-            self._inform,
-        )
         around = Surroundings(
             loop=self._loop,
             make=self._host,
             requests=self._requests_of,
             announce=self._announce,
             withdraw=self._withdraw,
-            tell=self._tell_supervisor,
+            tell=self._acting.tell_supervisor,
             give_up=self._give_up,
         )
-        roster = Roster()
-        self._supervise = keep(
-            lambda: NodeActor.start(
-                *(config.node, self._model, config.max_instances, config.drain_timeout),
-                *(around, roster),
-            ),
-            lambda proxy: proxy.take_over.defer(),
-        )
-        books, limits = Books(), (config.migration_max_requests, config.migration_max_blocks)
-        admits = keep(lambda: MigrationActor.start(self._control.handshake, *limits, books))
-        self._migrations = self._make_migrations(admits, terms)
-        self._control.on_record = partial(admits.notify, "sweep")
-        self._rescheduling = Rescheduling(self._loop, self._migrations, config.migration_interval)
-        self._manage = keep(
-            lambda: ManagerActor.start(
-                self._leads,
-                lambda: self._control.registry.alive,
-                self._rescheduling.command,
-                terms,
-                pairs if config.migration else _no_moves,
-                scaling=self._scaling() if config.autoscale else None,
-            ),
-            self._inform,
-        )
-        self._acting = True
-        self._look_after()
-
-    def _look_after(self) -> None:
-        """Have the supervisor see, now and then, whether its instances' actors live."""
-        if self._acting:
-            self._supervise.notify("look_after")
-            self._loop.call_later(LOOK_AFTER_SECONDS, self._look_after)
-
-    def _make_migrations(self, admits: Supervised, terms: Terms) -> Migrations:
-        config = self._config
-        limits = Limits(
-            config.migration_max_stages,
-            config.migration_last_stage_max_blocks,
-            config.migration_tail_tokens,
-            config.migration_timeout,
-        )
-        rules = Rules(limits, config.migration_request, terms)
-        return Migrations(self._exchange, admits, lambda: self.view, rules)
-
-    def _scaling(self) -> Scaling:
-        config = self._config
-        terms = ScalingTerms(
-            *(config.autoscale_low, config.autoscale_high),
-            *(config.autoscale_period, config.autoscale_cooldown),
-            *(config.autoscale_min, config.autoscale_max),
-            config.start_timeout,
-        )
-        wishes = Wishes(self._loop, self._control.registry.put_desired)
-        return Scaling(terms, wishes.make)
+        self._acting.start(self._model, self._exchange, around)
 
     @property
     def _model(self) -> str:
@@ -265,9 +185,7 @@ class Node:
 
     def _on_view(self, view: ClusterView) -> None:
         """A new view of the cluster; called on the registry's thread."""
-        if self._acting:
-            for actor in (self._dispatch, self._supervise, self._manage):
-                actor.notify("update_view", view)
+        if self._acting.see(view):
             self._loop.call_soon_threadsafe(self._look, view)
 
     def _look(self, view: ClusterView) -> None:
@@ -299,7 +217,9 @@ class Node:
     async def _route(self, tokens: int, priority: int, avoid: frozenset[InstanceId]) -> Route:
         began = time.perf_counter()
         try:
-            decision: Dispatched | None = await self._dispatch.decide(tokens, priority, avoid)
+            decision: Dispatched | None = await self._acting.dispatch.decide(
+                tokens, priority, avoid
+            )
         except ActorDeadError as error:
             raise NoInstance("the dispatcher is being started again") from error
         DISPATCH_SECONDS.observe(time.perf_counter() - began)
@@ -307,21 +227,11 @@ class Node:
             raise NoInstance("no instance is ready")
         return Route(decision.instance, decision.node, decision.sequence)
 
-    def _inform(self, proxy: Any) -> None:
-        """Tell an actor that was just started how the cluster looks."""
-        proxy.update_view.defer(self.view)
-
-    def _tell_supervisor(self, slot: int, report: Report) -> None:
-        self._supervise.notify("changed", slot, report)  # a successor asks for all reports
-
     def _give_up(self, sentence: str) -> None:
         self._loop.call_soon_threadsafe(self._supervision.give_up, sentence)
 
-    def _leads(self) -> int | None:
-        return self._control.election.epoch or None
-
     def _undo(self, route: Route) -> None:
-        self._dispatch.notify("undo", route.instance, route.sequence)
+        self._acting.dispatch.notify("undo", route.instance, route.sequence)
 
     def _host(self, instance: InstanceId, slot: int) -> HostedInstance:
         hosted = HostedInstance(self._make_engine(instance, slot), slot, self._client)
@@ -365,7 +275,7 @@ class Node:
             dispatched=dict(self._client.placer.dispatched),
             dropped={str(k): v for k, v in self._client.ledger.dropped.items()},
             peers=self._peers.open,
-            classes={p: made.name for p, made in self._terms.classes.by_priority.items()},
+            classes={p: made.name for p, made in self._policies.terms.classes.by_priority.items()},
         )
 
     # ---- the end ----
@@ -390,14 +300,10 @@ class Node:
 
     async def _halt(self) -> None:
         """Stop the engines, then what stood on them."""
-        await self._supervise.halt()
+        await self._acting.supervise.halt()
         deadline = self._loop.time() + HALT_SECONDS
-        while await self._supervise.left() and self._loop.time() < deadline:
+        while await self._acting.supervise.left() and self._loop.time() < deadline:
             await asyncio.sleep(POLL)
         await self._opening.close()
         self._client.shutdown()
         self._reporter.stop()
-
-    def _stop_actors(self) -> None:
-        self._acting = False
-        self._supervision.stop()

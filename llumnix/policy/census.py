@@ -24,12 +24,12 @@ class Census:
     """The instances of the cluster, counted by node.
 
     Nodes that an operator drains, or that are about to leave, have no place: nothing is changed
-    there, and what they have does not count.
+    there, and what they have serves nobody new, but still runs.
     """
 
     places: Mapping[NodeId, Place]
     serving: Mapping[InstanceId, InstanceInfo]  # those that get new requests
-    elsewhere: int  # instances wanted on nodes that an operator drains
+    elsewhere: int  # instances on nodes without a place
 
     @property
     def wanted(self) -> int:
@@ -63,9 +63,9 @@ def census(view: ClusterView) -> Census:
     elsewhere = 0
     for node in sorted(view.nodes):
         place = _place(view, node)
-        if node in view.draining:
-            elsewhere += place.wanted
-        elif not _is_leaving(view, node, place):
+        if node in view.draining or _is_leaving(view, node):
+            elsewhere += max(place.wanted, len(view.instances_of(node)))
+        else:
             places[node] = place
     serving = {
         i: info
@@ -84,13 +84,14 @@ def _place(view: ClusterView, node: NodeId) -> Place:
     return Place(
         wanted,
         up=sum(i.state is InstanceState.READY for i in staying),
-        parting=len(infos) - len(staying),
+        # One that is to be kept may still be shown as draining.
+        parting=max(0, min(len(infos) - len(staying), len(infos) - wanted)),
         held_back=sum(i.id in view.draining for i in staying),
         room=limit - wanted,
     )
 
 
-def _is_leaving(view: ClusterView, node: NodeId, place: Place) -> bool:
+def _is_leaving(view: ClusterView, node: NodeId) -> bool:
     """Whether all instances of a node drain though nobody wanted that: the node itself stops."""
-    all_part = place.parting > 0 and len(view.instances_of(node)) == place.parting
-    return all_part and view.desired.get(node) != 0
+    states = {info.state for info in view.instances_of(node)}
+    return states == {InstanceState.DRAINING} and view.desired.get(node) != 0

@@ -3,10 +3,11 @@
 The paper's rule (policy/rebalance) moves running requests away from a full instance until the head
 of its queue fits. But a queued request has no KV cache: to move it costs a message. So:
 
-1. Where the head of a queue is blocked, requests that wait there go, the first come first, to
-   instances that have room for them at once and no queue of their own.
-2. A head that fits nowhere gets room where it is (de-fragmentation): running requests leave, no
-   more of them than it takes, each to where the most room is.
+1. Where the head of a queue is blocked, those behind it go, the first come first, to instances that
+   have room for them at once and no queue of their own.
+2. When nobody is behind it, the head gets room where it is (de-fragmentation): running requests
+   leave, no more of them than it takes, each to where the most room is. The head itself stays: a
+   long prompt holds up all that decode beside it, and here fewer and fewer do.
 3. Else instances are balanced as in the paper.
 """
 
@@ -59,10 +60,9 @@ def lookahead(view: ClusterView, terms: Terms, allowed: Allowed) -> list[Pair]:
 
 def _rule(source: _Side, taker: _Side) -> str:
     """What the one can do for the other; nothing if that has no room."""
-    if taker.spare >= source.load.head_blocks:
-        return SPILL
-    if source.load.waiting > 1 and taker.spare > 0:
-        behind = (source.load.waiting_blocks - source.load.head_blocks) / (source.load.waiting - 1)
+    load = source.load
+    if load.waiting > 1:
+        behind = (load.waiting_blocks - load.head_blocks) / (load.waiting - 1)
         if taker.spare >= behind:
             return SPILL
     return MAKE_ROOM if taker.spare > 0 else ""

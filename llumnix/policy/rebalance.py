@@ -17,7 +17,7 @@ from llumnix.policy.load import dispatch_usage, freeness, virtual_usage
 from llumnix.policy.select import Room
 from llumnix.policy.terms import TERMS, Terms, Thresholds
 
-SPILL = "FCW"  # the rule by which a request that waits goes where it need not
+SPILL = "behind"  # the rule by which a request that waits goes where it need not
 UNCHECKED = "LCR"  # the rule of the paper's artifact, which does not look at the load after a move
 
 

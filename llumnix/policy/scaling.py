@@ -17,7 +17,7 @@ from enum import StrEnum
 from math import ceil, inf
 from types import MappingProxyType
 
-from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceLoad, NodeId
+from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, NodeId
 from llumnix.policy.census import Census, census
 from llumnix.policy.classes import NO_CLASSES, Classes
 from llumnix.policy.load import dispatch_usage
@@ -82,7 +82,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Supply:
-    """What the instances that serve have, and for how many requests."""
+    """What the instances that serve have, and for how many requests, wherever these are now."""
 
     available: int  # KV blocks neither used, nor asked for by the queues, nor kept as headroom
     requests: int  # running and waiting
@@ -102,19 +102,24 @@ class Supply:
 
 
 def supply(
-    infos: Mapping[InstanceId, InstanceInfo],
-    loads: Mapping[InstanceId, InstanceLoad],
+    view: ClusterView,
+    serving: Mapping[InstanceId, InstanceInfo],
     classes: Classes = NO_CLASSES,
 ) -> Supply:
-    """What these instances have for requests of normal priority, which see headroom as used."""
-    available = requests = 0
-    for instance, info in infos.items():
-        load = loads.get(instance) or InstanceLoad(instance)
-        available += info.total_blocks - dispatch_usage(load)
-        available -= classes.headroom(info, load.priorities)
-        requests += load.running + load.waiting
-    total = sum(info.total_blocks for info in infos.values())
-    return Supply(available, requests, total / len(infos) if infos else 0.0)
+    """What these instances have for requests of normal priority, which see headroom as used.
+
+    What runs on instances that are being emptied is about to come to these: it counts as theirs,
+    and so the mean is the same while an instance drains and after it.
+    """
+    total = available = sum(info.total_blocks for info in serving.values())
+    requests = 0
+    for instance, load in view.loads.items():
+        if instance in view.instances:
+            available -= dispatch_usage(load)
+            requests += load.running + load.waiting
+        if instance in serving:
+            available -= classes.headroom(serving[instance], load.priorities)
+    return Supply(available, requests, total / len(serving) if serving else 0.0)
 
 
 def victim(serving: Mapping[InstanceId, InstanceInfo], view: ClusterView) -> InstanceInfo | None:
@@ -154,7 +159,7 @@ class Scaler:
         found, timers = census(view), self._timers
         if found.missing != timers.missing:
             timers.missing, timers.missing_since = found.missing, now
-        have = supply(found.serving, view.loads, self._classes)
+        have = supply(view, found.serving, self._classes)
         leaves = victim(found.serving, view)
         side = self._side(found, have, leaves)
         if side is not timers.side:

@@ -22,6 +22,7 @@ class Candidate:
     running: bool  # in the batch; else queued
     order: int  # its place of arrival: the lower, the earlier
     generated: int  # output tokens so far
+    head: bool = False  # next in the queue
 
 
 _NO_HEADROOM: Mapping[int, int] = MappingProxyType({})
@@ -88,6 +89,11 @@ def first_waiting(candidates: Sequence[Candidate], room: Room) -> Candidate | No
     return min(waiting, key=lambda c: c.order, default=None)
 
 
+def first_behind(candidates: Sequence[Candidate], room: Room) -> Candidate | None:
+    """Of the queued ones the first come that has another before it."""
+    return first_waiting([c for c in candidates if not c.head], room)
+
+
 def first_waiting_or_shortest_running(
     candidates: Sequence[Candidate], room: Room
 ) -> Candidate | None:
@@ -118,6 +124,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "FCW": first_waiting,
         "FCWSR": first_waiting_or_shortest_running,
         "fill": filling,
+        "behind": first_behind,
     }
 )
 

@@ -111,7 +111,7 @@ class SimInstance:
     def candidates(self, leaving: set[str]) -> list[Candidate]:
         """Its requests as a rule of choice sees them."""
         size = self.engine.config.block_size
-        queued = {name for name in self.engine.queued() if name not in self._started}
+        queued = [name for name in self.engine.queued() if name not in self._started]
         found = []
         for order, (name, story) in enumerate(self.stories.items()):
             if name in leaving:
@@ -126,6 +126,7 @@ class SimInstance:
                     running=name not in queued,
                     order=order,
                     generated=len(story.times),
+                    head=name in queued[:1],
                 )
             )
         return found

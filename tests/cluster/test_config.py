@@ -166,7 +166,6 @@ def test_a_good_configuration(model: str, capsys: pytest.CaptureFixture[str]) ->
         (["--initial-instances", "many"], "initial-instances"),
         (["--initial-instances", "9"], "--max-instances, which is 8"),
         (["--initial-instances", "-1"], "--initial-instances"),
-        (["--dispatch-policy", "best"], "best"),
         (["--dispatch-top-k", "0"], "--dispatch-top-k"),
         (["--engine", "magic"], "magic"),
         (["--cluster", "a/b"], "--cluster"),
@@ -229,10 +228,19 @@ def test_a_policy_that_the_environment_has_chosen(
     assert "scheduling-policy" not in show()
 
 
-def test_priority_classes_that_are_none(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--model", model, "--engine", "sim", "--priority-classes", "/no/such/file"]
-    assert main([*options, "--validate-config"]) == 2
-    assert "--priority-classes: /no/such/file can't be read: " in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "option, value, sentence",
+    [
+        ("--dispatch-policy", "best", "no policy 'best' for dispatch; there are load, memory, "),
+        ("--migration-policy", "best", "no policy 'best' for rescheduling; there are none, llum"),
+        ("--latency-profile", "warp", "warp is no file, and not one of instant, "),
+        ("--priority-classes", "/no/such/file", "/no/such/file can't be read: "),
+    ],
+)
+def test_policies_that_cannot_work(
+    refusal: Callable[..., str], model: str, option: str, value: str, sentence: str
+) -> None:
+    assert f"{option}: {sentence}" in refusal("--model", model, option, value)
 
 
 def test_a_profile_that_is_none(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ def test_too_little_room_for_a_period_adds_where_the_fewest_are() -> None:
 def test_as_many_are_added_as_bring_the_mean_to_its_range() -> None:
     loads = [load("a-0", 100, 1000, waiting=300, waiting_blocks=2000), load("b-0", 100, 900)]
     seen = view([info("a-0"), info("b-0")], loads)
-    have = supply(seen.instances, seen.loads)
+    have = supply(seen, seen.instances)
     assert (have.available, have.requests, have.blocks) == (-1900, 500, BLOCKS)
     assert have.missing_to(10.0) == 7
     found = after(Scaler(TERMS), seen, 0.0, 10.0)
@@ -130,7 +130,7 @@ def test_none_goes_that_the_others_could_not_do_without() -> None:
     """Above the range with it, but not without it."""
     loads = [load("a-0", 10, 600), load("b-0", 12, 0)]
     seen = view([info("a-0"), info("b-0")], loads)
-    assert supply(seen.instances, seen.loads).mean() > TERMS.high
+    assert supply(seen, seen.instances).mean() > TERMS.high
     assert after(Scaler(TERMS), seen, 0.0, 10.0, 100.0) is None
 
 
@@ -147,6 +147,15 @@ def test_what_is_about_to_go_is_kept_instead_of_an_addition_and_without_a_pause(
     found = after(scaler, rising, 11.0, 20.0, 21.0)
     assert found is not None
     assert (found.action, found.desired, found.victim) == (Action.KEEP, {"b": 2}, None)
+    kept = replace(rising, desired={"b": 2})
+    assert after(scaler, kept, 22.0, 60.0, 90.0) is None, "it is shown as draining, but kept"
+
+
+def test_what_an_instance_that_drains_still_runs_counts_as_the_others() -> None:
+    loads = [load("a-0", 10, 100), load("b-0", 40, 700)]
+    seen = view([info("a-0"), info("b-0", DRAINING)], loads, b=0)
+    have = supply(seen, {"a-0": info("a-0")})
+    assert (have.available, have.requests, have.blocks) == (200, 50, BLOCKS)
 
 
 def test_a_node_that_leaves_or_is_drained_is_let_be() -> None:
@@ -170,8 +179,8 @@ def test_fewer_than_the_minimum_are_made_up_for() -> None:
 def test_headroom_of_a_class_counts_as_used() -> None:
     classes = Classes({-1: PriorityClass("high", -1, headroom_tokens=800 * 16)})
     seen = view([info("a-0")], [load("a-0", 50, 100, priorities={-1: 1})])
-    assert supply(seen.instances, seen.loads).mean() == 18.0
-    assert supply(seen.instances, seen.loads, classes).mean() == 2.0
+    assert supply(seen, seen.instances).mean() == 18.0
+    assert supply(seen, seen.instances, classes).mean() == 2.0
     assert after(Scaler(TERMS), seen, 0.0, 10.0) is None
     assert after(Scaler(TERMS, classes), seen, 0.0, 10.0) is not None
 
@@ -198,22 +207,41 @@ def test_terms_that_cannot_be(but: dict[str, Any], says: str) -> None:
 
 
 class Cluster:
-    """A cluster that does what is decided, between one moment and the next."""
+    """A cluster that does what is decided: at once, or within as many looks as `lag` says."""
 
-    def __init__(self, nodes: int, limit: int, first: int) -> None:
+    def __init__(self, nodes: int, limit: int, first: int, lag: int = 0) -> None:
         self.limits = {f"n{node}": limit for node in range(nodes)}
         self.desired = {node: first for node in self.limits}
+        self._lag = lag
+        self._changing: list[tuple[int, InstanceInfo]] = []  # for so many more looks
 
     @property
     def number(self) -> int:
         return sum(self.desired.values())
 
+    def does(self, decision: Decision) -> None:
+        for node, number in decision.desired.items():
+            slots = range(self.desired[node], number) or range(number, self.desired[node])
+            state = DRAINING if decision.action is Action.REMOVE else STARTING
+            names = [f"{node}-{slot}" for slot in slots]
+            self._changing = [each for each in self._changing if each[1].id not in names]
+            if decision.action is not Action.KEEP:  # that is done at once
+                self._changing += [(self._lag, info(name, state)) for name in names]
+            self.desired[node] = number
+
     def seen(self, requests: int, blocks: int) -> ClusterView:
-        """The view with so many requests of so many blocks, spread evenly."""
-        infos = [info(f"{n}-{slot}") for n, count in self.desired.items() for slot in range(count)]
-        shares = [requests // len(infos) + (at < requests % len(infos)) for at in range(len(infos))]
-        loads = [load(i.id, share, share * blocks) for i, share in zip(infos, shares, strict=True)]
-        return replace(view(infos, loads, self.limits), desired=dict(self.desired))
+        """The view with so many requests of so many blocks, spread evenly over what is up."""
+        infos = {
+            i: info(i)
+            for node, count in self.desired.items()
+            for i in (f"{node}-{slot}" for slot in range(count))
+        }
+        self._changing = [(left - 1, changing) for left, changing in self._changing if left > 0]
+        infos |= {changing.id: changing for _, changing in self._changing}
+        up = [i for i in infos.values() if i.state is not STARTING]
+        shares = [requests // len(up) + (at < requests % len(up)) for at in range(len(up))]
+        loads = [load(i.id, share, share * blocks) for i, share in zip(up, shares, strict=True)]
+        return replace(view(infos.values(), loads, self.limits), desired=dict(self.desired))
 
 
 STEP = st.tuples(st.integers(0, 400), st.integers(0, 40), st.integers(1, 40))
@@ -226,6 +254,7 @@ STEP = st.tuples(st.integers(0, 400), st.integers(0, 40), st.integers(1, 40))
     st.floats(0, 50),
     st.integers(1, 3),
     st.integers(0, 12),
+    st.integers(0, 8),
     st.lists(STEP, min_size=1, max_size=6),
 )
 def test_the_number_stays_within_its_limits_and_rests_under_a_constant_load(
@@ -235,10 +264,11 @@ def test_the_number_stays_within_its_limits_and_rests_under_a_constant_load(
     wider: float,
     minimum: int,
     more: int,
+    lag: int,
     steps: list[tuple[int, int, int]],
 ) -> None:
     terms = ScalingTerms(low, low + wider, 3.0, 5.0, minimum, minimum + more)
-    cluster, scaler = Cluster(nodes, limit, 1), Scaler(terms)
+    cluster, scaler = Cluster(nodes, limit, 1, lag), Scaler(terms)
     most = min(terms.maximum, nodes * limit)
     now = 0.0
     for requests, blocks, lasting in steps:
@@ -250,13 +280,14 @@ def test_the_number_stays_within_its_limits_and_rests_under_a_constant_load(
             if found is None:
                 continue
             actions.append(found.action)
-            cluster.desired.update(found.desired)
+            cluster.does(found)
             assert all(0 <= number <= limit for number in cluster.desired.values())
             if found.action is Action.REMOVE:
                 assert cluster.number == before - 1 >= terms.minimum
             else:
                 assert before < cluster.number <= most
-        assert len(set(actions)) <= 1, "a constant load is answered in one direction"
+        ways = {action is Action.REMOVE for action in actions}
+        assert len(ways) <= 1, "a constant load is answered in one direction"
 
 
 @given(st.integers(0, 400), st.integers(0, 40), st.integers(1, 8))
@@ -267,8 +298,8 @@ def test_a_load_that_lasts_ends_in_the_range_or_at_a_limit(
     cluster.desired = {"n0": (first + 1) // 2, "n1": first // 2}
     for now in range(0, 2000, 5):
         if found := scaler.decide(cluster.seen(requests, blocks), now):
-            cluster.desired.update(found.desired)
+            cluster.does(found)
     seen = cluster.seen(requests, blocks)
-    have = supply(seen.instances, seen.loads)
+    have = supply(seen, seen.instances)
     assert have.mean() >= TERMS.low or cluster.number == TERMS.maximum
     assert have.mean(-BLOCKS) <= TERMS.high or cluster.number == TERMS.minimum

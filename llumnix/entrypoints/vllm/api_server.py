@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     if parsed.print_config:
         print(arguments.show(parser, parsed), end="")
         return 0
+    _check_policies(parser, config)
     engines = arguments.engine_config(parser, parsed)
     if parsed.validate_config:
         return _validate(config, engines)
@@ -68,13 +69,22 @@ def _modelled(argv: list[str]) -> bool:
     return (given or [os.environ.get("LLUMNIX_ENGINE", "")])[-1] == "sim"
 
 
+def _check_policies(parser: "argparse.ArgumentParser", config: "Config") -> None:
+    """See, before a model is looked at, that all policies are known; else end with status 2."""
+    from llumnix.config import ConfigError
+    from llumnix.entrypoints.policies import read_policies
+
+    try:
+        read_policies(config)
+    except ConfigError as error:
+        parser.error(str(error))
+
+
 def _validate(config: "Config", engines: "VllmConfig") -> int:
     from llumnix.config import ConfigError
-    from llumnix.entrypoints.classes import read_classes
     from llumnix.entrypoints.engines import engine_maker
 
     try:
-        read_classes(config.priority_classes)
         engine_maker(config, engines)
     except ConfigError as error:
         logger.error("%s", error)

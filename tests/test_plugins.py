@@ -1,0 +1,76 @@
+"""Policies by name, those of other packages among them."""
+
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+
+from llumnix import plugins
+from llumnix.policy.dispatch import Candidate, Policy, Request
+from llumnix.policy.dispatchers import POLICIES
+from llumnix.policy.planners import PLANNERS
+from llumnix.policy.rebalance import Pair
+from llumnix.policy.terms import Terms
+
+Installed = Callable[..., None]
+
+
+def emptiest(candidate: Candidate, request: Request, terms: Terms) -> float:
+    return -candidate.load.used_blocks
+
+
+def patient(*facts: object) -> list[Pair]:
+    return []
+
+
+KEPT = Policy(emptiest, keeps=True)
+NUMBER = 7
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Installed:
+    """Have a package installed that names its policies."""
+
+    def install(group: str, name: str, value: str) -> None:
+        entry = EntryPoint(name, f"{__name__}:{value}", group)
+        found: Any = lambda group="": [entry] if group == entry.group else []  # noqa: E731
+        monkeypatch.setattr(plugins, "entry_points", found)
+
+    return install
+
+
+def test_ours_have_their_names() -> None:
+    assert {name: plugins.dispatch_policy(name) for name in POLICIES} == dict(POLICIES)
+    assert {name: plugins.planner(name) for name in PLANNERS} == dict(PLANNERS)
+    assert plugins.planner("none") is None
+
+
+def test_a_function_of_another_package_is_asked_for_each_request(installed: Installed) -> None:
+    installed(plugins.DISPATCH, "emptiest", "emptiest")
+    assert plugins.dispatch_policy("emptiest") == Policy(emptiest, keeps=False)
+
+
+def test_a_package_may_say_that_its_scores_keep(installed: Installed) -> None:
+    installed(plugins.DISPATCH, "kept", "KEPT")
+    assert plugins.dispatch_policy("kept") == KEPT
+
+
+def test_a_rule_of_rescheduling_of_another_package(installed: Installed) -> None:
+    installed(plugins.RESCHEDULING, "patient", "patient")
+    assert plugins.planner("patient") is patient
+
+
+def test_an_unknown_name_is_told_the_known_ones(installed: Installed) -> None:
+    installed(plugins.DISPATCH, "emptiest", "emptiest")
+    with pytest.raises(ValueError, match=r"no policy 'best' for dispatch; .*artifact, emptiest$"):
+        plugins.dispatch_policy("best")
+    with pytest.raises(ValueError, match="no policy 'best' for rescheduling; there are none, "):
+        plugins.planner("best")
+
+
+@pytest.mark.parametrize(("value", "why"), [("missing", "can't be loaded"), ("NUMBER", "function")])
+def test_what_is_no_policy(installed: Installed, value: str, why: str) -> None:
+    installed(plugins.DISPATCH, "broken", value)
+    with pytest.raises(ValueError, match=why):
+        plugins.dispatch_policy("broken")
