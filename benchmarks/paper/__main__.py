@@ -4,18 +4,31 @@ import sys
 
 from benchmarks.paper import (
     autoscaling,
+    comparison,
     fragmentation,
     migration,
     page,
     priorities,
+    saturation,
     scalability,
     serving,
+)
+
+FIGURES = (
+    migration,
+    serving,
+    comparison,
+    saturation,
+    fragmentation,
+    priorities,
+    autoscaling,
+    scalability,
 )
 
 
 def main(argv: list[str] | None = None) -> None:
     """One after the other; the rates by the rule are those that are kept."""
-    for figure in (migration, serving, fragmentation, priorities, autoscaling, scalability, page):
+    for figure in (*FIGURES, page):
         figure.main(argv)
 
 

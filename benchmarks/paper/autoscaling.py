@@ -112,8 +112,9 @@ def draw(result: dict[str, Any], options: Options) -> None:
             lines(axes[row][column], series, varied, y)
     series = {}
     for system in COMPARED:
-        places = [_place(point["systems"][system]) for point in result["cost"]]
-        series[system] = tuple(zip(*sorted(places, key=lambda one: one[1]), strict=True))[::-1]
+        places = [_place(point["systems"][system])[::-1] for point in result["cost"]]
+        costs, tails = zip(*sorted(places), strict=True)
+        series[system] = (list(costs), list(tails))
     lines(axes[0][2], series, "instances", "P99 prefill (s)")
     axes[0][2].set_yscale("log")
     axes[1][2].set_axis_off()

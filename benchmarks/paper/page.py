@@ -4,10 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper import serving_tables, tables
+from benchmarks.paper import goals, serving_tables, tables
 from benchmarks.paper.cells import short, table
 from benchmarks.paper.files import read
-from benchmarks.paper.goals import goals
 from benchmarks.paper.options import read_options
 
 TEMPLATE = Path(__file__).with_name("page.md")
@@ -16,7 +15,9 @@ RIVALS = ("llumnix", "artifact", "ours")
 
 # For each place of the template: whose results, and what is made of them.
 PLACES: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "goals": ("serving", goals),
+    "goals_paper": ("serving", goals.paper),
+    "goals_ours": ("comparison", goals.ours),
+    "saturation": ("saturation", tables.saturation),
     "serving_reference": ("serving", lambda r: serving_tables.serving(r, "reference")),
     "serving_rule": ("serving", lambda r: serving_tables.serving(r, "rule")),
     "better_reference": (
@@ -41,7 +42,7 @@ PLACES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "autoscaling_cost": ("autoscaling", lambda r: tables.autoscaling(r, "cost")),
     "savings": ("autoscaling", tables.savings),
 }
-FIGURES = ("serving", "fragmentation", "priorities", "autoscaling")
+FIGURES = ("serving", "comparison", "saturation", "fragmentation", "priorities", "autoscaling")
 
 
 def rates(result: dict[str, Any]) -> str:

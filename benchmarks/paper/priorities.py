@@ -56,7 +56,7 @@ def simulate(options: Options) -> dict[str, Any]:
         each = {name: [next(outcomes) for _ in options.seeds] for name in COMPARED}
         point: dict[str, Any] = {"basis": basis, "rate": rate, "cv": cv}
         for kind, priority in (("high", HIGH), ("normal", 0)):
-            numbers = {name: summary(runs, _of(priority)) for name, runs in each.items()}
+            numbers = {name: summary(ran, _of(priority)) for name, ran in each.items()}
             better = {name: ratios(numbers["base"], numbers[name]) for name in COMPARED}
             point[kind] = {"systems": numbers, "against_base": better}
         points.append(point)

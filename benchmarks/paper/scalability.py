@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
@@ -64,7 +65,7 @@ def draw(result: dict[str, Any], options: Options) -> None:
     """The tail of the prefill, and the time and memory of the simulation, over the size."""
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     sizes = [point["instances"] for point in result["points"]]
-    wanted = {
+    wanted: dict[str, Callable[[Any], float]] = {
         "P99 prefill (s)": lambda one: one["numbers"]["prefill"]["p99"],
         "wall time (s)": lambda one: one["wall_seconds"],
         "peak memory (MB)": lambda one: one["peak_megabytes"],

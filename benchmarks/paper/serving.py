@@ -10,10 +10,12 @@ from benchmarks.paper.numbers import exact, ratios, summary
 from benchmarks.paper.options import Options, read_options
 from benchmarks.paper.outcome import Outcome
 from benchmarks.paper.plots import Panel, grid
-from benchmarks.paper.rates import found
+from benchmarks.paper.rates import found as found_rate
 from benchmarks.paper.runs import Run, run_all
 from benchmarks.paper.systems import SYSTEMS
 from benchmarks.paper.traces import ROWS
+from llumnix.latency import PROFILES
+from llumnix.simulator.cluster import EngineConfig
 
 NAME = "serving"
 PROMPTS = (1, 256, 1024, 4096)  # tokens: where classes of prompts begin
@@ -25,7 +27,7 @@ def points(options: Options) -> list[dict[str, Any]]:
     for name, row in ROWS.items():
         if row.missing(options.traces):
             continue
-        rates = [(rate, "reference") for rate in row.rates] + [(found(name), "rule")]
+        rates = [(rate, "reference") for rate in row.rates] + [(found_rate(name), "rule")]
         for rate, basis in rates:
             made.append({"trace": name, "rate": rate, "basis": basis, "threshold": row.threshold})
     return made[2:5] if options.quick else made
@@ -47,10 +49,11 @@ def simulate(options: Options) -> dict[str, Any]:
     outcomes = iter(run_all(runs, options, NAME))
     for point in wanted:
         each = {name: [next(outcomes) for _ in options.seeds] for name in SYSTEMS}
-        found = {name: summary(runs) for name, runs in each.items()}
-        for name, runs in each.items():
-            found[name]["by_prompt"] = by_prompt(runs)
+        found = {name: summary(ran) for name, ran in each.items()}
+        for name, ran in each.items():
+            found[name]["by_prompt"] = by_prompt(ran)
         point["systems"] = found
+        point["alone"] = alone(each["infaas"])
         point["against_infaas"] = {n: ratios(found["infaas"], found[n]) for n in SYSTEMS}
         point["against_llumnix"] = {n: ratios(found["llumnix"], found[n]) for n in SYSTEMS}
     return {
@@ -59,6 +62,14 @@ def simulate(options: Options) -> dict[str, Any]:
         "skipped": [name for name, row in ROWS.items() if row.missing(options.traces)],
         "points": wanted,
     }
+
+
+def alone(outcomes: list[Outcome]) -> dict[str, float]:
+    """Prefill of the same requests, each on an instance of its own: what no policy is below."""
+    profile = PROFILES[EngineConfig().profile]
+    prompts = np.concatenate([one.requests["prompt"] for one in outcomes])
+    seconds = [profile.step_seconds(int(tokens), 0, 0) for tokens in prompts]
+    return {"mean": exact(np.mean(seconds)), "p99": exact(np.quantile(seconds, 0.99))}
 
 
 def by_prompt(outcomes: list[Outcome]) -> list[dict[str, Any]]:

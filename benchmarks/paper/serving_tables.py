@@ -46,6 +46,8 @@ def serving(result: dict[str, Any], basis: str) -> str:
         for name, one in point["systems"].items():
             rows.append([where, label(name), *cells(one["pooled"])])
             where = ""
+        floor = [short(point["alone"]["mean"]), short(point["alone"]["p99"])]
+        rows.append(["", "*alone*", *floor, *[""] * (len(QUANTITIES) - 2)])
         for place, name in enumerate(("INFaaS++", "Llumnix")):
             if paper := PAPER.get((point["trace"], point["rate"])):
                 known = [paper[q][place] if q in paper else None for q in QUANTITIES]

@@ -7,6 +7,21 @@ from benchmarks.paper.migration import WAYS
 from benchmarks.paper.plots import label
 
 
+def saturation(result: dict[str, Any]) -> str:
+    """Over the load: pooled numbers, and how many times better than INFaaS++."""
+    rows = []
+    for point in result["points"]:
+        where = f"{point['rate']:g}"
+        for name, one in point["systems"].items():
+            better = point["against_infaas"][name]
+            gains = [spread(better[q]) for q in ("prefill mean", "prefill P99", "preemption loss")]
+            rows.append([where, label(name), *cells(one["pooled"]), *gains])
+            where = ""
+    gain = "times better than INFaaS++"
+    head = ["requests/s", "system", *HEAD, f"prefill mean: {gain}", "prefill P99: same"]
+    return table([*head, "preemption loss: same"], rows)
+
+
 def migration(result: dict[str, Any]) -> str:
     """The model against the paper, in ms."""
     head = ["tokens"] + [f"{name}: {who}" for name in WAYS.values() for who in ("paper", "model")]

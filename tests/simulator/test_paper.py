@@ -11,18 +11,20 @@ pytest.importorskip("tqdm")
 
 from benchmarks.paper import (
     autoscaling,
+    comparison,
     fragmentation,
     migration,
     page,
     priorities,
     rates,
+    saturation,
     scalability,
     serving,
 )
 from benchmarks.paper.files import write
 from benchmarks.paper.numbers import ratios
 
-FIGURES = (migration, serving, fragmentation, priorities, autoscaling)
+FIGURES = (migration, serving, comparison, saturation, fragmentation, priorities, autoscaling)
 
 
 def arguments(folder: Path) -> list[str]:
