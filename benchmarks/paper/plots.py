@@ -58,8 +58,11 @@ def _panel(axes: Axes, panel: Panel) -> None:
     unit = "" if panel.title == panel.quantity else " (s)"
     axes.set_title(panel.quantity + unit, fontsize=9)
     axes.set_xticks(places, [f"{x:g}" for x in panel.x])
-    if all(value(one["pooled"], panel.quantity) > 0 for x in panel.systems for one in x.values()):
+    values = [value(one["pooled"], panel.quantity) for x in panel.systems for one in x.values()]
+    if min(values) > 0 and max(values) > 5 * min(values):
         axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
 
 

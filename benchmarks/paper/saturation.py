@@ -12,7 +12,7 @@ from benchmarks.paper.traces import ROWS
 
 NAME = "saturation"
 ROW = "M-M"
-RATES = (7.0, 7.8, 8.2, 8.4, 8.6, 8.8, 9.0, 9.4)
+RATES = (7.8, 8.4, 8.6, 8.8, 9.2)
 COMPARED = ("infaas", "llumnix", "ours")
 PANELS = ("prefill mean", "prefill P99", "decode P99", "request P99", "preemption loss")
 
