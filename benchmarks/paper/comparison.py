@@ -23,17 +23,17 @@ STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365,
 STUDENT |= {9: 2.262, 14: 2.145, 19: 2.093}
 
 
-def seeds(options: Options) -> tuple[int, ...]:
-    """Those that are given, and the next ones up to ten."""
+def seeds(name: str, options: Options) -> tuple[int, ...]:
+    """Those that are given, and the next ones up to ten; a recorded trace is the same with any."""
     given = options.seeds
-    further = max((2 if options.quick else SEEDS) - len(given), 0)
+    further = max((2 if options.quick else SEEDS) - len(given), 0) if not ROWS[name].file else 0
     return (*given, *range(max(given) + 1, max(given) + 1 + further))
 
 
 def simulate(options: Options) -> dict[str, Any]:
     """Run everything, and work out the ratios."""
     names = [name for name, row in ROWS.items() if not row.missing(options.traces)]
-    names, numbers = names[:2] if options.quick else names, seeds(options)
+    names = names[:2] if options.quick else names
     runs = [
         Run(
             SYSTEMS[system].cluster(ROWS[name].threshold),
@@ -42,15 +42,17 @@ def simulate(options: Options) -> dict[str, Any]:
         )
         for name in names
         for system in (BASE, OTHER)
-        for seed in numbers
+        for seed in seeds(name, options)
     ]
     outcomes = iter(run_all(runs, options, NAME))
     points = []
     for name in names:
+        numbers = seeds(name, options)
         base, other = (summary([next(outcomes) for _ in numbers]) for _ in range(2))
         ratios = {quantity: paired(base, other, quantity) for quantity in QUANTITIES}
-        points.append({"trace": name, "rate": found(name), "ratios": ratios})
-    return {"requests": options.requests, "seeds": list(numbers), "points": points}
+        point = {"trace": name, "rate": found(name), "seeds": list(numbers), "ratios": ratios}
+        points.append(point)
+    return {"requests": options.requests, "points": points}
 
 
 def paired(base: Numbers, other: Numbers, quantity: str) -> dict[str, Any]:

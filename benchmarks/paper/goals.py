@@ -40,7 +40,11 @@ def ours(result: dict[str, Any]) -> str:
         row = [f"{point['trace']} @ {point['rate']:g}"]
         for quantity in TAILS:
             ratio = point["ratios"][quantity]
-            row += [interval(ratio), short(ratio["pooled"]), str(ratio["better"])]
+            row += [
+                interval(ratio),
+                short(ratio["pooled"]),
+                f"{ratio['better']} of {len(point['seeds'])}",
+            ]
         known = [point["ratios"][quantity] for quantity in TAILS]
         if any(one.get("mean", 0) >= OURS and one["low"] > 1 for one in known):
             wins.append(point["trace"])
@@ -49,7 +53,7 @@ def ours(result: dict[str, Any]) -> str:
         rows.append(row)
     head = ["requests/s"]
     for quantity in TAILS:
-        head += [f"{quantity}: times better", "pooled", f"better seeds of {len(result['seeds'])}"]
+        head += [f"{quantity}: times better", "pooled", "better seeds"]
     return f"{table(head, rows)}\n\n{_verdict(wins, losses)}"
 
 

@@ -42,7 +42,7 @@ PLACES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "autoscaling_cost": ("autoscaling", lambda r: tables.autoscaling(r, "cost")),
     "savings": ("autoscaling", tables.savings),
 }
-FIGURES = ("serving", "comparison", "saturation", "fragmentation", "priorities", "autoscaling")
+FIGURES = ("serving", "saturation", "fragmentation", "priorities", "autoscaling")
 
 
 def rates(result: dict[str, Any]) -> str:
