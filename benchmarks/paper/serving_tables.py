@@ -78,7 +78,9 @@ def load(result: dict[str, Any]) -> str:
             continue
         for name in ("infaas", "llumnix", "artifact", "ours"):
             one = point["systems"][name]
-            prompts = [short(kind.get("p99")) for kind in one["by_prompt"]]
+            prompts = [
+                f"{short(kind.get('mean'))} / {short(kind.get('p99'))}" for kind in one["by_prompt"]
+            ]
             shares = [one["memory_load"], one["fragmentation"], one["pooled"]["preempted"]]
             rows.append(
                 [f"{point['trace']} @ {point['rate']:g}", label(name)]
@@ -87,5 +89,5 @@ def load(result: dict[str, Any]) -> str:
             )
     bounds = ["< 256", "< 1,024", "< 4,096", "longer"]
     head = ["requests/s", "system", "KV used", "lost to fragmentation", "preempted"]
-    head += ["moves a request", *[f"P99 prefill, prompt {bound}" for bound in bounds]]
+    head += ["moves a request", *[f"prefill mean / P99, prompt {bound}" for bound in bounds]]
     return table(head, rows)
