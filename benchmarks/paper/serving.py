@@ -95,9 +95,7 @@ def draw(result: dict[str, Any], options: Options) -> None:
         "serving": [name for name, row in ROWS.items() if row.rates],
         "serving-traces": [name for name, row in ROWS.items() if not row.rates],
     }.items():
-        rows = {
-            name: [point for point in result["points"] if point["trace"] == name] for name in names
-        }
+        rows = {name: _by_rate(name, result["points"]) for name in names}
         panels = [
             [
                 Panel(name, quantity, [p["rate"] for p in row], [p["systems"] for p in row])
@@ -116,6 +114,12 @@ def draw(result: dict[str, Any], options: Options) -> None:
         ]
         if panels:
             grid(panels, "requests/s", options.figures / f"{file}.png")
+
+
+def _by_rate(trace: str, points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points of a trace; one of those that the reference and the rule have in common."""
+    found = {point["rate"]: point for point in points if point["trace"] == trace}
+    return [found[rate] for rate in sorted(found)]
 
 
 def main(argv: list[str] | None = None) -> None:
