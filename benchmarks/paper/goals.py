@@ -3,6 +3,7 @@
 from typing import Any
 
 from benchmarks.paper.cells import short, table
+from benchmarks.paper.plots import label
 
 WANTED = {"prefill mean": 7.7, "prefill P99": 13.0}  # times better than INFaaS++
 PLACE = ("M-M", 7.8)  # where, in the paper
@@ -31,6 +32,23 @@ def paper(result: dict[str, Any]) -> str:
             )
     head = ["Llumnix against INFaaS++", "goal", "times better", "most that is possible", ""]
     return table(head, rows)
+
+
+def best(result: dict[str, Any]) -> str:
+    """At which load the gain in P99 is largest, whatever the rate."""
+    point = max(
+        result["points"], key=lambda one: one["against_infaas"]["llumnix"]["prefill P99"]["pooled"]
+    )
+    parts = [
+        f"{label(name)} {short(gain['prefill mean']['pooled'])} times in mean prefill and "
+        f"{short(gain['prefill P99']['pooled'])} times in its P99"
+        for name, gain in point["against_infaas"].items()
+        if name != "infaas"
+    ]
+    return (
+        f"Of the loads of M-M that were run ([below](#from-light-load-to-overload)) the gain over "
+        f"INFaaS++ is largest at {point['rate']:g} requests/s: {'; '.join(parts)}."
+    )
 
 
 def ours(result: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ RIVALS = ("llumnix", "artifact", "ours")
 # For each place of the template: whose results, and what is made of them.
 PLACES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "goals_paper": ("serving", goals.paper),
+    "goals_best": ("saturation", goals.best),
     "goals_ours": ("comparison", goals.ours),
     "saturation": ("saturation", tables.saturation),
     "serving_reference": ("serving", lambda r: serving_tables.serving(r, "reference")),
