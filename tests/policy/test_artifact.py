@@ -34,9 +34,8 @@ def test_the_whole_queue_counts_and_a_watermark() -> None:
 
 
 def test_the_nth_lowest_is_paired_with_the_nth_highest() -> None:
-    loads = [
-        InstanceLoad(i, 10, used_blocks=n) for i, n in zip("abcd", (95, 80, 20, 10), strict=True)
-    ]
+    used = {"a": 95, "b": 80, "c": 20, "d": 10}
+    loads = [InstanceLoad(i, 10, used_blocks=n) for i, n in used.items()]
     assert moves(*loads) == [Pair("a", "d", UNCHECKED), Pair("b", "c", UNCHECKED)]
 
 
