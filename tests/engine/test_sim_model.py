@@ -91,6 +91,7 @@ configs = st.builds(
     max_num_batched_tokens=st.integers(1, 40),
     max_num_seqs=st.integers(1, 6),
     priority=st.booleans(),
+    async_scheduling=st.booleans(),
 )
 operations = st.lists(
     st.one_of(requests(), st.integers(0, 9), st.just("step"), st.just("step")), max_size=40
@@ -254,6 +255,21 @@ def test_a_request_waits_until_all_of_its_prompt_fits() -> None:
     while "a" not in client.streams:
         client.step()
     assert client.engine.running == 1 and client.engine.head_blocks == 8
+
+
+def test_asynchronous_scheduling_has_a_step_made_up_before_what_comes_during_the_last_one() -> None:
+    client = Client(replace(ROOMY, async_scheduling=True))
+    client.engine.add(SimRequest("a", prompt(4), max_tokens=5))
+    client.step()
+    client.engine.add(SimRequest("b", prompt(5), max_tokens=5))  # during the first step
+    client.step()
+    assert client.engine.running == 1 and "b" not in client.streams  # the second one was made up
+    client.step()
+    assert len(client.streams["a"]) == 3 and len(client.streams["b"]) == 1
+    client.run()
+    client.engine.add(SimRequest("c", prompt(6), max_tokens=5))
+    client.step()
+    assert len(client.streams["c"]) == 1  # nothing is made up for an engine that stood still
 
 
 @pytest.mark.parametrize(
