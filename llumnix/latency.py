@@ -20,6 +20,9 @@ class LatencyProfile:
     decode_fixed: float = 0.0  # d, a step
     decode_request: float = 0.0  # e, a request in the batch
     decode_context: float = 0.0  # f, a token of context: reading the KV cache
+    # A request, beside the steps: from the client into the engine, and its first token back. No
+    # step waits for it. None of the paper's; the simulator adds it to the time of every token.
+    outside: float = 0.0
 
     def step_seconds(
         self,

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from llumnix.latency import PROFILES
+from llumnix.latency import PROFILES, LatencyProfile
 from llumnix.policy.classes import PriorityClass
 from llumnix.policy.scaling import ScalingTerms
 from llumnix.policy.terms import Thresholds
@@ -130,3 +130,11 @@ def test_a_policy_that_is_unknown_is_told_at_once() -> None:
         PolicyConfig(request="best")
     with pytest.raises(ValueError, match="no profile 'warp'"):
         ClusterConfig(engine=EngineConfig(profile="warp"))
+
+
+def test_what_a_request_costs_beside_the_steps_delays_all_its_tokens_alike() -> None:
+    """The first token's wait grows by it, the time per further token does not."""
+    profile = LatencyProfile(prefill_fixed=0.25, decode_fixed=0.125, outside=0.5)
+    config = ClusterConfig(1, replace(CHUNKED, profile=profile))
+    (story,) = simulate(config, [Job(0, 0.0, 100, 3)]).stories
+    assert story.times.tolist() == [0.75, 0.875, 1.0]

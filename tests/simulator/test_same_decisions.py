@@ -153,7 +153,7 @@ class Wire:
 def test_a_recorded_run_is_decided_alike_by_the_actors(dispatch: str, rescheduling: str) -> None:
     simulated = config(dispatch, rescheduling)
     recorded = record(simulated)
-    policy, terms = simulated.policy, simulated.policy.terms(simulated.engine.profile)
+    policy, terms = simulated.policy, simulated.policy.terms(simulated.engine.latency)
     commands: list[MoveCommand] = []
     plan = planner(policy.rescheduling)
     assert plan is not None
@@ -189,7 +189,7 @@ def test_a_recorded_run_is_decided_alike_by_the_actors(dispatch: str, rescheduli
 def test_the_number_of_instances_is_decided_alike() -> None:
     simulated = config("load", "llumnix")
     recorded = record(simulated)
-    terms = simulated.policy.terms(simulated.engine.profile)
+    terms = simulated.policy.terms(simulated.engine.latency)
     wishes: list[Wish] = []
     now = [0.0]
     leader: Any = ManagerActor.start(
