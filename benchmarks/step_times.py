@@ -23,9 +23,12 @@ from typing import Any
 
 import yaml
 from engine_streams import Engine, Stream, running
+from neighbours import Neighbours
 
 from llumnix.latency import LatencyProfile
 from llumnix.simulator.fit import Step, errors, fit
+
+SPAN = 5  # decode steps that are timed together
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Grid:
     decodes: tuple[tuple[int, int], ...]  # requests, and the context of each in tokens
     beside: tuple[tuple[int, int], ...]  # the same, for what decodes while prompts come
     rounds: int  # prompts of each length
-    steps: int  # decode steps of each kind
+    steps: int  # decode steps of each kind, a multiple of SPAN
 
 
 GRIDS = {
@@ -45,7 +48,7 @@ GRIDS = {
         ((1, 32), (1, 512), (2, 128), (4, 64), (4, 256), (8, 64), (8, 256), (16, 64), (16, 128)),
         ((1, 64), (4, 64)),
         5,
-        10,
+        25,
     ),
     "large": Grid(
         (16, 64, 128, 256, 384, 512, 768, 1024, 1536, 2000),
@@ -61,7 +64,10 @@ GRIDS = {
 
 
 async def decode_step(engine: Engine, batch: int, context: int, steps: int) -> Step:
-    """The median time between two tokens while a batch decodes."""
+    """The time between two tokens while a batch decodes: the median of means over some steps.
+
+    A client that is late reads two tokens at once, so a single gap may be no step at all.
+    """
     streams = await _decoding(engine, batch, context)
     first = streams[0]
     begun = len(first.times)
@@ -70,8 +76,8 @@ async def decode_step(engine: Engine, batch: int, context: int, steps: int) -> S
     await first.reach(begun + steps)
     times = first.times[begun - 1 : begun + steps]
     await _end(streams)
-    gaps = [b - a for a, b in itertools.pairwise(times)]
-    return Step(0, batch, tokens, statistics.median(gaps))
+    means = [(b - a) / SPAN for a, b in itertools.pairwise(times[::SPAN])]
+    return Step(0, batch, tokens, statistics.median(means))
 
 
 async def mixed_steps(
@@ -83,8 +89,9 @@ async def mixed_steps(
     for prompt in prompts:
         if prompt + batch > engine.config.scheduler_config.max_num_batched_tokens:
             continue  # it would take two steps
-        tokens = _context(streams)
+        before = _context(streams)
         seconds = [await _mixed(engine, prompt, streams[0]) for _ in range(rounds)]
+        tokens = (before + _context(streams)) // 2
         steps.append(Step(prompt, batch, tokens, statistics.median(seconds)))
     await _end(streams)
     return steps
@@ -132,7 +139,7 @@ def _context(streams: Sequence[Stream]) -> int:
 
 async def measure(engine: Engine, grid: Grid) -> dict[str, Any]:
     """All steps, the profile that fits them, and the times to first tokens on an idle engine."""
-    limits = engine.config.scheduler_config
+    limits, neighbours = engine.config.scheduler_config, Neighbours()
     for prompt in (*grid.prefills, *grid.prefills):  # what is compiled at its first use
         if prompt <= limits.max_num_batched_tokens:
             await first_token(engine, prompt, 1)
@@ -151,6 +158,7 @@ async def measure(engine: Engine, grid: Grid) -> dict[str, Any]:
     profile = replace(profile, outside=max(statistics.median(outside), 0.0))
     return {
         "profile": asdict(profile),
+        "cores_of_others": neighbours.cores,
         "steps": [
             {**step._asdict(), "error": error}
             for step, error in zip(steps, errors(profile, steps), strict=True)

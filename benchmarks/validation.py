@@ -20,6 +20,8 @@ from typing import Any
 
 import step_times
 from engine_streams import Engine, Stream, running
+from neighbours import Neighbours
+from validation_report import NUMBERS, QUANTITIES, beside, draw, table
 
 from llumnix.latency import LatencyProfile
 from llumnix.simulator.arrivals import Arrivals
@@ -31,8 +33,6 @@ from llumnix.simulator.run import simulate
 from llumnix.simulator.summary import Spread, spread
 from llumnix.simulator.workload import Workload, generate
 
-QUANTITIES = ("ttft", "tpot")
-NUMBERS = ("mean", "p50", "p99")
 COLUMNS = ("prompt", "output", "real_ttft", "real_tpot", "simulated_ttft", "simulated_tpot")
 
 
@@ -137,8 +137,9 @@ async def validate(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
     runs: list[dict[str, Any]] = []
     for share in args.shares:
         jobs = jobs_of(args, Arrivals("poisson", share * most), facts["max_model_len"])
+        neighbours = Neighbours()
         real = await replay(engine, jobs)
-        run = {"share": share, "rate": share * most}
+        run = {"share": share, "rate": share * most, "cores_of_others": neighbours.cores}
         run |= compare(real, simulate(cluster, jobs).stories)
         run["drift"] = await drift(engine, measured, grid.steps)
         runs.append(run)
@@ -149,21 +150,6 @@ async def validate(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
 def workload_of(args: argparse.Namespace) -> dict[str, Any]:
     """What is drawn, for the record."""
     return {key: getattr(args, key) for key in ("requests", "mean", "alpha", "cap", "seed")}
-
-
-def table(runs: Sequence[dict[str, Any]]) -> str:
-    """One line for each rate and quantity, as Markdown."""
-    lines = ["| requests/s | | real mean | simulated | error | real P99 | simulated | error |"]
-    lines.append("|---" * 8 + "|")
-    for run in runs:
-        for quantity in QUANTITIES:
-            cells = [f"{run['rate']:.2f}", quantity.upper()]
-            for number in ("mean", "p99"):
-                real, ours = (run[who][quantity][number] for who in ("real", "simulated"))
-                cells += [f"{real * 1e3:.1f} ms", f"{ours * 1e3:.1f} ms"]
-                cells.append(f"{run['errors'][quantity][number]:+.1%}")
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 async def main() -> None:
@@ -181,17 +167,13 @@ async def main() -> None:
     args, options = parser.parse_known_args()
     async with running(options) as engine:
         result = {"options": options[2:], **await validate(engine, args)}
-    print(table(result["runs"]))
-    for run in result["runs"]:
-        print(f"{run['rate']:.2f}/s: a decode step then took {run['drift']:.2f} times its first")
+    print(table(result["runs"]), beside(result), sep="\n")
     if args.yaml:
         step_times.write_yaml(result["profile"], args.yaml)
     if args.json:
         args.json.write_text(json.dumps(result, indent=None, separators=(",", ":")) + "\n")
     if args.plot:
-        import validation_plots
-
-        validation_plots.draw(result, args.plot)
+        draw(result, args.plot)
 
 
 if __name__ == "__main__":

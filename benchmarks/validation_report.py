@@ -1,10 +1,11 @@
-"""Draws what `validation.py` has compared.
+"""Prints and draws what `validation.py` has compared.
 
-python benchmarks/validation_plots.py FILE PNG
+python benchmarks/validation_report.py FILE [--plot PNG]
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,34 @@ import numpy as np
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
+NUMBERS = ("mean", "p50", "p99")
 QUANTITIES = {"ttft": "time to first token (ms)", "tpot": "time per further token (ms)"}
+
+
+def table(runs: Sequence[dict[str, Any]]) -> str:
+    """One line for each rate and quantity, as Markdown."""
+    lines = ["| requests/s | | real mean | simulated | error | real P99 | simulated | error |"]
+    lines.append("|---" * 8 + "|")
+    for run in runs:
+        for quantity in QUANTITIES:
+            cells = [f"{run['rate']:.2f}", quantity.upper()]
+            for number in ("mean", "p99"):
+                real, ours = (run[who][quantity][number] for who in ("real", "simulated"))
+                cells += [f"{real * 1e3:.1f} ms", f"{ours * 1e3:.1f} ms"]
+                cells.append(f"{run['errors'][quantity][number]:+.1%}")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def beside(result: dict[str, Any]) -> str:
+    """What the machine did beside, at each rate."""
+    lines = [f"measuring: others kept {result['cores_of_others']:.2f} cores busy"]
+    for run in result["runs"]:
+        lines.append(
+            f"{run['rate']:.2f}/s: others kept {run['cores_of_others']:.2f} cores busy; "
+            f"a decode step then took {run['drift']:.2f} times its first"
+        )
+    return "\n".join(lines)
 
 
 def draw(result: dict[str, Any], file: Path) -> None:
@@ -38,12 +66,15 @@ def draw(result: dict[str, Any], file: Path) -> None:
 
 
 def main() -> None:
-    """Draw the plot of one file of results."""
+    """Report one file of results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
-    parser.add_argument("png", type=Path)
+    parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    draw(json.loads(args.file.read_text()), args.png)
+    result = json.loads(args.file.read_text())
+    print(table(result["runs"]), beside(result), sep="\n")
+    if args.plot:
+        draw(result, args.plot)
 
 
 if __name__ == "__main__":
