@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from vllm import SamplingParams
 from vllm.config import VllmConfig
@@ -88,6 +89,7 @@ class Engine:
         scheduler = config.scheduler_config
         return {
             "vllm": _version(),
+            "model": Path(config.model_config.model).name,
             "device": current_platform.get_device_name(),
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "eager": config.model_config.enforce_eager,

@@ -127,6 +127,14 @@ async def _decoding(engine: Engine, batch: int, context: int) -> list[Stream]:
     return streams
 
 
+def _fits(engine: Engine, batch: int, context: int) -> bool:
+    """Whether all can decode at once, with some room to spare; else some would wait."""
+    cache = engine.config.cache_config
+    longest = engine.config.model_config.max_model_len
+    blocks = batch * (context // cache.block_size + 2)
+    return context < longest and blocks < 0.95 * (cache.num_gpu_blocks or 0)
+
+
 async def _end(streams: Sequence[Stream]) -> None:
     for stream in streams:
         await stream.end()
@@ -145,7 +153,7 @@ async def measure(engine: Engine, grid: Grid) -> dict[str, Any]:
             await first_token(engine, prompt, 1)
     steps: list[Step] = []
     for batch, context in grid.decodes:
-        if batch <= limits.max_num_seqs:
+        if batch <= limits.max_num_seqs and _fits(engine, batch, context + grid.steps):
             steps.append(await decode_step(engine, batch, context, grid.steps))
             print(_told(steps[-1]), flush=True)
     for batch, context in grid.beside:

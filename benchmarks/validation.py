@@ -166,7 +166,7 @@ async def main() -> None:
     parser.add_argument("--plot", type=Path)
     args, options = parser.parse_known_args()
     async with running(options) as engine:
-        result = {"options": options[2:], **await validate(engine, args)}
+        result = await validate(engine, args)
     print(table(result["runs"]), beside(result), sep="\n")
     if args.yaml:
         step_times.write_yaml(result["profile"], args.yaml)
