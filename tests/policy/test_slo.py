@@ -63,7 +63,7 @@ def test_who_has_no_target_goes_where_few_would_miss_theirs_for_it() -> None:
 
 
 def test_who_has_no_target_does_not_wait_for_memory_on_that_account() -> None:
-    chats = InstanceLoad("i", running=6, used_blocks=60, priorities={-1: 6})
+    chats = InstanceLoad("i", running=4, used_blocks=60, priorities={-1: 4})
     full = InstanceLoad("i", running=20, used_blocks=995)
     assert score(chats, BATCH) > score(full, BATCH)
 
