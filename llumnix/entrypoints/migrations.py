@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from math import inf
 from typing import Any, TypeVar
 
 from pykka import ActorDeadError
@@ -21,6 +22,7 @@ from llumnix.engine.departure import Departure, Ended, Groups, Limits, Migration
 from llumnix.engine.exchange import Exchange
 from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.tenant import Tenant
+from llumnix.entrypoints.doorkeeper import Doorkeeper
 from llumnix.policy.rebalance import Pair, room
 from llumnix.policy.select import DRAIN_RULE, Candidate, choose
 from llumnix.policy.terms import Terms
@@ -62,7 +64,7 @@ class Migrations:
         self._under_way: set[asyncio.Task[Any]] = set()
         self._stops = False
         self.at: Callable[[str], Awaitable[None]] = _pass
-        self._arrivals = Arrivals(exchange, actor, lambda step: self.at(step))
+        self._arrivals = Arrivals(exchange, Doorkeeper(actor), lambda step: self.at(step))
         exchange.procedures |= {"migrate": self._migrate, "requests": self._list}
 
     async def close(self) -> None:
@@ -189,6 +191,8 @@ class Migrations:
         free = room(self._view(), Pair(hosted.id, destination), self._rules.terms)
         if free is None:
             raise MigrationError(f"the load of {hosted.id} or {destination} is not known")
+        if rule == DRAIN_RULE:  # also if this node has not seen yet that the instance drains
+            free = free._replace(floor=-inf)
         size = hosted.facts.block_size if hosted.facts else 1
         queued = [tenant.request_id for tenant in hosted.queued]
         candidates = {
