@@ -98,7 +98,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(configs, operations)
 def test_any_order_of_events_keeps_the_books_and_the_streams(
     config: ModelConfig, events: list[SimRequest | int | str]
@@ -128,7 +128,7 @@ def test_any_order_of_events_keeps_the_books_and_the_streams(
             assert (stream, client.ended[request_id]) == (outputs, finish)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(requests(), st.integers(0, 29), st.integers(0, 60), st.booleans())
 def test_a_resumed_request_goes_on_with_the_same_stream(
     request: SimRequest, generated: int, cached: int, front: bool

@@ -51,9 +51,27 @@ def test_slow_steps_are_avoided() -> None:
     assert score(fast, CHAT) > score(slow, CHAT)
 
 
-def test_who_has_no_target_does_not_slow_down_those_that_have() -> None:
-    chats = InstanceLoad("i", running=6, used_blocks=60, priorities={-1: 6})
+def test_who_has_no_target_goes_where_few_would_miss_theirs_for_it() -> None:
     others = InstanceLoad("i", running=20, used_blocks=600)
-    assert score(others, BATCH) < score(chats, BATCH)
-    crowded = InstanceLoad("i", running=15, used_blocks=90, priorities={-1: 15})
-    assert score(others, BATCH) > score(crowded, BATCH)
+    for running, used, goes_to_chats in (
+        (2, 30, True),  # they have time to spare
+        (6, 60, False),  # they would miss it
+        (20, 300, True),  # they miss it anyway
+    ):
+        chats = InstanceLoad("i", running=running, used_blocks=used, priorities={-1: running})
+        assert (score(chats, BATCH) > score(others, BATCH)) is goes_to_chats
+
+
+def test_who_has_no_target_does_not_wait_for_memory_on_that_account() -> None:
+    chats = InstanceLoad("i", running=4, used_blocks=60, priorities={-1: 4})
+    full = InstanceLoad("i", running=20, used_blocks=995)
+    assert score(chats, BATCH) > score(full, BATCH)
+
+
+def test_those_in_flight_count_as_present() -> None:
+    few = InstanceLoad("i", running=2, used_blocks=60, priorities={-1: 2})
+    sent = InFlight(4, 0, 0, {-1: 4})
+    assert score(few, BATCH, sent) < score(few, BATCH)
+    assert score(few, BATCH, sent) == score(
+        InstanceLoad("i", running=6, used_blocks=60, priorities={-1: 6}), BATCH
+    )
