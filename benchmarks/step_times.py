@@ -5,10 +5,10 @@
 The YAML file is what `--latency-profile` takes, and `cluster: engine: profile:` of `llumnix-sim`.
 
 A decode step is the time between two tokens while so many requests decode. A step with prefill is
-measured where it matters: a prompt comes while others decode, and its step is the time from their
-token before to the token that comes with the first one of the prompt. So all steps follow others,
-as they do under load, and what a request costs outside of steps is not in them. That is measured
-by itself: the time to the first token of a prompt alone on the engine, less its step.
+measured where it matters: a prompt comes while others decode, and its step is what their tokens are
+late by, and one usual step. So all steps follow others, as they do under load, and what a request
+costs outside of steps is not in them. That is measured by itself: the time to the first token of a
+prompt alone on the engine, less its step.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from llumnix.latency import LatencyProfile
 from llumnix.simulator.fit import Step, errors, fit
 
 SPAN = 5  # decode steps that are timed together
+BEFORE = 20  # decode steps before a prompt comes, whose mean is the usual one
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,19 @@ async def mixed_steps(
 
 
 async def _mixed(engine: Engine, prompt: int, other: Stream) -> float:
-    await other.reach(len(other.times) + 2)
+    """What the prompt's step takes: the time around it, less that of the other steps in it.
+
+    Which of the gaps is the step does not show: with asynchronous scheduling the engine is a step
+    ahead, and a client may read late.
+    """
+    await other.reach(len(other.times) + BEFORE)
+    last = len(other.times) - 1
+    usual = (other.times[last] - other.times[last - BEFORE]) / BEFORE
     stream = engine.open(prompt, 1)
     await stream.reach(1)
-    await other.reach(len(other.times) + 2)
-    first, times = stream.times[0], other.times
-    same = min(range(1, len(times)), key=lambda i: abs(times[i] - first))
-    return times[same] - times[same - 1]
+    await other.reach(len(other.times) + 3)
+    end = len(other.times) - 1
+    return other.times[end] - other.times[last] - (end - last - 1) * usual
 
 
 async def first_token(engine: Engine, prompt: int, rounds: int) -> float:
