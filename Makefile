@@ -23,7 +23,7 @@ export VLLM_NO_USAGE_STATS = 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install model serve test chaos lint type bench docs clean
+.PHONY: help install model serve test chaos lint type bench paper docs clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r t d; \
@@ -59,6 +59,9 @@ bench: install ## Run the benchmarks; JSON goes to build/bench/
 	@mkdir -p build/bench; for run in $(BENCHMARKS); do set -- $$(echo $$run | tr : ' '); name=$$1; shift; \
 	  file=$$(echo $$run | tr -d : | tr -s - _); echo "== $$name $$*"; \
 	  $(BIN)/python benchmarks/$$name.py "$$@" --json build/bench/$$file.json || exit 1; done
+
+paper: install ## Run the paper's evaluation in the simulator; writes docs/paper.md (ARGS="--seeds 4 5")
+	$(BIN)/python -m benchmarks.paper $(ARGS)
 
 docs: install ## Write docs/options.md out of the code
 	@$(BIN)/python deploy/options.py

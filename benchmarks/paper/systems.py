@@ -1,0 +1,48 @@
+"""What is compared: policies by name, over the paper's cluster of 16 times LLaMA-7B on an A10."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from llumnix.policy.classes import PriorityClass
+from llumnix.policy.terms import Thresholds
+from llumnix.simulator.cluster import ClusterConfig, EngineConfig, PolicyConfig
+
+INSTANCES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """One column of the tables."""
+
+    label: str
+    dispatch: str  # a key of policy.dispatch.POLICIES
+    rescheduling: str  # none, or a key of policy.planners.PLANNERS
+    request: str = "low"  # a key of policy.select.RULES
+
+    def policy(self, threshold: float, classes: tuple[PriorityClass, ...] = ()) -> PolicyConfig:
+        """Its policies; one threshold for both sides, as the artifact has it."""
+        return PolicyConfig(
+            dispatch=self.dispatch,
+            rescheduling=self.rescheduling,
+            request=self.request,
+            thresholds=Thresholds(threshold, threshold),
+            classes=classes,
+        )
+
+    def cluster(self, threshold: float, instances: int = INSTANCES) -> ClusterConfig:
+        """The paper's cluster under these policies."""
+        return ClusterConfig(instances, EngineConfig(), self.policy(threshold))
+
+
+SYSTEMS: Mapping[str, System] = MappingProxyType(
+    {
+        "rr": System("round-robin", "rr", "none"),
+        "queue": System("queue size", "queue", "none"),
+        # The artifact ran it with Llumnix's own dispatch, which counts queued demand as well.
+        "infaas": System("INFaaS++", "load", "none"),
+        "llumnix": System("Llumnix", "load", "llumnix"),
+        "artifact": System("Llumnix-artifact", "load", "artifact", "LCR"),
+        "ours": System("ours", "load", "lookahead"),
+    }
+)
