@@ -44,5 +44,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
         "llumnix": System("Llumnix", "load", "llumnix"),
         "artifact": System("Llumnix-artifact", "load", "artifact", "LCR"),
         "ours": System("ours", "load", "lookahead"),
+        # The paper's rescheduling under another dispatch.
+        "interference": System("ours by prompts", "interference", "llumnix"),
     }
 )
