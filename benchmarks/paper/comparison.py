@@ -12,7 +12,7 @@ from benchmarks.paper.options import Options, read_options
 from benchmarks.paper.plots import save
 from benchmarks.paper.rates import found
 from benchmarks.paper.runs import Run, run_all
-from benchmarks.paper.systems import SYSTEMS
+from benchmarks.paper.systems import EVERY
 from benchmarks.paper.traces import ROWS
 
 NAME = "comparison"
@@ -36,7 +36,7 @@ def simulate(options: Options) -> dict[str, Any]:
     names = names[:2] if options.quick else names
     runs = [
         Run(
-            SYSTEMS[system].cluster(ROWS[name].threshold),
+            EVERY[system].cluster(ROWS[name].threshold),
             ROWS[name].workload(options.requests, found(name), options.traces),
             seed,
         )
@@ -93,7 +93,7 @@ def draw(result: dict[str, Any], options: Options) -> None:
             axes.plot([log(r, 2) for r in ratio["seeds"]], places, f"C{2 * of}.", ms=3)
             if "mean" in ratio:
                 ends = [log(ratio["low"], 2), log(ratio["high"], 2)]
-                name = SYSTEMS[point["system"]].label if place < 1 else None
+                name = EVERY[point["system"]].label if place < 1 else None
                 axes.plot(ends, [place] * 2, f"C{2 * of + 1}", lw=3, label=name)
         axes.axvline(0, color="black", lw=0.8)
         axes.set(title=quantity, xlabel="times better")

@@ -44,7 +44,10 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
         "llumnix": System("Llumnix", "load", "llumnix"),
         "artifact": System("Llumnix-artifact", "load", "artifact", "LCR"),
         "ours": System("ours", "load", "lookahead"),
-        # The paper's rescheduling under another dispatch.
-        "interference": System("ours by prompts", "interference", "llumnix"),
     }
+)
+# With another one of ours, the paper's rescheduling under another dispatch, which is compared with
+# Llumnix only.
+EVERY: Mapping[str, System] = MappingProxyType(
+    {**SYSTEMS, "interference": System("ours by prompts", "interference", "llumnix")}
 )
