@@ -4,11 +4,16 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Nothing is fetched, and nothing is sent anywhere, while tests run.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("llumnix", deadline=None)
+settings.load_profile("llumnix")
 
 MODEL = "SmolLM2-135M-Instruct"
 

@@ -12,11 +12,11 @@ from benchmarks.paper.options import Options, read_options
 from benchmarks.paper.plots import save
 from benchmarks.paper.rates import found
 from benchmarks.paper.runs import Run, run_all
-from benchmarks.paper.systems import SYSTEMS
+from benchmarks.paper.systems import EVERY
 from benchmarks.paper.traces import ROWS
 
 NAME = "comparison"
-BASE, OTHER = "llumnix", "ours"
+BASE, OTHERS = "llumnix", ("ours", "interference")
 SEEDS = 10
 # Of Student's distribution, two-sided at 95 %, by the number of seeds less one.
 STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306}
@@ -36,22 +36,23 @@ def simulate(options: Options) -> dict[str, Any]:
     names = names[:2] if options.quick else names
     runs = [
         Run(
-            SYSTEMS[system].cluster(ROWS[name].threshold),
+            EVERY[system].cluster(ROWS[name].threshold),
             ROWS[name].workload(options.requests, found(name), options.traces),
             seed,
         )
         for name in names
-        for system in (BASE, OTHER)
+        for system in (BASE, *OTHERS)
         for seed in seeds(name, options)
     ]
     outcomes = iter(run_all(runs, options, NAME))
     points = []
     for name in names:
         numbers = seeds(name, options)
-        base, other = (summary([next(outcomes) for _ in numbers]) for _ in range(2))
-        ratios = {quantity: paired(base, other, quantity) for quantity in QUANTITIES}
-        point = {"trace": name, "rate": found(name), "seeds": list(numbers), "ratios": ratios}
-        points.append(point)
+        base, *others = (summary([next(outcomes) for _ in numbers]) for _ in (BASE, *OTHERS))
+        for system, other in zip(OTHERS, others, strict=True):
+            ratios = {quantity: paired(base, other, quantity) for quantity in QUANTITIES}
+            point = {"trace": name, "rate": found(name), "system": system}
+            points.append(point | {"seeds": list(numbers), "ratios": ratios})
     return {"requests": options.requests, "points": points}
 
 
@@ -82,20 +83,25 @@ def draw(result: dict[str, Any], options: Options) -> None:
     """Each seed a point, the mean and its interval a line, for each trace."""
     quantities = ("prefill mean", "prefill P99", "decode P99", "request mean")
     figure = Figure(figsize=(13, 3.6), layout="constrained")
-    names = [point["trace"] for point in result["points"]]
+    names = list(dict.fromkeys(point["trace"] for point in result["points"]))
     every = figure.subplots(1, len(quantities), sharey=True)
     for axes, quantity in zip(every, quantities, strict=True):
-        for place, point in enumerate(result["points"]):
-            ratio = point["ratios"][quantity]
-            axes.plot([log(r, 2) for r in ratio["seeds"]], [place] * len(ratio["seeds"]), "C0.")
+        for point in result["points"]:
+            of, ratio = OTHERS.index(point["system"]), point["ratios"][quantity]
+            place = names.index(point["trace"]) + 0.3 * of - 0.15
+            places = [place] * len(ratio["seeds"])
+            axes.plot([log(r, 2) for r in ratio["seeds"]], places, f"C{2 * of}.", ms=3)
             if "mean" in ratio:
-                axes.plot([log(ratio["low"], 2), log(ratio["high"], 2)], [place] * 2, "C3", lw=3)
+                ends = [log(ratio["low"], 2), log(ratio["high"], 2)]
+                name = EVERY[point["system"]].label if place < 1 else None
+                axes.plot(ends, [place] * 2, f"C{2 * of + 1}", lw=3, label=name)
         axes.axvline(0, color="black", lw=0.8)
         axes.set(title=quantity, xlabel="times better")
         ticks = range(-2, 4)
         axes.set_xticks(ticks, [f"{2.0**tick:g}" for tick in ticks])
         axes.set_yticks(range(len(names)), names)
         axes.grid(alpha=0.3)
+    every[-1].legend(fontsize=7)
     save(figure, options.figures / f"{NAME}.png")
 
 

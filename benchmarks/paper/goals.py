@@ -4,6 +4,7 @@ from typing import Any
 
 from benchmarks.paper.cells import short, table
 from benchmarks.paper.plots import label
+from benchmarks.paper.systems import EVERY
 
 WANTED = {"prefill mean": 7.7, "prefill P99": 13.0}  # times better than INFaaS++
 PLACE = ("M-M", 7.8)  # where, in the paper
@@ -52,9 +53,17 @@ def best(result: dict[str, Any]) -> str:
 
 
 def ours(result: dict[str, Any]) -> str:
-    """Where ours is better than Llumnix, where worse, and where there is no telling."""
+    """Where each of ours is better than Llumnix, where worse, and where there is no telling."""
+    parts = []
+    for system in dict.fromkeys(point["system"] for point in result["points"]):
+        points = [point for point in result["points"] if point["system"] == system]
+        parts.append(f"**{EVERY[system].label}**\n\n{_compared(points)}")
+    return "\n\n".join(parts)
+
+
+def _compared(points: list[dict[str, Any]]) -> str:
     rows, wins, losses = [], [], []
-    for point in result["points"]:
+    for point in points:
         row = [f"{point['trace']} @ {point['rate']:g}"]
         for quantity in TAILS:
             ratio = point["ratios"][quantity]

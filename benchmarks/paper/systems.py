@@ -46,3 +46,8 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
         "ours": System("ours", "load", "lookahead"),
     }
 )
+# With another one of ours, the paper's rescheduling under another dispatch, which is compared with
+# Llumnix only.
+EVERY: Mapping[str, System] = MappingProxyType(
+    {**SYSTEMS, "interference": System("ours by prompts", "interference", "llumnix")}
+)

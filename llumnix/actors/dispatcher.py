@@ -29,10 +29,14 @@ class DispatcherActor(Actor):
         top_k: int,
         seed: int | None = None,
         terms: Terms = TERMS,
+        first_sequence: int = 0,
     ) -> None:
+        """Numbers of dispatches begin with the first one given; 0: with the time in microseconds.
+
+        So they go on above those of any earlier process of the same node.
+        """
         super().__init__()
-        # Numbers go on above those of any earlier process of the same node.
-        first = time.time_ns() // 1000
+        first = first_sequence or time.time_ns() // 1000
         self._board = DispatchBoard(node, policy, top_k, Random(seed), first, terms)
         self._view = ClusterView()
         self._block_size = 1

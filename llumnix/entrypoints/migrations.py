@@ -21,8 +21,10 @@ from llumnix.engine.departure import Departure, Ended, Groups, Limits, Migration
 from llumnix.engine.exchange import Exchange
 from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.tenant import Tenant
-from llumnix.policy.rebalance import Pair, room
-from llumnix.policy.select import DRAIN_RULE, Candidate, choose
+from llumnix.entrypoints.candidates import candidates
+from llumnix.entrypoints.doorkeeper import Doorkeeper
+from llumnix.policy.choice import leaving
+from llumnix.policy.rebalance import Pair
 from llumnix.policy.terms import Terms
 
 logger = logging.getLogger(__name__)
@@ -62,7 +64,7 @@ class Migrations:
         self._under_way: set[asyncio.Task[Any]] = set()
         self._stops = False
         self.at: Callable[[str], Awaitable[None]] = _pass
-        self._arrivals = Arrivals(exchange, actor, lambda step: self.at(step))
+        self._arrivals = Arrivals(exchange, Doorkeeper(actor), lambda step: self.at(step))
         exchange.procedures |= {"migrate": self._migrate, "requests": self._list}
 
     async def close(self) -> None:
@@ -176,7 +178,7 @@ class Migrations:
             if tenant is None:
                 raise Ended(f"request {request_id} is not at instance {source}")
         else:
-            tenant = self._choose(hosted, destination, DRAIN_RULE if reason == "drain" else rule)
+            tenant = self._choose(hosted, Pair(source, destination, rule), reason == "drain")
         departing = self._spawn(self._depart(hosted, tenant, destination, reason))
         try:
             return await departing
@@ -185,33 +187,15 @@ class Migrations:
                 raise  # not the migration is ended, but who waits for it
             raise MigrationError(f"node {self._exchange.node} stops") from None
 
-    def _choose(self, hosted: HostedInstance, destination: InstanceId, rule: str) -> Tenant:
-        free = room(self._view(), Pair(hosted.id, destination), self._rules.terms)
-        if free is None:
-            raise MigrationError(f"the load of {hosted.id} or {destination} is not known")
-        size = hosted.facts.block_size if hosted.facts else 1
-        queued = [tenant.request_id for tenant in hosted.queued]
-        candidates = {
-            tenant.request_id: Candidate(
-                request=tenant.request_id,
-                priority=tenant.priority,
-                tokens=tenant.tokens,
-                blocks=-(-(tenant.tokens + 1) // size),
-                running=tenant.request_id not in queued,
-                order=order,
-                generated=tenant.position,
-                head=tenant.request_id in queued[:1],
-            )
-            for order, tenant in enumerate(hosted.tenants)
-            if tenant.stuck is None and not tenant.leaving
-        }
+    def _choose(self, hosted: HostedInstance, pair: Pair, drains: bool) -> Tenant:
+        rules, view = self._rules, self._view()
         try:
-            chosen = choose(candidates.values(), rule or self._rules.rule, free)
-        except ValueError as error:  # a leader of another version
+            chosen = leaving(pair, candidates(hosted), view, rules.terms, rules.rule, drains)
+        except (LookupError, ValueError) as error:  # a rule may be another version's
             raise MigrationError(str(error)) from None
         tenant = hosted.find(chosen.request) if chosen is not None else None
         if tenant is None:
-            raise MigrationError(f"no request of {hosted.id} would fit {destination}")
+            raise MigrationError(f"no request of {hosted.id} would fit {pair.destination}")
         return tenant
 
     async def _depart(

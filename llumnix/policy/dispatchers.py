@@ -13,6 +13,7 @@ from llumnix.policy.dispatch import (
     by_queue,
     by_turn,
 )
+from llumnix.policy.interference import by_interference
 from llumnix.policy.slo import by_slo
 
 POLICIES: Mapping[str, Policy] = MappingProxyType(
@@ -24,6 +25,7 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
         "rr": Policy(by_turn, keeps=True),
         "random": Policy(by_chance, keeps=True),
         "slo": Policy(by_slo),
+        "interference": Policy(by_interference),
         "artifact": Policy(by_artifact, keeps=True),
     }
 )

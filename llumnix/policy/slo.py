@@ -2,9 +2,10 @@
 
 Both are predicted for each instance from the latency profile and its last report, the way a step is
 made up: what is queued there is prefilled first, then this request; after that it decodes in a
-batch of one more. The instance with the smallest violation of the class's targets is taken, the
-violations of the requests that are there already counted in; where nothing is violated, the one
-with the most room.
+batch of one more. What counts is how many requests would miss a target of their class: the newcomer
+itself, and those that are there already, which it slows down as much as they do it. So requests
+without targets gather where few have any. Where nothing is missed, the instance with the most room
+is taken.
 """
 
 from math import inf
@@ -14,8 +15,11 @@ from llumnix.policy.dispatch import Candidate, Request, by_freeness
 from llumnix.policy.load import InFlight, dispatch_usage
 from llumnix.policy.terms import Terms
 
-# Of relative violation against blocks of freeness: any violation outweighs all the room there is.
+# Of a missed target against blocks of freeness: any part of one outweighs all the room there is.
 _WEIGHT = 2.0**41
+# From which share of its target on a prediction is doubtful. Steps grow longer while a request
+# decodes, and the next requests come: one that is at its target when it begins will miss it.
+_DOUBT = 0.7
 
 
 def expected_ttft(
@@ -53,16 +57,49 @@ def step_seconds(
 
 
 def by_slo(candidate: Candidate, request: Request, terms: Terms) -> float:
-    """The instance where the targets of the request's class are missed the least."""
+    """The instance where the fewest requests miss the targets of their classes for this one."""
+    missed = _own(candidate, request, terms) + _others(candidate, request, terms)
+    return by_freeness(candidate, request, terms) - _WEIGHT * missed
+
+
+def _own(candidate: Candidate, request: Request, terms: Terms) -> float:
+    """Which part of the newcomer's targets it would miss; at most 2.
+
+    Whoever has no target for the first token wants at least not to wait for memory.
+    """
     info, load, sent = candidate.info, candidate.load, candidate.sent
     wanted = terms.classes.of(request.priority)
-    violation = 0.0
+    missed = 0.0
     if wanted.ttft < inf:
-        expected = expected_ttft(info, load, sent, request, terms)
-        violation += max(expected / wanted.ttft - 1.0, 0.0)
-    # Those that are there already are slowed down by the newcomer as much as it is by them.
-    targets = [wanted.tpot] + [terms.classes.of(p).tpot for p, n in load.priorities.items() if n]
-    if (tpot := min(targets)) < inf:
+        missed += _miss(expected_ttft(info, load, sent, request, terms), wanted.ttft)
+    elif request.blocks > info.total_blocks - dispatch_usage(load, sent):
+        missed += 1.0
+    if wanted.tpot < inf:
         step = step_seconds(info, load, sent, terms, more=request.tokens)
-        violation += max(step / tpot - 1.0, 0.0)
-    return by_freeness(candidate, request, terms) - _WEIGHT * violation
+        missed += _miss(step, wanted.tpot)
+    return missed
+
+
+def _others(candidate: Candidate, request: Request, terms: Terms) -> float:
+    """How many of the requests that are there would miss their time per token besides."""
+    info, load, sent = candidate.info, candidate.load, candidate.sent
+    before = step_seconds(info, load, sent, terms)
+    after = step_seconds(info, load, sent, terms, more=request.tokens)
+    missed = 0.0
+    for present in (load.priorities, sent.priorities, _unnamed(load, sent)):
+        for priority, count in present.items():
+            tpot = terms.classes.of(priority).tpot
+            if tpot < inf:
+                missed += count * (_miss(after, tpot) - _miss(before, tpot))
+    return missed
+
+
+def _unnamed(load: InstanceLoad, sent: InFlight) -> dict[int, int]:
+    """How many requests there have the priority 0, which no report names."""
+    named = sum(load.priorities.values()) + sum(sent.priorities.values())
+    return {0: max(load.running + load.waiting + sent.requests - named, 0)}
+
+
+def _miss(expected: float, target: float) -> float:
+    """From 0, well within the target, to 1, beyond it."""
+    return min(max((expected / target - _DOUBT) / (1 - _DOUBT), 0.0), 1.0) if target else 1.0

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from llumnix.engine.sim.config import ModelConfig
-from llumnix.latency import PROFILES
+from llumnix.latency import PROFILES, LatencyProfile
 from llumnix.plugins import dispatch_policy, planner
 from llumnix.policy.classes import Classes, PriorityClass
 from llumnix.policy.scaling import ScalingTerms
@@ -17,7 +17,7 @@ from llumnix.simulator.cost import COSTS
 class EngineConfig:
     """One instance; the defaults are LLaMA-7B on an A10 as the paper ran it (Llumnix, OSDI'24)."""
 
-    profile: str = "llama-7b-a10"  # step times, a key of latency.PROFILES
+    profile: str | LatencyProfile = "llama-7b-a10"  # a key of latency.PROFILES, or coefficients
     total_blocks: int = 792  # the artifact: with so many tokens batched, 12,672 tokens are left
     block_size: int = 16  # tokens in a KV block
     max_num_seqs: int = 256
@@ -25,12 +25,20 @@ class EngineConfig:
     max_model_len: int = 12_300  # prompt and outputs, tokens
     priority: bool = False  # the queue is ordered by priority, then arrival
     prefill_first: bool = True  # vLLM 0.1's rule; else chunked prefill, as vLLM has it today
+    async_scheduling: bool = False  # a step is made up when the one before it begins
     watermark: float = 0.01  # share of the KV blocks that an admission leaves free
+
+    @property
+    def latency(self) -> LatencyProfile:
+        """How long its steps take. Raises ValueError with one sentence."""
+        if isinstance(self.profile, LatencyProfile):
+            return self.profile
+        if self.profile not in PROFILES:
+            raise ValueError(f"no profile {self.profile!r}; there are {', '.join(PROFILES)}")
+        return PROFILES[self.profile]
 
     def model(self) -> ModelConfig:
         """The modelled engine's own configuration. Raises ValueError with one sentence."""
-        if self.profile not in PROFILES:
-            raise ValueError(f"no profile {self.profile!r}; there are {', '.join(PROFILES)}")
         return ModelConfig(
             total_blocks=self.total_blocks,
             block_size=self.block_size,
@@ -39,9 +47,10 @@ class EngineConfig:
             max_model_len=self.max_model_len,
             priority=self.priority,
             prefill_first=self.prefill_first,
+            async_scheduling=self.async_scheduling,
             watermark=self.watermark,
             silent=True,
-            profile=PROFILES[self.profile],
+            profile=self.latency,
         )
 
 
@@ -67,10 +76,10 @@ class PolicyConfig:
         if not (self.interval > 0 and self.report_interval > 0 and self.dispatchers > 0):
             raise ValueError("intervals and the number of dispatchers are more than 0")
 
-    def terms(self, profile: str) -> Terms:
+    def terms(self, latency: LatencyProfile) -> Terms:
         """The operator's side of all decisions."""
         classes = Classes({c.priority: c for c in self.classes})
-        return Terms(self.thresholds, classes, PROFILES[profile])
+        return Terms(self.thresholds, classes, latency)
 
 
 @dataclass(frozen=True, slots=True)

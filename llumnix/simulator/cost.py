@@ -34,7 +34,7 @@ COSTS: Mapping[str, MigrationCost] = MappingProxyType(
         # LLaMA-7B shape, two engines on one H100, NCCL over loopback sockets (docs/migration.md):
         # a blocking copy takes 103 to 580 ms for 256 to 2,048 tokens. The gap of 20 ms at every
         # length is half a step at the destination, its next step with the tail of the request in
-        # it (13 ms, which the engine models), and this downtime; the source's steps are 5 % longer.
-        "llama-7b-h100": MigrationCost(35e-3, 0.266e-3, 2e-3, 0.0, 0.05, 1e-3),
+        # it (7 ms, which the engine models), and this downtime; the source's steps are 5 % longer.
+        "llama-7b-h100": MigrationCost(35e-3, 0.266e-3, 9e-3, 0.0, 0.05, 1e-3),
     }
 )

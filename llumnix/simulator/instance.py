@@ -158,7 +158,8 @@ class SimInstance:
             if not story.times:
                 self._prefill -= story.job.prompt
             self._started.add(name)
-            story.times.append(now)
+            # The client sees it later, all tokens alike, so only the first one's wait grows.
+            story.times.append(now + self.engine.config.profile.outside)
             if self._preempted and (since := self._preempted.pop(name, None)) is not None:
                 story.preemption_loss += max(now - since - result.seconds, 0.0)
             if finish:

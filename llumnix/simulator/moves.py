@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from llumnix.cluster import ClusterView, InstanceId
-from llumnix.policy.rebalance import Pair, room
-from llumnix.policy.select import DRAIN_RULE, choose
+from llumnix.policy.choice import leaving
+from llumnix.policy.rebalance import Pair
 from llumnix.policy.terms import Terms
 from llumnix.simulator.clock import Clock
 from llumnix.simulator.cost import MigrationCost
@@ -53,12 +53,11 @@ class SimMoves:
     ) -> None:
         """Have the source of a pair choose a request, and move it."""
         source, destination = instances.get(pair.source), instances.get(pair.destination)
-        free = room(view, pair, self._terms)
-        if source is None or destination is None or free is None:
+        if source is None or destination is None:
             self._fail(pair, "an instance is gone")
             return
-        rule = DRAIN_RULE if drains else pair.rule or self._rule
-        chosen = choose(source.candidates(self._leaving), rule, free)
+        candidates = source.candidates(self._leaving)
+        chosen = leaving(pair, candidates, view, self._terms, self._rule, drains)
         if chosen is None:
             self._fail(pair, "no request would fit")
             return

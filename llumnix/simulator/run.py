@@ -52,7 +52,7 @@ class Simulation:
         self._clock = clock = Clock()
         self._model = config.engine.model()
         policy = config.policy
-        self._terms = terms = policy.terms(config.engine.profile)
+        self._terms = terms = policy.terms(config.engine.latency)
         dispatch, plan = dispatch_policy(policy.dispatch), planner(policy.rescheduling)
         self._boards = [
             DispatchBoard(f"d{i}", dispatch, policy.top_k, Random(seed + i), 1, terms)

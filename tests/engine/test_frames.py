@@ -277,13 +277,13 @@ def test_a_pickle_is_never_loaded(
     assert not trace.exists()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=300))
 def test_junk(message: bytes) -> None:
     refused(message)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     whole=st.sampled_from([SUBMIT, TENSORS[:600]]),
     place=st.integers(0, 599),
@@ -308,7 +308,7 @@ JSON_LIKE = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     tag=st.sampled_from(["Submit", "Cancel", "Call", "Outputs", "Lost", "Reply", "Hello", "X"]),
     fields=st.lists(JSON_LIKE, max_size=7),

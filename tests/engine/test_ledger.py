@@ -125,7 +125,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedger = LedgerMachine.TestCase
-TestLedger.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestLedger.settings = settings(max_examples=150, stateful_step_count=40)
 
 
 def test_requests_may_end_while_an_owners_are_walked_through() -> None:

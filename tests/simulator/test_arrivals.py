@@ -2,14 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.random import default_rng
 
 from llumnix.simulator.arrivals import Arrivals
 
 
-@settings(deadline=None)
 @given(st.sampled_from([0.5, 1.0, 2.0, 6.0]), st.floats(0.1, 100), st.integers(0, 9))
 def test_another_rate_stretches_the_same_times(cv: float, rate: float, seed: int) -> None:
     slow = Arrivals("gamma", rate, cv).times(50, default_rng(seed))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.random import default_rng
 
@@ -57,7 +57,6 @@ def test_quantiles_come_out(
     assert described(named[name], 200_000, 0) == pytest.approx(row, rel=0.04)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(2, 5000), min_size=4, max_size=4, unique=True), st.floats(1, 9000))
 def test_quantiles_have_any_mean(points: list[int], mean: float) -> None:
     drawn = Quantiles(mean, *sorted(points)).draw(20_000, default_rng(0))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llumnix.simulator.errors import ConfigError
@@ -44,7 +44,6 @@ def test_there_and_back(tmp_path: Path, name: str) -> None:
     assert record.requests[3]["tokens_us"] == []
 
 
-@settings(deadline=None)
 @given(gaps=st.lists(st.floats(0, 100), min_size=1, max_size=30), number=st.integers(0, 10_000))
 def test_times_of_tokens_are_right_to_a_microsecond(
     tmp_path_factory: pytest.TempPathFactory, gaps: list[float], number: int

@@ -7,7 +7,7 @@ from math import inf
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llumnix.simulator.errors import ConfigError
@@ -131,7 +131,6 @@ def test_what_does_not_fit(given_: Any, told: str) -> None:
         build(Outer, given_, "top")
 
 
-@settings(deadline=None)
 @given(st.builds(Inner, st.floats(0, 1), st.floats(1, 2)))
 def test_back_and_forth(inner: Inner) -> None:
     assert build(Inner, asdict(inner), "top") == inner

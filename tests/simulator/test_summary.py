@@ -3,7 +3,7 @@
 from math import isnan
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llumnix.simulator.result import Result
@@ -43,7 +43,6 @@ def test_nothing_happened() -> None:
     assert "none failed" in table(empty)
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0, 1e6), min_size=1))
 def test_a_spread_is_in_order(values: list[float]) -> None:
     found = spread(values)

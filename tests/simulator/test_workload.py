@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llumnix.simulator.arrivals import Arrivals
@@ -59,7 +59,6 @@ def test_shares_of_priorities() -> None:
     assert counts[0] == pytest.approx(12_000, rel=0.1)
 
 
-@settings(deadline=None)
 @given(st.integers(2, 6000), st.sampled_from(["cut", "resample"]), st.integers(0, 3))
 def test_nothing_is_too_long(limit: int, too_long: Any, seed: int) -> None:
     whole = generate(POISSON, seed).jobs

@@ -45,6 +45,7 @@ class Batch:
     free: int = field(init=False)  # KV blocks
     held: int = field(default=0, init=False)  # KV blocks for requests that are to come
     preemptions: int = field(default=0, init=False)
+    steps: int = field(default=0, init=False)  # made up so far
 
     def __post_init__(self) -> None:
         self.queue = Queue(self.config.priority, self.config.block_size)
@@ -57,11 +58,17 @@ class Batch:
             self._prefill(work)
             if not work.prefill:
                 self._schedule_running(work)
-            return work
-        budget = self._schedule_running(work)
-        if not work.preempted:
-            self._schedule_waiting(work, budget)
+        else:
+            budget = self._schedule_running(work)
+            if not work.preempted:
+                self._schedule_waiting(work, budget)
+        self.steps += 1
         return work
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a request that has come."""
+        sequence.came = self.steps
+        self.queue.add(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """Take a request's KV blocks back."""
@@ -139,6 +146,8 @@ class Batch:
         head = self.queue.head
         if head is None or len(self.running) >= self.config.max_num_seqs:
             return None
+        if self.config.async_scheduling and self.running and head.came == self.steps:
+            return None  # this step was made up before it came
         spare = self.config.watermark_blocks if self.running else 0
         return head if head.demand <= self.free - spare else None
 

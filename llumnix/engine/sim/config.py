@@ -24,6 +24,8 @@ class ModelConfig:
     priority: bool = False  # order by priority, then arrival; else by arrival
     # A step prefills whole prompts from the queue, or, if none fits, decodes; as vLLM 0.1 did.
     prefill_first: bool = False
+    # A step is made up when the one before it begins, so what comes meanwhile waits for the next.
+    async_scheduling: bool = False
     watermark: float = 0.0  # share of the KV blocks that an admission leaves free
     silent: bool = False  # outputs are counted, and their tokens not worked out: each is 0
     profile: LatencyProfile = PROFILES["instant"]

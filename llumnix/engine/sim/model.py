@@ -3,7 +3,9 @@
 What is modelled, after `v1/core/sched/scheduler.py` of vLLM 0.32: continuous batching (running
 requests first, then the queue), chunked prefill under a token budget, KV blocks taken as tokens are
 computed, admission only if all of a request's tokens fit (`scheduler_reserve_full_isl`), preemption
-by recompute, FCFS and priority order, and the order of the checks that end a request.
+by recompute, FCFS and priority order, the order of the checks that end a request, and, if asked
+for, that of asynchronous scheduling (`step_with_batch_queue` of `v1/engine/core.py`) which decides
+a step while the one before it is computed.
 
 What is not: prefix caching (a moved request says with `cached` what came along), the reserved null
 block, the watermark, speculative decoding, encoders, LoRA, and stop strings, which are the
@@ -143,7 +145,7 @@ class ModelledEngine:
             cached=request.cached,
         )
         self._known[request.id] = sequence
-        self._batch.queue.add(sequence)
+        self._batch.add(sequence)
 
     def abort(self, ids: Iterable[str]) -> list[str]:
         """Drop requests wherever they are; return those that were here."""

@@ -21,6 +21,7 @@ class Sequence:
     blocks: int = 0
     scheduled: int = 0  # tokens in this step
     preempted: bool = False  # waits, and has run before
+    came: int = -1  # how many steps had been made up when it came
 
 
 def by_order(sequence: Sequence) -> tuple[int, int]:

@@ -1,0 +1,24 @@
+"""The requests of an instance as the rules of policy/select know them."""
+
+from llumnix.engine.hosted import HostedInstance
+from llumnix.policy.select import Candidate
+
+
+def candidates(hosted: HostedInstance) -> list[Candidate]:
+    """Those that may leave it, in the order in which they came."""
+    size = hosted.facts.block_size if hosted.facts else 1
+    queued = [tenant.request_id for tenant in hosted.queued]
+    return [
+        Candidate(
+            request=tenant.request_id,
+            priority=tenant.priority,
+            tokens=tenant.tokens,
+            blocks=-(-(tenant.tokens + 1) // size),
+            running=tenant.request_id not in queued,
+            order=order,
+            generated=tenant.position,
+            head=tenant.request_id in queued[:1],
+        )
+        for order, tenant in enumerate(hosted.tenants)
+        if tenant.stuck is None and not tenant.leaving
+    ]

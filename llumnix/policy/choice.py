@@ -1,0 +1,36 @@
+"""Which request a pair moves: the rule and the room that a move has, put together.
+
+The source of a move decides this, in a live cluster and in the simulator.
+"""
+
+from collections.abc import Iterable
+from math import inf
+
+from llumnix.cluster import ClusterView
+from llumnix.policy.rebalance import Pair, room
+from llumnix.policy.select import DRAIN_RULE, Candidate, choose
+from llumnix.policy.terms import Terms
+
+
+def leaving(
+    pair: Pair,
+    candidates: Iterable[Candidate],
+    view: ClusterView,
+    terms: Terms,
+    rule: str,
+    drains: bool = False,
+) -> Candidate | None:
+    """The request that goes to the destination; None when none can.
+
+    The pair's own rule counts before `rule`, which is the one that is configured.
+
+    Raises:
+        LookupError: the view lacks one of both instances, or its load.
+        ValueError: there is no rule of that name.
+    """
+    free = room(view, pair, terms)
+    if free is None:
+        raise LookupError(f"the load of {pair.source} or {pair.destination} is not known")
+    if drains:  # also if this view does not show yet that the source is emptied
+        return choose(candidates, DRAIN_RULE, free._replace(floor=-inf))
+    return choose(candidates, pair.rule or rule, free)

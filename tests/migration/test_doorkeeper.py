@@ -1,0 +1,35 @@
+"""The arrivals of a node and its migration actor, when that has ended before them."""
+
+from typing import Any
+
+import pytest
+from pykka import ThreadingActor
+
+from llumnix.engine.base import EngineError
+from llumnix.entrypoints.doorkeeper import Doorkeeper
+from tests.kit.loop import on_loop
+
+
+@pytest.fixture
+def dead() -> Any:
+    """The proxy of an actor that has stopped."""
+
+    class Books(ThreadingActor):
+        def accept(self, *arguments: object) -> None: ...
+        def departed(self, migration: str) -> None: ...
+
+    ref = Books.start()
+    proxy = ref.proxy()
+    ref.stop()
+    return proxy
+
+
+@on_loop
+async def test_nothing_is_accepted(dead: Any) -> None:
+    with pytest.raises(EngineError, match="this node stops"):
+        await Doorkeeper(dead).accept("m", "r", "a-0", 1)
+
+
+@on_loop
+async def test_an_end_that_nobody_writes_down_is_an_end(dead: Any) -> None:
+    await Doorkeeper(dead).departed("m")

@@ -1,0 +1,33 @@
+"""The policy of docs/examples, found as an installed package's is."""
+
+from pathlib import Path
+
+import pytest
+
+from llumnix.plugins import dispatch_policy
+from llumnix.simulator.cluster import ClusterConfig, PolicyConfig
+from llumnix.simulator.job import Job
+from llumnix.simulator.run import simulate
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "policy"
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (EXAMPLE / "pyproject.toml").read_text()
+    entry = text.partition('[project.entry-points."llumnix.dispatch"]\n')[2].splitlines()[0]
+    folder = tmp_path / "shortest_prefill-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Name: shortest-prefill\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text(f"[llumnix.dispatch]\n{entry.replace(chr(34), '')}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+
+
+@pytest.mark.usefixtures("installed")
+def test_it_dispatches_by_prompts() -> None:
+    assert dispatch_policy("shortest-prefill").score.__name__ == "shortest_prefill"
+    jobs = [Job(0, 0.0, 4000, 2), Job(1, 0.001, 100, 2), Job(2, 0.002, 100, 2)]
+    config = ClusterConfig(2, policy=PolicyConfig(dispatch="shortest-prefill"))
+    long, one, other = (story.instance for story in simulate(config, jobs).stories)
+    assert one == other != long
