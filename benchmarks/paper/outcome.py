@@ -1,6 +1,7 @@
 """What is kept of a run: the numbers of each request, and the cluster's over time."""
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -17,7 +18,7 @@ def _decode(story: Story) -> float:
     return story.decode if len(story.times) > 1 else nan
 
 
-_OF_STORY = {
+_OF_STORY: Mapping[str, Callable[[Story], float]] = {
     "at": lambda story: story.job.at,
     "prompt": lambda story: story.job.prompt,
     "output": lambda story: story.job.output,

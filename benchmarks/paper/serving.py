@@ -14,7 +14,6 @@ from benchmarks.paper.rates import found as found_rate
 from benchmarks.paper.runs import Run, run_all
 from benchmarks.paper.systems import SYSTEMS
 from benchmarks.paper.traces import ROWS
-from llumnix.latency import PROFILES
 from llumnix.simulator.cluster import EngineConfig
 
 NAME = "serving"
@@ -66,7 +65,7 @@ def simulate(options: Options) -> dict[str, Any]:
 
 def alone(outcomes: list[Outcome]) -> dict[str, float]:
     """Prefill of the same requests, each on an instance of its own: what no policy is below."""
-    profile = PROFILES[EngineConfig().profile]
+    profile = EngineConfig().latency
     prompts = np.concatenate([one.requests["prompt"] for one in outcomes])
     seconds = [profile.step_seconds(int(tokens), 0, 0) for tokens in prompts]
     return {"mean": exact(np.mean(seconds)), "p99": exact(np.quantile(seconds, 0.99))}
