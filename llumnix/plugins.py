@@ -8,13 +8,20 @@ A package names a function in one of two entry-point groups, and its name is an 
     patient = "my_package:patient"
 """
 
+import functools
+import logging
 from importlib.metadata import entry_points
+from math import inf, isnan
 from typing import Any
 
-from llumnix.policy.dispatch import Policy
+from llumnix.cluster import ClusterView
+from llumnix.policy.dispatch import Candidate, Policy, Request, Score
 from llumnix.policy.dispatchers import POLICIES
 from llumnix.policy.planners import PLANNERS
-from llumnix.policy.rebalance import Planner
+from llumnix.policy.rebalance import Allowed, Pair, Planner
+from llumnix.policy.terms import Terms
+
+logger = logging.getLogger(__name__)
 
 DISPATCH, RESCHEDULING = "llumnix.dispatch", "llumnix.rescheduling"
 NONE = "none"  # the name of no rescheduling at all
@@ -28,7 +35,8 @@ def dispatch_policy(name: str) -> Policy:
     if name in POLICIES:
         return POLICIES[name]
     found = _load(DISPATCH, name, [*POLICIES])
-    return found if isinstance(found, Policy) else Policy(found)
+    made = found if isinstance(found, Policy) else Policy(found)
+    return made._replace(score=_guarded_score(name, made.score))
 
 
 def planner(name: str) -> Planner | None:
@@ -38,7 +46,40 @@ def planner(name: str) -> Planner | None:
     if name in PLANNERS:
         return PLANNERS[name]
     found: Planner = _load(RESCHEDULING, name, [NONE, *PLANNERS])
-    return found
+    return _guarded_planner(name, found)
+
+
+def _guarded_score(name: str, score: Score) -> Score:
+    """The score of another package's policy; the worst of all when that fails, or is no number."""
+
+    def call(candidate: Candidate, request: Request, terms: Terms) -> float:
+        try:
+            value = float(score(candidate, request, terms))
+        except Exception:
+            _tell_once(name)
+            return -inf
+        return -inf if isnan(value) else value
+
+    return call
+
+
+def _guarded_planner(name: str, planner: Planner) -> Planner:
+    """A rule of another package; it names nothing when it fails."""
+
+    def call(view: ClusterView, terms: Terms, allowed: Allowed) -> list[Pair]:
+        try:
+            return [pair for pair in planner(view, terms, allowed) if isinstance(pair, Pair)]
+        except Exception:
+            _tell_once(name)
+            return []
+
+    return call
+
+
+@functools.cache
+def _tell_once(name: str) -> None:
+    """A policy that fails does so for each candidate of each request."""
+    logger.exception("the policy %s fails; this is logged once", name)
 
 
 def _load(group: str, name: str, ours: list[str]) -> Any:

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
+from math import inf, nan
 from typing import Any
 
 import pytest
 
 from llumnix import plugins
+from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
 from llumnix.policy.dispatch import Candidate, Policy, Request
 from llumnix.policy.dispatchers import POLICIES
 from llumnix.policy.planners import PLANNERS
@@ -22,6 +24,18 @@ def emptiest(candidate: Candidate, request: Request, terms: Terms) -> float:
 
 def patient(*facts: object) -> list[Pair]:
     return []
+
+
+def broken(*facts: object) -> float:
+    raise KeyError("a")
+
+
+def no_number(*facts: object) -> float:
+    return nan
+
+
+def failing(*facts: object) -> list[Pair]:
+    raise KeyError("a")
 
 
 KEPT = Policy(emptiest, keeps=True)
@@ -46,19 +60,45 @@ def test_ours_have_their_names() -> None:
     assert plugins.planner("none") is None
 
 
+INFO = InstanceInfo("i", "n", "m", InstanceState.READY, 100, 16)
+USED = Candidate(INFO, InstanceLoad("i", used_blocks=30))
+
+
 def test_a_function_of_another_package_is_asked_for_each_request(installed: Installed) -> None:
     installed(plugins.DISPATCH, "emptiest", "emptiest")
-    assert plugins.dispatch_policy("emptiest") == Policy(emptiest, keeps=False)
+    found = plugins.dispatch_policy("emptiest")
+    assert found.score(USED, Request(), Terms()) == -30 and not found.keeps
 
 
 def test_a_package_may_say_that_its_scores_keep(installed: Installed) -> None:
     installed(plugins.DISPATCH, "kept", "KEPT")
-    assert plugins.dispatch_policy("kept") == KEPT
+    found = plugins.dispatch_policy("kept")
+    assert found.score(USED, Request(), Terms()) == -30 and found.keeps
+
+
+@pytest.mark.parametrize("value", ["broken", "no_number"])
+def test_a_policy_that_fails_ranks_an_instance_last(
+    installed: Installed, value: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    installed(plugins.DISPATCH, value, value)
+    score = plugins.dispatch_policy(value).score
+    assert [score(USED, Request(), Terms()) for _ in range(2)] == [-inf, -inf]
+    assert len(caplog.records) == (value == "broken"), "it is told once"
 
 
 def test_a_rule_of_rescheduling_of_another_package(installed: Installed) -> None:
     installed(plugins.RESCHEDULING, "patient", "patient")
-    assert plugins.planner("patient") is patient
+    found = plugins.planner("patient")
+    assert found is not None and found(ClusterView(), Terms(), lambda pair: True) == []
+
+
+def test_a_rule_that_fails_names_nothing(
+    installed: Installed, caplog: pytest.LogCaptureFixture
+) -> None:
+    installed(plugins.RESCHEDULING, "failing", "failing")
+    found = plugins.planner("failing")
+    assert found is not None and found(ClusterView(), Terms(), lambda pair: True) == []
+    assert "the policy failing fails" in caplog.text
 
 
 def test_an_unknown_name_is_told_the_known_ones(installed: Installed) -> None:

@@ -63,6 +63,7 @@ class ManagerActor(Actor):
         planner: Planner = pairs,
         drain_moves: int = DRAIN_MOVES,
         patience: int = PATIENCE,
+        empties: bool = True,  # whether instances that drain are emptied by moves
         scaling: Scaling | None = None,  # None: the number of instances is left alone
     ) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class ManagerActor(Actor):
         self._command = command
         self._terms = terms
         self._patience = patience
-        self._new_term = partial(Rescheduler, planner, terms, drain_moves, patience)
+        self._new_term = partial(Rescheduler, planner, terms, drain_moves, patience, empties)
         self._rescheduler = self._new_term()
         self._scaling = scaling
         self._scaler = self._new_scaler()

@@ -133,7 +133,9 @@ class Desired(NamedTuple):
 
 
 def encode_desired(desired: Desired) -> bytes:
-    """A bare number, unless an instance is named."""
+    """A bare number, unless an instance is named. Raises ValueError for a negative one."""
+    if desired.instances < 0:
+        raise ValueError(f"{desired.instances} instances can't be desired")
     if desired.without is None:
         return b"%d" % desired.instances
     return orjson.dumps(desired._asdict())

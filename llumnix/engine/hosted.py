@@ -8,6 +8,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from heapq import nlargest
 
 import msgspec
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs
@@ -20,6 +21,8 @@ from llumnix.engine.tenant import Origin, Tenant
 
 logger = logging.getLogger(__name__)
 
+PRIORITIES = 64  # that a load report counts by number, the most frequent ones
+
 
 class HostedInstance:
     """An engine together with the requests it runs and the origins they came from."""
@@ -29,6 +32,7 @@ class HostedInstance:
         self.slot = slot  # 0, 1, … on this node; the `engine` label of vLLM's own metrics
         self.facts: EngineFacts | None = None
         self.life = uuid.uuid4().hex[:8]  # of this engine; another one has the id after a restart
+        self.by_priority = False  # whether the engine's queue is ordered by priority first
         self.on_load: Callable[[], None] = lambda: None
         self.on_death: Callable[[str], None] = lambda reason: None
         self._home = home  # the API server of this node: it gets the engine's statistics
@@ -63,11 +67,13 @@ class HostedInstance:
 
     @property
     def queued(self) -> list[Tenant]:
-        """Those that wait and have no output here, in the order in which they came.
+        """Those that wait and have no output here, in the order in which they are to run.
 
-        The engine says how many it runs, and not which: of those without an output the first come.
+        The engine says how many it runs, and not which: of those without an output the first.
         """
         fresh = [tenant for tenant in self._tenants.values() if not tenant.started]
+        if self.by_priority:
+            fresh.sort(key=lambda tenant: tenant.priority)
         waiting = max(len(self._tenants) - self._running, 0)
         return fresh[len(fresh) - min(waiting, len(fresh)) :]
 
@@ -220,13 +226,25 @@ class HostedInstance:
             waiting=waiting_count,
             used_blocks=round(self._usage * total) if busy else 0,
             waiting_blocks=sum(waiting),
-            head_blocks=waiting[0] if waiting else 0,
+            head_blocks=self._head_blocks(waiting_count, waiting),
             prefill_tokens=prefill,
             preempted=waiting_count - len(waiting),
             preemptions=self._preemptions,
-            priorities=priorities,
+            # Clients choose the numbers; a report must not grow with them.
+            priorities=dict(nlargest(PRIORITIES, priorities.items(), key=lambda item: item[1])),
             received=received,
         )
+
+    def _head_blocks(self, count: int, fresh: list[int]) -> int:
+        """What the head of the queue asks for: a preempted request, if more wait than are new.
+
+        Which one that is the engine does not say; it preempts the last come.
+        """
+        if count > len(fresh):
+            last = next((t for t in reversed(self._tenants.values()) if t.started), None)
+            if last is not None and self.facts is not None:
+                return -(-(last.tokens + 1) // self.facts.block_size)
+        return fresh[0] if fresh else 0
 
     def _on_outputs(self, step: EngineCoreOutputs) -> None:
         """Split one step by origin and send each its part in one frame."""

@@ -16,11 +16,10 @@ from llumnix.engine.departure import Limits
 from llumnix.engine.exchange import Exchange
 from llumnix.entrypoints.control import ControlPlane
 from llumnix.entrypoints.migrations import Migrations, Rules
-from llumnix.entrypoints.policies import Policies
+from llumnix.entrypoints.policies import Policies, no_pairs
 from llumnix.entrypoints.rescheduling import Rescheduling
 from llumnix.entrypoints.supervision import Supervision
 from llumnix.entrypoints.wishes import Wishes
-from llumnix.policy.rebalance import Pair
 from llumnix.policy.scaling import ScalingTerms
 
 LOOK_AFTER_SECONDS = 1.0  # between looks at the instances' actors
@@ -82,7 +81,8 @@ class Acting:
                 lambda: self._control.registry.alive,
                 self.rescheduling.command,
                 policies.terms,
-                policies.planner or _no_moves,
+                policies.planner or no_pairs,
+                empties=config.migration,
                 scaling=self._scaling() if config.autoscale else None,
             ),
             self._inform,
@@ -146,8 +146,3 @@ class Acting:
             patience=config.start_timeout,
         )
         return Scaling(terms, Wishes(self._loop, self._control.registry.put_desired).make)
-
-
-def _no_moves(*facts: object) -> list[Pair]:
-    """The plan of a leader that only scales."""
-    return []

@@ -8,16 +8,17 @@ def candidates(hosted: HostedInstance) -> list[Candidate]:
     """Those that may leave it, in the order in which they came."""
     size = hosted.facts.block_size if hosted.facts else 1
     queued = [tenant.request_id for tenant in hosted.queued]
+    waiting, head = frozenset(queued), queued[0] if queued else None
     return [
         Candidate(
             request=tenant.request_id,
             priority=tenant.priority,
             tokens=tenant.tokens,
             blocks=-(-(tenant.tokens + 1) // size),
-            running=tenant.request_id not in queued,
+            running=tenant.request_id not in waiting,
             order=order,
             generated=tenant.position,
-            head=tenant.request_id in queued[:1],
+            head=tenant.request_id == head,
         )
         for order, tenant in enumerate(hosted.tenants)
         if tenant.stuck is None and not tenant.leaving

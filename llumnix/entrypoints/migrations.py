@@ -127,7 +127,8 @@ class Migrations:
 
         Raises MigrationError. `epoch` is the leader's, 0 if it is no leader who asks.
         """
-        arguments = (request_id, destination, reason, epoch, rule)
+        # Nodes of an older version know no rule.
+        arguments = (request_id, destination, reason, epoch, *([rule] if rule else []))
         try:
             answer = await self._exchange.call(node, source, "migrate", arguments, MIGRATE_SECONDS)
         except TimeoutError as error:
@@ -179,7 +180,10 @@ class Migrations:
                 raise Ended(f"request {request_id} is not at instance {source}")
         else:
             tenant = self._choose(hosted, Pair(source, destination, rule), reason == "drain")
+        self._check(hosted, tenant, destination)
+        tenant.leaving = True  # at once: the next move that is commanded chooses another
         departing = self._spawn(self._depart(hosted, tenant, destination, reason))
+        departing.add_done_callback(lambda _: setattr(tenant, "leaving", False))
         try:
             return await departing
         except asyncio.CancelledError:
@@ -202,7 +206,6 @@ class Migrations:
         self, hosted: HostedInstance, tenant: Tenant, destination: InstanceId, reason: str
     ) -> dict[str, Any]:
         """One migration from its proposal to its end, counted."""
-        self._check(hosted, tenant, destination)
         info = self._view().instances[destination]
         migration = uuid.uuid4().hex
         departure = Departure(
@@ -218,7 +221,6 @@ class Migrations:
             lambda step: self.at(step),
         )
         began = time.monotonic()
-        tenant.leaving = True
         outcome, failure = "aborted", "it was called off"
         try:
             await self.at("propose")

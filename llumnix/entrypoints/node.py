@@ -236,6 +236,7 @@ class Node:
     def _host(self, instance: InstanceId, slot: int) -> HostedInstance:
         hosted = HostedInstance(self._make_engine(instance, slot), slot, self._client)
         hosted.on_load = self._reporter.changed
+        hosted.by_priority = self._vllm_config.scheduler_config.policy == "priority"
         self._exchange.hosted[instance] = hosted
         return hosted
 

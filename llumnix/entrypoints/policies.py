@@ -14,10 +14,11 @@ from llumnix.entrypoints.classes import read_classes
 from llumnix.latency import PROFILES, LatencyProfile
 from llumnix.plugins import dispatch_policy, planner
 from llumnix.policy.dispatch import Policy
-from llumnix.policy.rebalance import Planner
+from llumnix.policy.rebalance import Pair, Planner
 from llumnix.policy.terms import Terms, Thresholds
 
 OPTION = "--latency-profile"
+PREDICTING = ("slo", "interference")  # policies that are nothing without step times
 
 Made = TypeVar("Made")
 
@@ -38,14 +39,24 @@ def read_policies(config: Config) -> Policies:
         lambda: Thresholds(config.migration_out_below, config.migration_in_above),
     )
     classes, latency = read_classes(config.priority_classes), read_profile(config.latency_profile)
+    if config.dispatch_policy in PREDICTING and latency == LatencyProfile():
+        raise ConfigError(f"--dispatch-policy {config.dispatch_policy} needs {OPTION}")
+    targets = [c for c in classes.by_priority.values() if min(c.ttft, c.tpot) < inf]
+    if config.dispatch_policy == "slo" and not targets:
+        raise ConfigError("--dispatch-policy slo needs --priority-classes with a ttft or a tpot")
     return Policies(
         _checked("--dispatch-policy", lambda: dispatch_policy(config.dispatch_policy)),
         _checked(
             "--migration-policy",
-            lambda: planner(config.migration_policy) if config.migration else None,
+            lambda: planner(config.migration_policy) or no_pairs if config.migration else None,
         ),
         Terms(thresholds, classes, latency),
     )
+
+
+def no_pairs(*facts: object) -> list[Pair]:
+    """The rule `none`: nobody gives, but for instances that are emptied."""
+    return []
 
 
 def read_profile(name: str) -> LatencyProfile:

@@ -10,11 +10,11 @@ Source: the artifact of Llumnix (OSDI'24), which differs from Algorithm 1 in pla
 
 from math import inf
 
-from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad
+from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
 from llumnix.policy.board import is_candidate
 from llumnix.policy.dispatch import Candidate, Request
 from llumnix.policy.load import dispatch_usage
-from llumnix.policy.rebalance import UNCHECKED, Allowed, Pair, is_emptied
+from llumnix.policy.rebalance import UNCHECKED, Allowed, Pair, fit, is_emptied
 from llumnix.policy.terms import Terms
 
 WATERMARK = 0.01  # share of the KV blocks that its memory manager keeps free
@@ -34,9 +34,9 @@ def artifact(view: ClusterView, terms: Terms, allowed: Allowed) -> list[Pair]:
     sources, destinations = [], []
     for i, load in view.loads.items():
         info = view.instances.get(i)
-        if info is None:
-            continue
-        free = -inf if is_emptied(view, info) else artifact_freeness(info, load, terms)
+        if info is None or is_emptied(view, info) or info.state is InstanceState.STARTING:
+            continue  # who empties an instance is the rescheduler
+        free = artifact_freeness(info, load, terms)
         if load.preempted or free < terms.thresholds.out_below:
             if load.running + load.waiting:
                 sources.append((free, i))
@@ -48,7 +48,7 @@ def artifact(view: ClusterView, terms: Terms, allowed: Allowed) -> list[Pair]:
             sorted(sources), sorted(destinations), strict=False
         )
     ]
-    return [pair for pair in made if allowed(pair)]
+    return [pair for pair in made if fit(view, pair) and allowed(pair)]
 
 
 def by_artifact(candidate: Candidate, request: Request, terms: Terms) -> float:

@@ -4,9 +4,11 @@ The source of a move decides this, in a live cluster and in the simulator.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from math import inf
 
 from llumnix.cluster import ClusterView
+from llumnix.policy.classes import NO_CLASSES
 from llumnix.policy.rebalance import Pair, room
 from llumnix.policy.select import DRAIN_RULE, Candidate, choose
 from llumnix.policy.terms import Terms
@@ -28,9 +30,10 @@ def leaving(
         LookupError: the view lacks one of both instances, or its load.
         ValueError: there is no rule of that name.
     """
-    free = room(view, pair, terms)
+    # A drain asks for room and for nothing else, also if this view does not show it yet.
+    free = room(view, pair, replace(terms, classes=NO_CLASSES) if drains else terms)
     if free is None:
         raise LookupError(f"the load of {pair.source} or {pair.destination} is not known")
-    if drains:  # also if this view does not show yet that the source is emptied
+    if drains:
         return choose(candidates, DRAIN_RULE, free._replace(floor=-inf))
     return choose(candidates, pair.rule or rule, free)

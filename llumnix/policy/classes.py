@@ -35,6 +35,9 @@ class PriorityClass:
     def __post_init__(self) -> None:
         if self.headroom_tokens and self.target_tokens is not None:
             raise ValueError(f"class {self.name} has both a headroom and a target load")
+        if self.priority == 0 and self.keeps_headroom:
+            # Nobody counts the requests of priority 0: they are those that nobody has set apart.
+            raise ValueError(f"class {self.name} keeps headroom, so its priority can't be 0")
         numbers = (self.headroom_tokens, self.target_tokens or 0, self.ttft, self.tpot)
         if min(numbers) < 0:
             raise ValueError(f"class {self.name} has a negative number")

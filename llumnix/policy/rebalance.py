@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceLoad, InstanceState
 from llumnix.policy.board import is_candidate
-from llumnix.policy.classes import Classes
+from llumnix.policy.classes import NO_CLASSES, Classes
 from llumnix.policy.load import dispatch_usage, freeness, virtual_usage
 from llumnix.policy.select import Room
 from llumnix.policy.terms import TERMS, Terms, Thresholds
@@ -63,15 +63,21 @@ def pairs(
         if i in view.instances
     }
     thresholds = terms.thresholds
+    # What an instance that is emptied must put somewhere goes also where a class keeps room.
+    bare = {i: freeness(view.instances[i], view.loads[i]) for i in free}
     rising = sorted(free, key=lambda i: (free[i], i))
-    takers = [i for i in reversed(rising) if is_candidate(view, view.instances[i])]
+    open_ones = [i for i in rising if is_candidate(view, view.instances[i])]
+    takers = open_ones[::-1]
+    drain_takers = sorted(open_ones, key=lambda i: (bare[i], i), reverse=True)
     found: list[Pair] = []
     taken: set[InstanceId] = set()
     for source in rising:
         if source in taken or not _gives(view, source, free[source], thresholds):
             continue
-        for taker in takers:
-            if not _is_worth_it(free[source], free[taker], thresholds):
+        drains = free[source] == -inf
+        there = bare if drains else free
+        for taker in drain_takers if drains else takers:
+            if not _is_worth_it(free[source], there[taker], thresholds):
                 break  # nor are those after it, which are less free
             pair = Pair(source, taker)
             if taker not in taken and source != taker and fit(view, pair) and allowed(pair):
@@ -96,9 +102,9 @@ def room(view: ClusterView, pair: Pair, terms: Terms = TERMS) -> Room | None:
         return Room(blocks=spare_blocks(destination, load, terms.classes))
     if pair.rule == UNCHECKED:
         return Room(blocks=destination.total_blocks - load.used_blocks)
-    classes = terms.classes
-    floor = freeness(source, given, classes) + terms.thresholds.min_gain
     emptied = is_emptied(view, source)
+    classes = NO_CLASSES if emptied else terms.classes
+    floor = freeness(source, given, classes) + terms.thresholds.min_gain
     return Room(
         blocks=destination.total_blocks - virtual_usage(destination, load, classes),
         batch=load.running + (1 if load.waiting else 0),

@@ -31,10 +31,13 @@ class Rescheduler:
         terms: Terms = TERMS,
         drain_moves: int = DRAIN_MOVES,
         patience: int = PATIENCE,
+        empties: bool = True,
     ) -> None:
+        """`empties`: whatever the planner names, instances that are to be emptied give all."""
         self._planner = planner
         self._terms = terms
         self._drain_moves = drain_moves
+        self._empties = empties
         self._moves = Moves(patience)
 
     def next_round(self) -> list[Pair]:
@@ -43,14 +46,36 @@ class Rescheduler:
 
     def orders(self, view: ClusterView) -> list[Order]:
         """What this round asks for, the most urgent first; from now on it is under way."""
-        found = self._planner(view, self._terms, lambda pair: self._further(view, pair) > 0)
         made = []
-        for pair in found:
+        for pair in self._found(view):
             number = self._further(view, pair)
+            if number < 1:
+                continue
             for _ in range(number):
                 self._moves.begin(pair)
             made.append(Order(pair, number, is_emptied(view, view.instances[pair.source])))
         return made
+
+    def _found(self, view: ClusterView) -> list[Pair]:
+        """The pairs by which instances are emptied, and behind them those of the planner.
+
+        That may be another package's, so what it names need not be there.
+        """
+
+        def allowed(pair: Pair) -> bool:
+            return self._further(view, pair) > 0
+
+        found: list[Pair] = []
+        if self._empties and any(is_emptied(view, info) for info in view.instances.values()):
+            every = pairs(view, self._terms, allowed)
+            found = [p for p in every if is_emptied(view, view.instances[p.source])]
+        used = {instance for pair in found for instance in pair[:2]}
+        known = view.loads.keys() & view.instances.keys()
+        return found + [
+            pair
+            for pair in self._planner(view, self._terms, allowed)
+            if known.issuperset(pair[:2]) and used.isdisjoint(pair[:2])
+        ]
 
     def finished(self, pair: Pair, moved: bool) -> bool:
         """A move of a pair has ended; whether there was one."""

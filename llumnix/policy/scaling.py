@@ -199,7 +199,8 @@ class Scaler:
         self, found: Census, have: Supply, leaves: InstanceInfo | None, now: float
     ) -> Decision | None:
         """Remove one instance, when no other change is under way."""
-        if leaves is None or self._rests(now) or found.missing or found.parting:
+        late = any(place.up > place.wanted for place in found.places.values())
+        if leaves is None or self._rests(now) or found.missing or found.parting or late:
             return None
         desired = {leaves.node: found.places[leaves.node].wanted - 1}
         terms, without = self._terms, have.mean(-leaves.total_blocks)

@@ -73,6 +73,10 @@ class PolicyConfig:
         planner(self.rescheduling)
         if self.request not in RULES:
             raise ValueError(f"no rule {self.request!r}; there are {', '.join(RULES)}")
+        if self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}, and must be 1 or more")
+        if len({c.priority for c in self.classes}) < len(self.classes):
+            raise ValueError("two classes have the same priority")
         if not (self.interval > 0 and self.report_interval > 0 and self.dispatchers > 0):
             raise ValueError("intervals and the number of dispatchers are more than 0")
 
@@ -99,6 +103,8 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         if self.instances < 1:
             raise ValueError("a cluster has at least one instance")
+        if not (self.sample_interval > 0 and self.scaling_interval > 0 and self.start_seconds >= 0):
+            raise ValueError("intervals are more than 0 seconds, and a start takes 0 or more")
         if self.migration not in COSTS:
             raise ValueError(f"no migration cost {self.migration!r}: {', '.join(COSTS)}")
         self.engine.model()

@@ -112,6 +112,7 @@ class SimInstance:
         """Its requests as a rule of choice sees them."""
         size = self.engine.config.block_size
         queued = [name for name in self.engine.queued() if name not in self._started]
+        waiting, head = frozenset(queued), queued[0] if queued else None
         found = []
         for order, (name, story) in enumerate(self.stories.items()):
             if name in leaving:
@@ -123,10 +124,10 @@ class SimInstance:
                     priority=story.job.priority,
                     tokens=tokens,
                     blocks=ceil((tokens + 1) / size),
-                    running=name not in queued,
+                    running=name not in waiting,
                     order=order,
                     generated=len(story.times),
-                    head=name in queued[:1],
+                    head=name == head,
                 )
             )
         return found

@@ -128,3 +128,9 @@ def test_classes_that_cannot_be() -> None:
         PriorityClass("high", -1, headroom_tokens=5, target_tokens=5)
     with pytest.raises(ValueError, match="negative"):
         PriorityClass("high", -1, ttft=-1)
+
+
+def test_headroom_of_those_that_nobody_has_set_apart_is_refused() -> None:
+    with pytest.raises(ValueError, match="class high keeps headroom, so its priority can't be 0"):
+        PriorityClass("high", 0, target_tokens=1600)
+    PriorityClass("normal", 0, ttft=1.0)

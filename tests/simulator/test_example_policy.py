@@ -26,7 +26,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("installed")
 def test_it_dispatches_by_prompts() -> None:
-    assert dispatch_policy("shortest-prefill").score.__name__ == "shortest_prefill"
+    assert not dispatch_policy("shortest-prefill").keeps
     jobs = [Job(0, 0.0, 4000, 2), Job(1, 0.001, 100, 2), Job(2, 0.002, 100, 2)]
     config = ClusterConfig(2, policy=PolicyConfig(dispatch="shortest-prefill"))
     long, one, other = (story.instance for story in simulate(config, jobs).stories)
