@@ -46,8 +46,11 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
         "ours": System("ours", "load", "lookahead"),
     }
 )
-# With another one of ours, the paper's rescheduling under another dispatch, which is compared with
-# Llumnix only.
+# With further ones of ours, another dispatch under both rules, which are compared with Llumnix only.
 EVERY: Mapping[str, System] = MappingProxyType(
-    {**SYSTEMS, "interference": System("ours by prompts", "interference", "llumnix")}
+    {
+        **SYSTEMS,
+        "interference": System("ours by prompts", "interference", "llumnix"),
+        "both": System("ours with both", "interference", "lookahead"),
+    }
 )
