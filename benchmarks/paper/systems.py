@@ -46,7 +46,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
         "ours": System("ours", "load", "lookahead"),
     }
 )
-# With further ones of ours, another dispatch under both rules, which are compared with Llumnix only.
+# With further ones of ours, another dispatch under both rules, compared with Llumnix only.
 EVERY: Mapping[str, System] = MappingProxyType(
     {
         **SYSTEMS,
