@@ -16,7 +16,7 @@ from benchmarks.paper.systems import EVERY
 from benchmarks.paper.traces import ROWS
 
 NAME = "comparison"
-BASE, OTHERS = "llumnix", ("ours", "interference", "both")
+BASE, OTHERS = "llumnix", ("ours", "interference")
 SEEDS = 10
 # Of Student's distribution, two-sided at 95 %, by the number of seeds less one.
 STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306}
@@ -88,7 +88,7 @@ def draw(result: dict[str, Any], options: Options) -> None:
     for axes, quantity in zip(every, quantities, strict=True):
         for point in result["points"]:
             of, ratio = OTHERS.index(point["system"]), point["ratios"][quantity]
-            place = names.index(point["trace"]) + 0.25 * (of - 1)
+            place = names.index(point["trace"]) + 0.3 * of - 0.15
             places = [place] * len(ratio["seeds"])
             axes.plot([log(r, 2) for r in ratio["seeds"]], places, f"C{2 * of}.", ms=3)
             if "mean" in ratio:
