@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.paper.files import write
+from benchmarks.paper.figure import make
 from benchmarks.paper.numbers import exact, share
-from benchmarks.paper.options import Options, read_options
+from benchmarks.paper.options import Options
 from benchmarks.paper.outcome import Outcome
 from benchmarks.paper.plots import lines, save
 from benchmarks.paper.rates import found
@@ -90,10 +90,7 @@ def draw(result: dict[str, Any], options: Options) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run, write the JSON and draw."""
-    options = read_options(__doc__, argv)
-    result = simulate(options)
-    write(result, options.results, NAME)
-    draw(result, options)
+    make(NAME, __doc__, argv, simulate, draw)
 
 
 if __name__ == "__main__":

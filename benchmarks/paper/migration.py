@@ -5,9 +5,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.paper.files import write
+from benchmarks.paper.figure import make
 from benchmarks.paper.numbers import exact
-from benchmarks.paper.options import ROOT, Options, read_options
+from benchmarks.paper.options import ROOT, Options
 from benchmarks.paper.plots import save
 from llumnix.latency import PROFILES
 from llumnix.simulator.cost import COSTS
@@ -67,18 +67,18 @@ def draw(result: dict[str, Any], options: Options) -> None:
     save(figure, options.figures / f"{NAME}.png")
 
 
+def work_out(options: Options) -> dict[str, Any]:
+    """The cost model beside the paper's figure, and what was measured."""
+    rows = [
+        {"tokens": tokens, "model": modelled(tokens), "paper": paper}
+        for tokens, paper in PAPER.items()
+    ]
+    return {"rows": rows, "measured": measured()}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Work out the table, write the JSON and draw."""
-    options = read_options(__doc__, argv)
-    result = {
-        "rows": [
-            {"tokens": tokens, "model": modelled(tokens), "paper": paper}
-            for tokens, paper in PAPER.items()
-        ],
-        "measured": measured(),
-    }
-    write(result, options.results, NAME)
-    draw(result, options)
+    make(NAME, __doc__, argv, work_out, draw)
 
 
 if __name__ == "__main__":

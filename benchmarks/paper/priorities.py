@@ -3,9 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.paper.files import write
+from benchmarks.paper.figure import make
 from benchmarks.paper.numbers import Selection, ratios, summary
-from benchmarks.paper.options import Options, read_options
+from benchmarks.paper.options import Options
 from benchmarks.paper.plots import Panel, grid
 from benchmarks.paper.rates import GAMMA, found
 from benchmarks.paper.runs import Run, run_all
@@ -78,10 +78,7 @@ def draw(result: dict[str, Any], options: Options) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run, write the JSON and draw."""
-    options = read_options(__doc__, argv)
-    result = simulate(options)
-    write(result, options.results, NAME)
-    draw(result, options)
+    make(NAME, __doc__, argv, simulate, draw)
 
 
 if __name__ == "__main__":

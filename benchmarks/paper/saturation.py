@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from benchmarks.paper.files import write
+from benchmarks.paper.figure import make
 from benchmarks.paper.numbers import ratios, summary
-from benchmarks.paper.options import Options, read_options
+from benchmarks.paper.options import Options
 from benchmarks.paper.plots import Panel, grid
 from benchmarks.paper.runs import Run, run_all
 from benchmarks.paper.systems import SYSTEMS
@@ -46,10 +46,7 @@ def draw(result: dict[str, Any], options: Options) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run, write the JSON and draw."""
-    options = read_options(__doc__, argv)
-    result = simulate(options)
-    write(result, options.results, NAME)
-    draw(result, options)
+    make(NAME, __doc__, argv, simulate, draw)
 
 
 if __name__ == "__main__":

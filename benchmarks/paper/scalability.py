@@ -10,9 +10,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks.paper.files import write
+from benchmarks.paper.figure import make
 from benchmarks.paper.numbers import exact, numbers
-from benchmarks.paper.options import Options, read_options
+from benchmarks.paper.options import Options
 from benchmarks.paper.outcome import Outcome
 from benchmarks.paper.plots import lines, save
 from benchmarks.paper.rates import found
@@ -81,12 +81,15 @@ def draw(result: dict[str, Any], options: Options) -> None:
     save(figure, options.figures / f"{NAME}.png")
 
 
+def measure_all(options: Options) -> dict[str, Any]:
+    """Run everything, with the first seed."""
+    seed = options.seeds[0]
+    return {"seed": seed, "trace": ROW, "rate": found(ROW), "points": points(options)}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run, write the JSON and draw."""
-    options = read_options(__doc__, argv)
-    result = {"seed": options.seeds[0], "trace": ROW, "rate": found(ROW), "points": points(options)}
-    write(result, options.results, NAME)
-    draw(result, options)
+    make(NAME, __doc__, argv, measure_all, draw)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.paper.files import write
+from benchmarks.paper.figure import make
 from benchmarks.paper.numbers import exact, ratios, summary
-from benchmarks.paper.options import Options, read_options
+from benchmarks.paper.options import Options
 from benchmarks.paper.outcome import Outcome
 from benchmarks.paper.plots import Panel, grid
 from benchmarks.paper.rates import found as found_rate
@@ -123,10 +123,7 @@ def _by_rate(trace: str, points: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run, write the JSON and draw."""
-    options = read_options(__doc__, argv)
-    result = simulate(options)
-    write(result, options.results, NAME)
-    draw(result, options)
+    make(NAME, __doc__, argv, simulate, draw)
 
 
 if __name__ == "__main__":

@@ -74,8 +74,12 @@ class HostedInstance:
         fresh = [tenant for tenant in self._tenants.values() if not tenant.started]
         if self.by_priority:
             fresh.sort(key=lambda tenant: tenant.priority)
-        waiting = max(len(self._tenants) - self._running, 0)
-        return fresh[len(fresh) - min(waiting, len(fresh)) :]
+        return fresh[len(fresh) - min(self._waiting, len(fresh)) :]
+
+    @property
+    def _waiting(self) -> int:
+        """How many wait, the preempted ones included."""
+        return max(len(self._tenants) - self._running, 0)
 
     def find(self, request_id: str) -> Tenant | None:
         """The request of that id, if it is here."""
@@ -206,7 +210,6 @@ class HostedInstance:
 
     def load(self) -> InstanceLoad:
         """The load as of the last step, with every request that has arrived since as queued."""
-        waiting_count = max(len(self._tenants) - self._running, 0)
         waiting = [tenant.blocks for tenant in self.queued]
         prefill = 0
         priorities: dict[int, int] = {}
@@ -223,24 +226,24 @@ class HostedInstance:
         return InstanceLoad(
             self.id,
             running=min(self._running, len(self._tenants)),
-            waiting=waiting_count,
+            waiting=self._waiting,
             used_blocks=round(self._usage * total) if busy else 0,
             waiting_blocks=sum(waiting),
-            head_blocks=self._head_blocks(waiting_count, waiting),
+            head_blocks=self._head_blocks(waiting),
             prefill_tokens=prefill,
-            preempted=waiting_count - len(waiting),
+            preempted=self._waiting - len(waiting),
             preemptions=self._preemptions,
             # Clients choose the numbers; a report must not grow with them.
             priorities=dict(nlargest(PRIORITIES, priorities.items(), key=lambda item: item[1])),
             received=received,
         )
 
-    def _head_blocks(self, count: int, fresh: list[int]) -> int:
+    def _head_blocks(self, fresh: list[int]) -> int:
         """What the head of the queue asks for: a preempted request, if more wait than are new.
 
         Which one that is the engine does not say; it preempts the last come.
         """
-        if count > len(fresh):
+        if self._waiting > len(fresh):
             last = next((t for t in reversed(self._tenants.values()) if t.started), None)
             if last is not None and self.facts is not None:
                 return -(-(last.tokens + 1) // self.facts.block_size)

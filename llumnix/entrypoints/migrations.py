@@ -242,7 +242,6 @@ class Migrations:
             outcome, failure = "aborted", str(error) or "an answer did not come in time"
             raise MigrationError(failure) from error
         finally:
-            tenant.leaving = False
             seconds = time.monotonic() - began
             self._count(departure, reason, outcome, seconds)
             if failure:

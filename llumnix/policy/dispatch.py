@@ -12,7 +12,7 @@ from random import Random
 from typing import NamedTuple
 
 from llumnix.cluster import InstanceId, InstanceInfo, InstanceLoad
-from llumnix.policy.load import NOTHING, InFlight, dispatch_freeness, dispatch_usage
+from llumnix.policy.load import NOTHING, InFlight, dispatch_freeness, unclaimed
 from llumnix.policy.terms import Terms
 
 # Above any finite freeness (blocks a request), and small enough that adding a number of blocks to
@@ -72,8 +72,7 @@ def by_freeness(candidate: Candidate, request: Request, terms: Terms) -> float:
 
 def by_memory(candidate: Candidate, request: Request, terms: Terms) -> float:
     """The instance with the most free blocks, queued demand taken off: INFaaS++'s memory load."""
-    info, load = candidate.info, candidate.load
-    return info.total_blocks - dispatch_usage(load, candidate.sent)
+    return unclaimed(candidate.info, candidate.load, candidate.sent)
 
 
 def by_queue(candidate: Candidate, request: Request, terms: Terms) -> float:

@@ -6,7 +6,7 @@ requests run. So long prompts go to where they hold up the fewest, and all else 
 """
 
 from llumnix.policy.dispatch import Candidate, Request, by_freeness
-from llumnix.policy.load import dispatch_usage
+from llumnix.policy.load import unclaimed
 from llumnix.policy.terms import Terms
 
 LONG = 14  # steps of decoding that a prompt's prefill must last to be a long one
@@ -27,7 +27,7 @@ def by_interference(candidate: Candidate, request: Request, terms: Terms) -> flo
     if prefill <= LONG * latency.decode_fixed:
         return by_freeness(candidate, request, terms)
     info, load, sent = candidate.info, candidate.load, candidate.sent
-    missing = request.blocks - (info.total_blocks - dispatch_usage(load, sent))
+    missing = request.blocks - unclaimed(info, load, sent)
     if missing > 0:
         return -_FULL - missing
     before = latency.prefill_token * (load.prefill_tokens + sent.tokens)

@@ -67,6 +67,11 @@ def dispatch_usage(load: InstanceLoad, sent: InFlight = NOTHING) -> int:
     return load.used_blocks + load.waiting_blocks + sent.blocks
 
 
+def unclaimed(info: InstanceInfo, load: InstanceLoad, sent: InFlight = NOTHING) -> int:
+    """Blocks that nothing holds, queues for, or is on its way to; negative where too much is."""
+    return info.total_blocks - dispatch_usage(load, sent)
+
+
 def dispatch_freeness(
     info: InstanceInfo, load: InstanceLoad, sent: InFlight = NOTHING, headroom: int = 0
 ) -> float:
@@ -77,7 +82,7 @@ def dispatch_freeness(
     requests = load.running + load.waiting + sent.requests
     if requests == 0:
         return inf
-    return (info.total_blocks - dispatch_usage(load, sent) - headroom) / requests
+    return (unclaimed(info, load, sent) - headroom) / requests
 
 
 def virtual_usage(info: InstanceInfo, load: InstanceLoad, classes: Classes = NO_CLASSES) -> int:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceLoad, InstanceState
 from llumnix.policy.board import is_candidate
 from llumnix.policy.classes import NO_CLASSES, Classes
-from llumnix.policy.load import dispatch_usage, freeness, virtual_usage
+from llumnix.policy.load import freeness, unclaimed, virtual_usage
 from llumnix.policy.select import Room
 from llumnix.policy.terms import TERMS, Terms, Thresholds
 
@@ -116,7 +116,7 @@ def room(view: ClusterView, pair: Pair, terms: Terms = TERMS) -> Room | None:
 
 def spare_blocks(info: InstanceInfo, load: InstanceLoad, classes: Classes) -> int:
     """Blocks that nothing there holds, waits for, or keeps free around it."""
-    return info.total_blocks - dispatch_usage(load) - classes.headroom(info, load.priorities)
+    return unclaimed(info, load) - classes.headroom(info, load.priorities)
 
 
 def _gives(view: ClusterView, instance: InstanceId, free: float, thresholds: Thresholds) -> bool:

@@ -12,7 +12,7 @@ from math import inf
 
 from llumnix.cluster import InstanceInfo, InstanceLoad
 from llumnix.policy.dispatch import Candidate, Request, by_freeness
-from llumnix.policy.load import InFlight, dispatch_usage
+from llumnix.policy.load import InFlight, dispatch_usage, unclaimed
 from llumnix.policy.terms import Terms
 
 # Of a missed target against blocks of freeness: any part of one outweighs all the room there is.
@@ -40,7 +40,7 @@ def expected_ttft(
         # Attention is each prompt's own; of the queue only the sum is known.
         request.tokens**2,
     )
-    missing = request.blocks - (info.total_blocks - dispatch_usage(load, sent))
+    missing = request.blocks - unclaimed(info, load, sent)
     if missing > 0 and load.used_blocks:
         lasts = decode * info.block_size * load.used_blocks / max(load.running, 1)
         seconds += lasts * missing / load.used_blocks
@@ -72,7 +72,7 @@ def _own(candidate: Candidate, request: Request, terms: Terms) -> float:
     missed = 0.0
     if wanted.ttft < inf:
         missed += _miss(expected_ttft(info, load, sent, request, terms), wanted.ttft)
-    elif request.blocks > info.total_blocks - dispatch_usage(load, sent):
+    elif request.blocks > unclaimed(info, load, sent):
         missed += 1.0
     if wanted.tpot < inf:
         step = step_seconds(info, load, sent, terms, more=request.tokens)
