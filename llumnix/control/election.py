@@ -72,14 +72,16 @@ class Election:
             self._wake.set()
 
     def resign(self, aside: float = 5.0) -> bool:
-        """Gives up leading and stands aside for `aside` seconds; whether the key was ours.
+        """Gives up leading and stands aside for `aside` seconds; whether this node led.
 
         Raises EtcdError when the key could not be deleted; this node does not lead then either.
         """
         won = self._step_down(time.monotonic() + aside)
-        if won is not None:
-            log.info("This node (%s) resigns, in epoch %d.", self._node, won[0])
-        return won is not None and self._give_up(*won)
+        if won is None:
+            return False
+        log.info("This node (%s) resigns, in epoch %d.", self._node, won[0])
+        self._give_up(*won)
+        return True
 
     def retire(self) -> None:
         """Gives up leading, and stands no more; returns at once.
@@ -154,9 +156,10 @@ class Election:
         self.pulse.beat()
         self._give_up(found.create_revision, lease)  # won while we resigned
 
-    def _give_up(self, epoch: int, lease: int) -> bool:
+    def _give_up(self, epoch: int, lease: int) -> None:
+        """Deletes the key that was won so, unless it has gone already."""
         when = [Compare(self._key, "create", epoch), Compare(self._key, "lease", lease)]
-        return self._etcd.txn(when, [Delete(self._key)]).succeeded
+        self._etcd.txn(when, [Delete(self._key)])
 
     def _tell(self) -> None:
         epoch = self._leading()

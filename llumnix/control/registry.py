@@ -82,7 +82,10 @@ class Registry:
         self._watch.stop()
 
     def subscribe(self, callback: Callable[[ClusterView], None]) -> None:
-        """Has `callback` called with each new view, on the watch's thread; it must not block."""
+        """Has `callback` called with each new view, on the watch's thread; it must not block.
+
+        It is called too when something has come and gone between two views that look the same.
+        """
         with self._lock:
             self._subscribers = (*self._subscribers, callback)
 
@@ -140,12 +143,12 @@ class Registry:
         else:
             shown = self._grace.after_events(items, deleted, time.monotonic())
         self._tell_grace(before)
-        self._show(shown)
+        self._show(shown, deleted)
 
     def _on_proof(self) -> None:
         if self._grace.is_over(time.monotonic()):
             self._say("%s did not come back within %.1f s, so they are gone.", self._grace.kept)
-            self._show(self._grace.end())
+            self._show(self._grace.end(), ())
 
     def _tell_grace(self, before: Collection[str]) -> None:
         kept = set(self._grace.kept)
@@ -158,10 +161,11 @@ class Registry:
         names = ", ".join(key.removeprefix(self._keys.prefix) for key in sorted(keys))
         log.warning(sentence, names, self._grace_seconds)
 
-    def _show(self, items: Mapping[str, KeyValue]) -> None:
+    def _show(self, items: Mapping[str, KeyValue], deleted: Collection[str] | None) -> None:
+        """Shows these keys; after a list, what was deleted is not known, and much may have been."""
         old = self._view
-        self._view = view = self._builder.build(items, self._revision)
-        if not self._builder.changed:
+        self._view = view = self._builder.build(items, self._revision, deleted or ())
+        if deleted is not None and not self._builder.changed:
             return
         for sentence in changes(old, view):
             log.info("%s", sentence)

@@ -1,7 +1,7 @@
 """Builds the cluster's view from a snapshot of its keys, decoding only what is new."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -33,8 +33,14 @@ class ViewBuilder:
         self._view = ClusterView()
         self.changed = False  # whether the last build found anything but a new revision
 
-    def build(self, items: Mapping[str, KeyValue], revision: int) -> ClusterView:
-        """The view that these keys make up; parts that didn't change are shared with the last."""
+    def build(
+        self, items: Mapping[str, KeyValue], revision: int, deleted: Collection[str] = ()
+    ) -> ClusterView:
+        """The view that these keys make up; parts that didn't change are shared with the last.
+
+        A key in `deleted` counts as a change though it came and went since the last build: a leader
+        whom this view never showed has gone all the same.
+        """
         seen, self._seen = self._seen, items
         touched: set[Kind] = set()
         new = [kv for key, kv in items.items() if seen.get(key) is not kv]
@@ -42,6 +48,9 @@ class ViewBuilder:
             self._take_in(kv.key, kv, touched)
         if new or len(seen) != len(items):
             for key in seen.keys() - items.keys():
+                self._drop(key, touched)
+        for key in deleted:
+            if key not in items:
                 self._drop(key, touched)
         self.changed = bool(touched)
         self._view = self._assemble(revision, touched)

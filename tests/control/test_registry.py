@@ -1,5 +1,6 @@
 """What a node announces is what the others see; and it costs little."""
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -122,6 +123,41 @@ def test_unchanged_parts_are_shared(etcd: Etcd, registry: Registry, keys: Keys) 
     revision = etcd.put(keys.c10d("pair") + "x", b"nothing of ours")
     eventually(lambda: registry.view.revision >= revision)
     assert len(views) == told, "nothing changed that a view tells"
+
+
+def test_a_leader_that_no_view_showed_has_gone_all_the_same(
+    single: EtcdCluster, etcd: Etcd, registry: Registry, keys: Keys
+) -> None:
+    views: list[ClusterView] = []
+    held, go_on = threading.Event(), threading.Event()
+
+    def read(view: ClusterView) -> None:
+        views.append(view)
+        held.set()
+        go_on.wait(5)
+
+    registry.subscribe(read)
+    registry.announce_node(NODE)
+    assert held.wait(5), "the watch stands still from here on"
+    single.ctl("put", keys.leader, '{"node":"b"}')
+    assert etcd.delete(keys.leader)
+    revision = etcd.put(keys.c10d("pair") + "x", b"nothing of ours")
+    go_on.set()
+    eventually(lambda: registry.view.revision >= revision)
+    eventually(lambda: len(views) == 2)
+    assert [view.leader for view in views] == [None, None], "who led was never seen"
+
+
+def test_the_first_list_is_told_though_it_is_empty(
+    etcd: Etcd, session: Session, keys: Keys, closing: Callable[[Callable[[], object]], None]
+) -> None:
+    registry = Registry(etcd, session, keys)
+    views: list[ClusterView] = []
+    registry.subscribe(views.append)
+    closing(registry.stop)
+    registry.start()
+    eventually(lambda: len(views) == 1)
+    assert views[0].leader is None and views[0].revision > 0
 
 
 def test_a_key_that_somebody_deleted_comes_back(
