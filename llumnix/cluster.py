@@ -37,6 +37,7 @@ class NodeInfo:
     version: str
     epoch: int
     max_instances: int = 0  # most that it runs, whatever is desired there; 0: not known
+    initial_instances: int = 0  # that it runs while no number is desired there; 0: none, or unknown
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ def encode_node(node: NodeInfo) -> bytes:
             "version": node.version,
             "epoch": node.epoch,
             "max_instances": node.max_instances,
+            "initial_instances": node.initial_instances,
         }
     )
 
@@ -32,6 +33,7 @@ def decode_node(node: NodeId, value: bytes) -> NodeInfo:
         _text(data, "version", ""),
         _count(data, "epoch", 0),
         _count(data, "max_instances", 0),
+        _count(data, "initial_instances", 0),
     )
 
 

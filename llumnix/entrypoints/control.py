@@ -132,7 +132,14 @@ class ControlPlane:
         config = self._config
         epoch = time.time_ns() // 1000
         self.registry.announce_node(
-            NodeInfo(*(config.node, config.advertise_address, VERSION, epoch, config.max_instances))
+            NodeInfo(
+                config.node,
+                config.advertise_address,
+                VERSION,
+                epoch,
+                config.max_instances,
+                config.initial_instances,
+            )
         )
         self.election.start()
 

@@ -17,7 +17,7 @@ from llumnix.control.session import Session
 from tests.kit.etcd import EtcdCluster
 from tests.kit.wait import eventually
 
-NODE = NodeInfo("a", "10.0.0.1:8000", "1.0", 7, 2)
+NODE = NodeInfo("a", "10.0.0.1:8000", "1.0", 7, 2, 1)
 INSTANCE = InstanceInfo("a-0", "a", "opt", InstanceState.READY, 1000, 16)
 LOAD = InstanceLoad("a-0", running=3, used_blocks=40, received={"b": 12})
 
@@ -66,7 +66,7 @@ def test_an_operator_can_read_it(single: EtcdCluster, registry: Registry, keys: 
         '"waiting_blocks":0,"head_blocks":0,"prefill_tokens":0,'
         '"preempted":0,"preemptions":0,"priorities":{},"received":{"b":12}}}}',
         keys.node("a"),
-        '{"address":"10.0.0.1:8000","version":"1.0","epoch":7,"max_instances":2}',
+        '{"address":"10.0.0.1:8000","version":"1.0","epoch":7,"max_instances":2,"initial_instances":1}',
     ]
 
 

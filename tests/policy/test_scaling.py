@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState, NodeInfo
+from llumnix.policy.census import census
 from llumnix.policy.classes import Classes, PriorityClass
 from llumnix.policy.scaling import Action, Decision, Scaler, ScalingTerms, supply
 
@@ -65,6 +66,16 @@ def test_too_little_room_for_a_period_adds_where_the_fewest_are() -> None:
         "adds instances: desired are 1 on c, as the mean freeness is 4.0 blocks a request, and has "
         "been below 10 for 10 s"
     )
+
+
+def test_what_a_node_was_started_for_is_on_its_way_before_any_of_it_is_shown() -> None:
+    joined = NodeInfo("c", "h:1", "", 1, max_instances=4, initial_instances=2)
+    seen = replace(CROWDED, nodes={**CROWDED.nodes, "c": joined})
+    found = census(seen)
+    assert (found.wanted, found.missing) == (4, {"c": 2})
+    assert after(Scaler(TERMS), seen, 0.0, 10.0, 99.0) is None
+    fewer = replace(seen, desired={"c": 1})
+    assert census(fewer).wanted == 3, "what is desired counts first"
 
 
 def test_as_many_are_added_as_bring_the_mean_to_its_range() -> None:
