@@ -16,6 +16,11 @@ _EMPTY: Mapping[str, int] = MappingProxyType({})
 _NO_PRIORITY: Mapping[int, int] = MappingProxyType({})
 
 
+def kv_blocks(tokens: int, block_size: int) -> int:
+    """KV blocks that a sequence of so many tokens asks for: room for these and the next one."""
+    return -(-(tokens + 1) // block_size)
+
+
 class InstanceState(StrEnum):
     """Where an instance stands in its life; only a READY one gets new requests."""
 

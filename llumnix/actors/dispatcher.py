@@ -5,7 +5,7 @@ from random import Random
 from typing import NamedTuple
 
 from llumnix.actors.base import Actor
-from llumnix.cluster import ClusterView, InstanceId, NodeId
+from llumnix.cluster import ClusterView, InstanceId, NodeId, kv_blocks
 from llumnix.policy.board import DispatchBoard
 from llumnix.policy.dispatch import Policy, Request
 from llumnix.policy.terms import TERMS, Terms
@@ -56,7 +56,7 @@ class DispatcherActor(Actor):
         self, tokens: int, priority: int = 0, exclude: frozenset[InstanceId] = frozenset()
     ) -> Dispatched | None:
         """The instance for a request that has `tokens` already; None when no instance is ready."""
-        blocks = -(-(tokens + 1) // self._block_size)
+        blocks = kv_blocks(tokens, self._block_size)
         instance = self._board.decide(Request(tokens, blocks, priority), exclude)
         if instance is None:
             return None

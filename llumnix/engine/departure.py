@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from llumnix.cluster import InstanceId, NodeId
+from llumnix.cluster import InstanceId, NodeId, kv_blocks
 from llumnix.engine.base import EngineError, Transfer
 from llumnix.engine.exchange import Exchange
 from llumnix.engine.hosted import HostedInstance
@@ -129,7 +129,7 @@ class Departure:
         handed_over = False
         try:
             await self._at("offer")
-            blocks = -(-(self._tenant.tokens + 1) // self.block_size)
+            blocks = kv_blocks(self._tenant.tokens, self.block_size)
             who = (self.migration, self._tenant.request_id, self._exchange.node)
             self._life = str(await self._ask("migration_offer", *who, blocks))
             await self._at("copy")

@@ -13,7 +13,7 @@ from heapq import nlargest
 import msgspec
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs
 
-from llumnix.cluster import InstanceId, InstanceLoad, NodeId
+from llumnix.cluster import InstanceId, InstanceLoad, NodeId, kv_blocks
 from llumnix.engine.base import Engine, EngineDead, EngineError, EngineEvents, EngineFacts
 from llumnix.engine.frames import HandOver, Lost, Outputs, Submit
 from llumnix.engine.pinned import why_pinned
@@ -143,7 +143,7 @@ class HostedInstance:
             epoch=frame.epoch,
             prompt=prompt,
             position=generated,
-            blocks=-(-(prompt + generated + 1) // self.facts.block_size),
+            blocks=kv_blocks(prompt + generated, self.facts.block_size),
             priority=request.priority,
             pinned=why_pinned(request),
         )
@@ -246,7 +246,7 @@ class HostedInstance:
         if self._waiting > len(fresh):
             last = next((t for t in reversed(self._tenants.values()) if t.started), None)
             if last is not None and self.facts is not None:
-                return -(-(last.tokens + 1) // self.facts.block_size)
+                return kv_blocks(last.tokens, self.facts.block_size)
         return fresh[0] if fresh else 0
 
     def _on_outputs(self, step: EngineCoreOutputs) -> None:

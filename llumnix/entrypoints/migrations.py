@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pykka import ActorDeadError
 
 from llumnix import metrics
-from llumnix.cluster import ClusterView, InstanceId, NodeId
+from llumnix.cluster import ClusterView, InstanceId, NodeId, kv_blocks
 from llumnix.engine.arrival import Arrivals
 from llumnix.engine.base import EngineDead, EngineError
 from llumnix.engine.departure import Departure, Ended, Groups, Limits, MigrationError
@@ -230,7 +230,7 @@ class Migrations:
                 tenant.epoch,
                 hosted.id,
                 destination,
-                -(-(tenant.tokens + 1) // departure.block_size),
+                kv_blocks(tenant.tokens, departure.block_size),
                 reason,
             )
             await departure.run()

@@ -37,7 +37,7 @@ class Rescheduler:
         self._planner = planner
         self._terms = terms
         self._drain_moves = drain_moves
-        self._empties = empties
+        self._empties = empties and planner is not pairs  # which names them itself, before others
         self._moves = Moves(patience)
 
     def next_round(self) -> list[Pair]:

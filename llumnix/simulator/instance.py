@@ -2,10 +2,9 @@
 
 from collections import Counter
 from collections.abc import Callable
-from math import ceil
 from types import MappingProxyType
 
-from llumnix.cluster import InstanceId, InstanceInfo, InstanceLoad, InstanceState
+from llumnix.cluster import InstanceId, InstanceInfo, InstanceLoad, InstanceState, kv_blocks
 from llumnix.engine.sim.config import ModelConfig
 from llumnix.engine.sim.model import ModelledEngine
 from llumnix.engine.sim.request import SimRequest, StepResult
@@ -123,7 +122,7 @@ class SimInstance:
                     request=name,
                     priority=story.job.priority,
                     tokens=tokens,
-                    blocks=ceil((tokens + 1) / size),
+                    blocks=kv_blocks(tokens, size),
                     running=name not in waiting,
                     order=order,
                     generated=len(story.times),

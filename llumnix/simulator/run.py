@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from itertools import cycle
 from random import Random
 
+from llumnix.cluster import kv_blocks
 from llumnix.plugins import dispatch_policy, planner
 from llumnix.policy.board import DispatchBoard
 from llumnix.policy.dispatch import Request
@@ -96,7 +97,7 @@ class Simulation:
     def _dispatch(self, story: Story) -> None:
         job = story.job
         tokens = job.prompt + len(story.times)
-        blocks = -(-(tokens + 1) // self._model.block_size)
+        blocks = kv_blocks(tokens, self._model.block_size)
         number, board = next(self._turns)
         chosen = board.decide(Request(tokens, blocks, job.priority))
         if chosen is None:
