@@ -43,14 +43,14 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
         "infaas": System("INFaaS++", "load", "none"),
         "llumnix": System("Llumnix", "load", "llumnix"),
         "artifact": System("Llumnix-artifact", "load", "artifact", "LCR"),
-        "ours": System("ours", "load", "lookahead"),
+        "ours": System("ours", "interference", "lookahead"),
     }
 )
-# With another one of ours, the paper's rescheduling under another dispatch, compared with Llumnix
-# only.
+# With the two halves of ours, each beside the paper's other half, compared with Llumnix only.
 EVERY: Mapping[str, System] = MappingProxyType(
     {
         **SYSTEMS,
-        "interference": System("ours by prompts", "interference", "llumnix"),
+        "dispatch": System("ours, dispatch only", "interference", "llumnix"),
+        "rescheduling": System("ours, rescheduling only", "load", "lookahead"),
     }
 )

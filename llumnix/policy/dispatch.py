@@ -58,16 +58,21 @@ def by_freeness(candidate: Candidate, request: Request, terms: Terms) -> float:
     Instances without any request come first, and of these the one with the most free blocks.
     Headroom keeps away all requests but those of the class that it is kept for.
     """
-    info, load, sent = candidate.info, candidate.load, candidate.sent
-    headroom = 0
-    if terms.classes.by_priority and (load.priorities or sent.priorities):
-        present = {**load.priorities, **sent.priorities}
-        present.pop(request.priority, None)
-        headroom = terms.classes.headroom(info, present)
-    free = dispatch_freeness(info, load, sent, headroom)
+    info, load = candidate.info, candidate.load
+    free = dispatch_freeness(info, load, candidate.sent, kept_from(candidate, request, terms))
     if free == inf:
         return _EMPTY + info.total_blocks - load.used_blocks
     return free
+
+
+def kept_from(candidate: Candidate, request: Request, terms: Terms) -> int:
+    """Blocks that the requests there keep free of this one: the headroom of other classes."""
+    here, coming = candidate.load.priorities, candidate.sent.priorities
+    if not terms.classes.by_priority or not (here or coming):
+        return 0
+    present = {**here, **coming}
+    present.pop(request.priority, None)
+    return terms.classes.headroom(candidate.info, present)
 
 
 def by_memory(candidate: Candidate, request: Request, terms: Terms) -> float:

@@ -1,68 +1,50 @@
 """Rescheduling that looks at queues first: what waits where it does not fit goes where it fits now.
 
 The paper's rule (policy/rebalance) moves running requests away from a full instance until the head
-of its queue fits. But a queued request has no KV cache: to move it costs a message. So:
+of its queue fits, and so long all others wait behind that head. But a queued request has no KV
+cache: to move it costs a message. So where the head of a queue is blocked, those behind it go, the
+first come first, to instances without a queue. The head itself stays, and gets room by the paper's
+rule: a long prompt holds up all that decode beside it, and here fewer and fewer do.
 
-1. Where the head of a queue is blocked, those behind it go, the first come first, to instances that
-   have room for them at once and no queue of their own.
-2. When nobody is behind it, the head gets room where it is (de-fragmentation): running requests
-   leave, no more of them than it takes, each to where the most room is. The head itself stays: a
-   long prompt holds up all that decode beside it, and here fewer and fewer do.
-3. Else instances are balanced as in the paper.
+All the rest is as in the paper.
 """
-
-from dataclasses import dataclass
 
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceLoad
 from llumnix.policy.board import is_candidate
-from llumnix.policy.rebalance import SPILL, Allowed, Pair, fit, pairs, spare_blocks
+from llumnix.policy.load import unclaimed
+from llumnix.policy.rebalance import SPILL, Allowed, Pair, fit, pairs, room
 from llumnix.policy.terms import Terms
-
-MAKE_ROOM = "fill"  # the rule by which the source chooses whom to send away for the head's sake
-
-
-@dataclass(slots=True, eq=False)
-class _Side:
-    """An instance in this round."""
-
-    info: InstanceInfo
-    load: InstanceLoad
-    spare: int  # blocks that neither hold anything nor are asked for by its own queue
-
-    @property
-    def blocked(self) -> bool:
-        """Whether the head of its queue does not fit."""
-        return self.load.head_blocks > self.info.total_blocks - self.load.used_blocks
 
 
 def lookahead(view: ClusterView, terms: Terms, allowed: Allowed) -> list[Pair]:
     """The moves of one round (a `rebalance.Planner`)."""
-    sides = [
-        _Side(info, load, spare_blocks(info, load, terms.classes))
+    known = [
+        (info, load)
         for i, load in view.loads.items()
         if (info := view.instances.get(i)) is not None and is_candidate(view, info)
     ]
-    takers = sorted((s for s in sides if not s.load.waiting), key=lambda s: (-s.spare, s.info.id))
-    blocked = sorted((s for s in sides if s.blocked), key=lambda s: (-s.load.waiting, s.info.id))
+    takers = [(-unclaimed(info, load), info.id) for info, load in known if not load.waiting]
+    blocked = [(-load.waiting, info.id) for info, load in known if _holds_up(info, load)]
     found: list[Pair] = []
     taken: set[InstanceId] = set()
-    for source in blocked:
-        for taker in takers:
-            rule = _rule(source, taker)
-            pair = Pair(source.info.id, taker.info.id, rule)
-            if rule and taker.info.id not in taken and fit(view, pair) and allowed(pair):
+    for _, source in sorted(blocked):
+        for _, taker in sorted(takers):
+            pair = Pair(source, taker, SPILL)
+            if taker not in taken and _has_room(view, pair, terms) and allowed(pair):
                 found.append(pair)
-                taken.update(pair[:2])
+                taken.update((source, taker))
                 break
-    rest = [p for p in pairs(view, terms, allowed) if taken.isdisjoint(p[:2])]
-    return found + rest
+    return found + [p for p in pairs(view, terms, allowed) if taken.isdisjoint(p[:2])]
 
 
-def _rule(source: _Side, taker: _Side) -> str:
-    """What the one can do for the other; nothing if that has no room."""
-    load = source.load
-    if load.waiting > 1:
-        behind = (load.waiting_blocks - load.head_blocks) / (load.waiting - 1)
-        if taker.spare >= behind:
-            return SPILL
-    return MAKE_ROOM if taker.spare > 0 else ""
+def _holds_up(info: InstanceInfo, load: InstanceLoad) -> bool:
+    """Whether the head of a queue does not fit, and others wait behind it."""
+    return load.waiting > 1 and load.head_blocks > info.total_blocks - load.used_blocks
+
+
+def _has_room(view: ClusterView, pair: Pair, terms: Terms) -> bool:
+    """Whether the taker can begin at once with one of those behind the head, as large as most."""
+    load = view.loads[pair.source]
+    behind = (load.waiting_blocks - load.head_blocks) / (load.waiting - 1)
+    free = room(view, pair, terms)
+    return fit(view, pair) and free is not None and free.fits(behind)

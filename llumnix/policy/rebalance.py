@@ -10,14 +10,15 @@ from collections.abc import Callable
 from math import inf
 from typing import NamedTuple
 
-from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceLoad, InstanceState
+from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceState
 from llumnix.policy.board import is_candidate
-from llumnix.policy.classes import NO_CLASSES, Classes
+from llumnix.policy.classes import NO_CLASSES
 from llumnix.policy.load import freeness, unclaimed, virtual_usage
 from llumnix.policy.select import Room
 from llumnix.policy.terms import TERMS, Terms, Thresholds
 
 SPILL = "behind"  # the rule by which a request that waits goes where it need not
+SPILL_FLOOR = 8.0  # the freeness that it must leave there, for all to grow; in blocks a request
 UNCHECKED = "LCR"  # the rule of the paper's artifact, which does not look at the load after a move
 
 
@@ -98,8 +99,10 @@ def room(view: ClusterView, pair: Pair, terms: Terms = TERMS) -> Room | None:
     given, load = view.loads.get(pair.source), view.loads.get(pair.destination)
     if source is None or destination is None or given is None or load is None:
         return None
-    if pair.rule == SPILL:  # it is to begin at once, and costs nobody there anything else
-        return Room(blocks=spare_blocks(destination, load, terms.classes))
+    batch = load.running + (1 if load.waiting else 0)
+    if pair.rule == SPILL:  # it is to begin at once, and nobody is to be preempted for it
+        kept = terms.classes.headroom(destination, load.priorities)
+        return Room(unclaimed(destination, load) - kept, batch, SPILL_FLOOR)
     if pair.rule == UNCHECKED:
         return Room(blocks=destination.total_blocks - load.used_blocks)
     emptied = is_emptied(view, source)
@@ -107,16 +110,10 @@ def room(view: ClusterView, pair: Pair, terms: Terms = TERMS) -> Room | None:
     floor = freeness(source, given, classes) + terms.thresholds.min_gain
     return Room(
         blocks=destination.total_blocks - virtual_usage(destination, load, classes),
-        batch=load.running + (1 if load.waiting else 0),
+        batch=batch,
         floor=-inf if emptied else floor,
-        wanted=max(given.head_blocks - (source.total_blocks - given.used_blocks), 0),
         headroom={} if emptied else classes.added(destination, load.priorities),
     )
-
-
-def spare_blocks(info: InstanceInfo, load: InstanceLoad, classes: Classes) -> int:
-    """Blocks that nothing there holds, waits for, or keeps free around it."""
-    return unclaimed(info, load) - classes.headroom(info, load.priorities)
 
 
 def _gives(view: ClusterView, instance: InstanceId, free: float, thresholds: Thresholds) -> bool:

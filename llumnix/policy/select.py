@@ -41,14 +41,17 @@ class Room(NamedTuple):
     blocks: int  # M - sum of V
     batch: int = 0  # B
     floor: float = -inf  # blocks a request; -inf: whatever fits the memory
-    wanted: int = 0  # blocks that the source wants to be rid of; 0: it is all the same
     # By priority, of the classes that keep headroom: the blocks that a request of it would keep
     # free there, besides those that are kept already.
     headroom: Mapping[int, int] = _NO_HEADROOM
 
     def takes(self, candidate: Candidate) -> bool:
         """Whether the destination can hold the request, and is left with enough freeness."""
-        left = self.blocks - candidate.blocks - self.headroom.get(candidate.priority, 0)
+        return self.fits(candidate.blocks + self.headroom.get(candidate.priority, 0))
+
+    def fits(self, blocks: float) -> bool:
+        """Whether one more request of so many blocks can be held, and enough freeness is left."""
+        left = self.blocks - blocks
         return left >= 0 and left / (self.batch + 1) > self.floor
 
 
@@ -101,19 +104,6 @@ def first_waiting_or_shortest_running(
     return first_waiting(candidates, room) or shortest_running(candidates, room)
 
 
-def filling(candidates: Sequence[Candidate], room: Room) -> Candidate | None:
-    """Of the running ones the smallest that frees what is wanted; if none is so large, the largest.
-
-    Priority comes first, as in `lowest_priority`: the unimportant bear the pause.
-    """
-    running = list(_decoding(candidates))
-    lowest = [c for c in running if c.priority == max(r.priority for r in running)]
-    enough = [c for c in lowest if c.blocks >= room.wanted]
-    if enough:
-        return min(enough, key=lambda c: (c.blocks, -c.order))
-    return max(lowest, key=lambda c: (c.blocks, c.order), default=None)
-
-
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
         "low": lowest_priority,
@@ -123,7 +113,6 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "FCR": first_running,
         "FCW": first_waiting,
         "FCWSR": first_waiting_or_shortest_running,
-        "fill": filling,
         "behind": first_behind,
     }
 )

@@ -9,7 +9,7 @@ from llumnix.policy.select import Candidate
 from llumnix.policy.terms import Terms
 
 A = InstanceLoad("a", 2, 2, used_blocks=70, waiting_blocks=44, head_blocks=40)
-B = InstanceLoad("b", 9, used_blocks=80)
+B = InstanceLoad("b", 1, used_blocks=79)
 VIEW = ClusterView(
     instances={i: InstanceInfo(i, "n", "m", InstanceState.READY, 100, 16) for i in "ab"},
     loads={"a": A, "b": B},

@@ -1,9 +1,12 @@
 """Long prompts go to where they hold up the fewest."""
 
+from dataclasses import replace
+
 from llumnix.cluster import InstanceInfo, InstanceLoad, InstanceState
 from llumnix.latency import LatencyProfile
+from llumnix.policy.classes import Classes, PriorityClass
 from llumnix.policy.dispatch import Candidate, Request, by_freeness
-from llumnix.policy.interference import by_interference
+from llumnix.policy.interference import WEIGHT, by_interference
 from llumnix.policy.load import NOTHING, InFlight
 from llumnix.policy.terms import Terms
 
@@ -11,7 +14,7 @@ from llumnix.policy.terms import Terms
 TERMS = Terms(latency=LatencyProfile(prefill_token=1e-3, decode_fixed=10e-3))
 INFO = InstanceInfo("i", "n", "m", InstanceState.READY, 1000, 16)
 LONG, SHORT = Request(1000, 63), Request(100, 7)
-FEW = InstanceLoad("i", running=3, used_blocks=900)
+FEW = InstanceLoad("i", running=3, used_blocks=850)
 MANY = InstanceLoad("i", running=10, used_blocks=100)
 
 
@@ -36,11 +39,29 @@ def test_without_step_times_no_prompt_is_long() -> None:
 
 def test_it_does_not_wait_long_for_other_prompts() -> None:
     queued = InstanceLoad("i", running=1, used_blocks=100, prefill_tokens=500)
-    assert score(queued, LONG) == -(10 * 0.5 + 1.0)
-    assert score(InstanceLoad("i", 1), LONG, InFlight(1, 10, 500)) == -(10 * 0.5 + 1.0)
+    assert score(queued, LONG) == -(WEIGHT * 0.5 + 1.0)
+    assert score(InstanceLoad("i", 1), LONG, InFlight(1, 10, 500)) == -(WEIGHT * 0.5 + 1.0)
     assert score(queued, LONG) < score(FEW, LONG)
 
 
 def test_it_goes_where_it_fits_if_it_fits_anywhere() -> None:
-    full, fuller = (InstanceLoad("i", running=1, used_blocks=n) for n in (950, 990))
+    full, fuller = (InstanceLoad("i", running=1, used_blocks=n) for n in (950, 995))
     assert score(MANY, LONG) > score(full, LONG) > score(fuller, LONG)
+    assert score(full, SHORT) > score(fuller, SHORT)
+    assert score(full, SHORT) > score(fuller, SHORT, terms=Terms()), "without step times too"
+
+
+def test_those_that_run_there_keep_room_to_grow() -> None:
+    # 63 blocks more leave 10 blocks to each of 30 requests, to 20 of them only nine tenths.
+    loads = [InstanceLoad("i", n, used_blocks=u) for n, u in ((29, 637), (19, 919), (1, 950))]
+    roomy, tight, full = (score(load, LONG) for load in loads)
+    assert roomy == -29.0 > tight > full
+
+
+def test_room_that_a_class_keeps_free_is_not_given_away() -> None:
+    high = PriorityClass("high", -1, headroom_tokens=60 * 16)
+    terms = replace(TERMS, classes=Classes({-1: high}))
+    one = InstanceLoad("i", running=1, used_blocks=900, priorities={-1: 1})
+    for request in (LONG, SHORT):
+        assert score(one, request, terms=terms) < score(FEW, request, terms=terms)
+        assert score(one, request._replace(priority=-1), terms=terms) > -(2.0**40)
