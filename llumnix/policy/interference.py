@@ -14,7 +14,7 @@ LONG = 14  # steps of decoding that a prompt's prefill must last to be a long on
 # A second that the newcomer waits for the prompts before it weighs as much as a second for which so
 # many requests are held up: more than run there, so that no two long prompts meet without need.
 WEIGHT = 100
-GROWTH = 1  # KV blocks for each request that a long prompt must leave
+GROWTH = 3  # KV blocks for each request that a long prompt must leave
 _FULL = 2.0**40  # above any number of blocks and seconds
 
 

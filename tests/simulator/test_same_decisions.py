@@ -148,7 +148,13 @@ class Wire:
 
 @pytest.mark.parametrize(
     ("dispatch", "rescheduling"),
-    [("load", "llumnix"), ("slo", "lookahead"), ("artifact", "artifact"), ("rr", "lookahead")],
+    [
+        ("load", "llumnix"),
+        ("interference", "lookahead"),
+        ("slo", "lookahead"),
+        ("artifact", "artifact"),
+        ("rr", "lookahead"),
+    ],
 )
 def test_a_recorded_run_is_decided_alike_by_the_actors(dispatch: str, rescheduling: str) -> None:
     simulated = config(dispatch, rescheduling)
