@@ -110,3 +110,25 @@ def test_instances_follow_the_load(nodes: Nodes, etcd_member: EtcdCluster) -> No
     assert f"epoch {epoch}: adds instances: desired are 1 on right, as the mean " in said[0]
     assert f"epoch {epoch}: removes right-0: desired are 0 on right, as the mean " in said[1]
     assert "moves a request from right-0 (drains)" in left.said
+
+
+def test_the_next_leader_goes_on_from_what_is_desired(
+    nodes: Nodes, etcd_member: EtcdCluster
+) -> None:
+    options = (*OPTIONS, "--autoscale-min", "2", "--autoscale-max", "3")
+    first = nodes.start("left", *options).ready(60)
+    second = nodes.start("right", *options).ready(60)
+    eventually(lambda: second.instances() == ["left-0", "right-0"], within=20)
+    before = second.status["leader_epoch"]
+    assert second.status["leader"] == "left"
+    first.kill()
+    eventually(lambda: second.instances() == ["right-0", "right-1"], within=40)
+    epoch = second.status["leader_epoch"]
+    assert epoch > before
+    added = f"epoch {epoch}: adds instances: desired are 2 on right, as 1 in the cluster are fewer"
+    assert added in second.said
+    again = nodes.start("left", *options).ready(60)
+    # Three are more than nobody's requests need, and two the fewest that there may be.
+    eventually(lambda: f"epoch {epoch}: removes " in second.said, within=20)
+    eventually(lambda: len(again.status["instances"]) == 2, within=20)
+    assert second.said.count(": removes ") == 1
