@@ -60,6 +60,7 @@ class Snapshot:
     dropped: Mapping[str, int] = field(default_factory=dict)  # outputs refused, by reason
     peers: int = 0
     classes: Mapping[int, str] = field(default_factory=dict)  # names of priority classes
+    mean_freeness: float = 0.0  # KV blocks a request
 
 
 class NodeCollector(Collector):
@@ -92,6 +93,13 @@ def _of_cluster(now: Snapshot) -> Iterator[Metric]:
     for state, number in states.items():
         instances.add_metric([state], number)
     yield instances
+    text = "Instances that are to run on a node, where a number is desired in etcd"
+    desired = GaugeMetricFamily("llumnix_desired_instances", text, labels=["node"])
+    for node, number in now.view.desired.items():
+        desired.add_metric([node], number)
+    yield desired
+    text = "KV blocks free for each request of the cluster, which --autoscale goes by"
+    yield GaugeMetricFamily("llumnix_mean_freeness", text, now.mean_freeness)
     leads = float(now.view.leader == now.node)
     yield GaugeMetricFamily("llumnix_leader", "1 on the node that leads the cluster", leads)
     yield GaugeMetricFamily(

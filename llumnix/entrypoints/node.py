@@ -49,6 +49,7 @@ from llumnix.metrics import (
     Snapshot,
 )
 from llumnix.policy.board import is_candidate
+from llumnix.policy.scaling import mean_freeness
 from llumnix.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -267,6 +268,7 @@ class Node:
         return self.view, self._control.registry.age
 
     def _snapshot(self) -> Snapshot:
+        classes = self._policies.terms.classes
         return Snapshot(
             node=self._config.node,
             view=self.view,
@@ -276,7 +278,8 @@ class Node:
             dispatched=dict(self._client.placer.dispatched),
             dropped={str(k): v for k, v in self._client.ledger.dropped.items()},
             peers=self._peers.open,
-            classes={p: made.name for p, made in self._policies.terms.classes.by_priority.items()},
+            classes={p: made.name for p, made in classes.by_priority.items()},
+            mean_freeness=mean_freeness(self.view, classes),
         )
 
     # ---- the end ----

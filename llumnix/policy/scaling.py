@@ -122,6 +122,11 @@ def supply(
     return Supply(available, requests, total / len(serving) if serving else 0.0)
 
 
+def mean_freeness(view: ClusterView, classes: Classes = NO_CLASSES) -> float:
+    """The mean that scaling goes by, of the instances that serve; in KV blocks a request."""
+    return supply(view, census(view).serving, classes).mean()
+
+
 def victim(serving: Mapping[InstanceId, InstanceInfo], view: ClusterView) -> InstanceInfo | None:
     """The instance with the fewest running requests; of these the youngest, by its number."""
 

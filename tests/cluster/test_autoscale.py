@@ -132,3 +132,5 @@ def test_the_next_leader_goes_on_from_what_is_desired(
     eventually(lambda: f"epoch {epoch}: removes " in second.said, within=20)
     eventually(lambda: len(again.status["instances"]) == 2, within=20)
     assert second.said.count(": removes ") == 1
+    eventually(lambda: again.metric("llumnix_mean_freeness") == 2 * 256, within=5)
+    assert again.metrics()['llumnix_desired_instances{node="right"}'] in (1, 2)
