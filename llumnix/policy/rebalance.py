@@ -99,20 +99,21 @@ def room(view: ClusterView, pair: Pair, terms: Terms = TERMS) -> Room | None:
     given, load = view.loads.get(pair.source), view.loads.get(pair.destination)
     if source is None or destination is None or given is None or load is None:
         return None
+    emptied = is_emptied(view, source)
+    classes = NO_CLASSES if emptied else terms.classes
+    headroom = classes.added(destination, load.priorities)
     batch = load.running + (1 if load.waiting else 0)
     if pair.rule == SPILL:  # it is to begin at once, and nobody is to be preempted for it
         kept = terms.classes.headroom(destination, load.priorities)
-        return Room(unclaimed(destination, load) - kept, batch, SPILL_FLOOR)
+        return Room(unclaimed(destination, load) - kept, batch, SPILL_FLOOR, headroom)
     if pair.rule == UNCHECKED:
-        return Room(blocks=destination.total_blocks - load.used_blocks)
-    emptied = is_emptied(view, source)
-    classes = NO_CLASSES if emptied else terms.classes
+        return Room(destination.total_blocks - load.used_blocks, headroom=headroom)
     floor = freeness(source, given, classes) + terms.thresholds.min_gain
     return Room(
         blocks=destination.total_blocks - virtual_usage(destination, load, classes),
         batch=batch,
         floor=-inf if emptied else floor,
-        headroom={} if emptied else classes.added(destination, load.priorities),
+        headroom=headroom,
     )
 
 

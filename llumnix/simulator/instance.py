@@ -33,7 +33,6 @@ class SimInstance:
         self._clock = clock
         self._stepping = False
         self._started: set[str] = set()  # requests that have generated here
-        self._preempted: dict[str, float] = {}  # since when
         self._boundary: list[Callable[[], None]] = []  # to be done when the step has ended
         self._prefill = 0  # tokens of requests here that have no first token yet
 
@@ -105,13 +104,14 @@ class SimInstance:
 
     def runs(self, name: str) -> bool:
         """Whether a request is in the batch and has generated something here."""
-        return name in self._started and name not in self._preempted
+        return name in self._started and self.stories[name].preempted_at is None
 
     def candidates(self, leaving: set[str]) -> list[Candidate]:
         """Its requests as a rule of choice sees them."""
         size = self.engine.config.block_size
-        queued = [name for name in self.engine.queued() if name not in self._started]
-        waiting, head = frozenset(queued), queued[0] if queued else None
+        queued = self.engine.queued()
+        head = queued[0] if queued else None  # which may be one that was preempted
+        waiting = frozenset(name for name in queued if name not in self._started)
         found = []
         for order, (name, story) in enumerate(self.stories.items()):
             if name in leaving:
@@ -141,8 +141,10 @@ class SimInstance:
         result = self.engine.step()
         now = self._clock.now
         for name in result.preempted:
-            self.stories[name].preemptions += 1
-            self._preempted[name] = now
+            story = self.stories[name]
+            story.preemptions += 1
+            if story.preempted_at is None:
+                story.preempted_at = now
         if result.computed:
             self._stepping = True
             seconds = result.seconds * (1 + self.slowdown) if self.moves else result.seconds
@@ -160,8 +162,9 @@ class SimInstance:
             self._started.add(name)
             # The client sees it later, all tokens alike, so only the first one's wait grows.
             story.times.append(now + self.engine.config.profile.outside)
-            if self._preempted and (since := self._preempted.pop(name, None)) is not None:
-                story.preemption_loss += max(now - since - result.seconds, 0.0)
+            if story.preempted_at is not None:
+                story.preemption_loss += max(now - story.preempted_at - result.seconds, 0.0)
+                story.preempted_at = None
             if finish:
                 del self.stories[name]
                 self._forget(name, story)
@@ -175,6 +178,5 @@ class SimInstance:
 
     def _forget(self, name: str, story: Story) -> None:
         self._started.discard(name)
-        self._preempted.pop(name, None)
         if not story.times:
             self._prefill -= story.job.prompt

@@ -28,6 +28,7 @@ class Story:
     preemptions: int = 0
     preemption_loss: float = 0.0  # seconds from being preempted to the next token, less one step
     hops: list[Hop] = field(default_factory=list)
+    preempted_at: float | None = None  # until its next token, wherever that comes
 
     @property
     def ended(self) -> bool:

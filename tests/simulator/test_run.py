@@ -55,6 +55,7 @@ def test_every_request_gets_every_token(
         assert len(story.times) == story.job.output
         assert story.times[0] > story.job.at
         assert all(before < after for before, after in pairwise(story.times))
+        assert (story.preemption_loss > 0) == (story.preemptions > 0), "also if it moved meanwhile"
     for instance in simulation._fleet.instances.values():
         instance.engine.check()
         assert instance.idle and not instance.engine.used_blocks

@@ -148,7 +148,8 @@ class Batch:
             return None
         if self.config.async_scheduling and self.running and head.came == self.steps:
             return None  # this step was made up before it came
-        spare = self.config.watermark_blocks if self.running else 0
+        # What has come with its KV cache had its room held for it.
+        spare = self.config.watermark_blocks if self.running and not head.cached else 0
         return head if head.demand <= self.free - spare else None
 
     def _admit(self, work: Work, sequence: Sequence, reused: int, new: int) -> None:
