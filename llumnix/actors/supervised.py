@@ -79,14 +79,12 @@ class Supervised:
 
     @property
     def hopeless(self) -> bool:
-        """Whether it has died so often lately that starting it again does not help."""
+        """Whether it has died so often lately that starting it again and again does not help."""
         return self._deaths.too_many
 
     def start_again(self) -> None:
-        """Start a successor of one that has died, unless it is hopeless."""
+        """Start a successor of one that has died."""
         self._deaths.count()
-        if self.hopeless:
-            return
         self._actor = self._start()
         self._proxy = self._actor.proxy()
         self._inform(self._proxy)

@@ -187,15 +187,16 @@ class ClusterClient(EngineCoreClient):
         entry = self.ledger.get(request_id)
         if entry is None:
             return
+        status = HTTPStatus.SERVICE_UNAVAILABLE
         try:
             failure = await self.placer.place(request_id, entry, reason)
-        except EngineError as error:
-            failure = str(error)
+        except EngineError as error:  # nor will another try help
+            failure, status = str(error), HTTPStatus.BAD_REQUEST
         except Exception as error:
             logger.exception("request %s could not be placed", request_id)
             failure = f"internal error: {type(error).__name__}"
         if failure is not None:
-            self._fail(request_id, failure)
+            self._fail(request_id, failure, status)
 
     def _hand_over(self, frame: HandOver) -> None:
         """An owner has stopped a request for another instance to go on with it."""

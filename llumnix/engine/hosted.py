@@ -77,6 +77,16 @@ class HostedInstance:
         return fresh[len(fresh) - min(self._waiting, len(fresh)) :]
 
     @property
+    def preempted(self) -> list[Tenant]:
+        """Those that wait and have begun, in the order in which they are to run: before all others.
+
+        Which ones that are the engine does not say; it preempts the last come.
+        """
+        number = self._waiting - len(self.queued)
+        begun = [tenant for tenant in self._tenants.values() if tenant.started] if number else []
+        return begun[len(begun) - number :]
+
+    @property
     def _waiting(self) -> int:
         """How many wait, the preempted ones included."""
         return max(len(self._tenants) - self._running, 0)
@@ -210,7 +220,7 @@ class HostedInstance:
 
     def load(self) -> InstanceLoad:
         """The load as of the last step, with every request that has arrived since as queued."""
-        waiting = [tenant.blocks for tenant in self.queued]
+        fresh, preempted = self.queued, self.preempted
         prefill = 0
         priorities: dict[int, int] = {}
         for tenant in self._tenants.values():
@@ -228,26 +238,20 @@ class HostedInstance:
             running=min(self._running, len(self._tenants)),
             waiting=self._waiting,
             used_blocks=round(self._usage * total) if busy else 0,
-            waiting_blocks=sum(waiting),
-            head_blocks=self._head_blocks(waiting),
+            waiting_blocks=sum(t.blocks for t in fresh) + sum(map(self._asks, preempted)),
+            head_blocks=self._asks(preempted[0]) if preempted else fresh[0].blocks if fresh else 0,
             prefill_tokens=prefill,
-            preempted=self._waiting - len(waiting),
+            preempted=len(preempted),
             preemptions=self._preemptions,
             # Clients choose the numbers; a report must not grow with them.
             priorities=dict(nlargest(PRIORITIES, priorities.items(), key=lambda item: item[1])),
             received=received,
         )
 
-    def _head_blocks(self, fresh: list[int]) -> int:
-        """What the head of the queue asks for: a preempted request, if more wait than are new.
-
-        Which one that is the engine does not say; it preempts the last come.
-        """
-        if self._waiting > len(fresh):
-            last = next((t for t in reversed(self._tenants.values()) if t.started), None)
-            if last is not None and self.facts is not None:
-                return kv_blocks(last.tokens, self.facts.block_size)
-        return fresh[0] if fresh else 0
+    def _asks(self, tenant: Tenant) -> int:
+        """KV blocks that a request asks for when it comes back."""
+        assert self.facts is not None
+        return kv_blocks(tenant.tokens, self.facts.block_size)
 
     def _on_outputs(self, step: EngineCoreOutputs) -> None:
         """Split one step by origin and send each its part in one frame."""

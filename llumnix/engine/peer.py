@@ -79,6 +79,9 @@ class Link:
             message = self._codec.encode(frame)
         except (TypeError, ValueError, OverflowError) as error:
             raise EngineError(f"this cannot be sent to node {self._node}: {error}") from error
+        if len(message) >= MAX_FRAME:  # for which the other end would close the connection
+            large = f"{len(message) >> 20} MiB are too much for one message"
+            raise EngineError(f"this cannot be sent to node {self._node}: {large}")
         if len(self._queue) >= QUEUE_FRAMES:
             logger.error("node %s is %d frames behind; cutting it off", self._node, QUEUE_FRAMES)
             self.closed = True

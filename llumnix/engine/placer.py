@@ -99,6 +99,8 @@ class Placer:
         if entry.deaths < DEATHS:
             return await self._settle(request_id, entry, reason)
         async with self._trials:
+            if self._ledger.get(request_id) is not entry:
+                return None  # it has ended while it waited for its trial
             self.homeless[request_id] = time.monotonic()
             logger.warning(
                 "request %s has lost %d engines and is tried alone", request_id, entry.deaths

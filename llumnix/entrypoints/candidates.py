@@ -1,5 +1,6 @@
 """The requests of an instance as the rules of policy/select know them."""
 
+from llumnix.cluster import kv_blocks
 from llumnix.engine.hosted import HostedInstance
 from llumnix.policy.select import Candidate
 
@@ -8,13 +9,15 @@ def candidates(hosted: HostedInstance) -> list[Candidate]:
     """Those that may leave it, in the order in which they came."""
     size = hosted.facts.block_size if hosted.facts else 1
     queued = [tenant.request_id for tenant in hosted.queued]
-    waiting, head = frozenset(queued), queued[0] if queued else None
+    waiting = frozenset(queued)
+    # One that was preempted comes before all that have not begun.
+    head = queued[0] if queued and not hosted.preempted else None
     return [
         Candidate(
             request=tenant.request_id,
             priority=tenant.priority,
             tokens=tenant.tokens,
-            blocks=-(-(tenant.tokens + 1) // size),
+            blocks=kv_blocks(tenant.tokens, size),
             running=tenant.request_id not in waiting,
             order=order,
             generated=tenant.position,

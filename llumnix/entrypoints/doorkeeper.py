@@ -1,5 +1,6 @@
 """Whom the arrivals of a node ask: its migration actor, also while that ends."""
 
+import asyncio
 import contextlib
 from typing import Any
 
@@ -7,6 +8,8 @@ from pykka import ActorDeadError
 
 from llumnix.cluster import InstanceId
 from llumnix.engine.base import EngineError
+
+TRIES, PAUSE = 10, 0.1  # and the seconds between them: in one an actor that has died is back
 
 
 class Doorkeeper:
@@ -26,5 +29,8 @@ class Doorkeeper:
 
     async def departed(self, migration: str) -> None:
         """An accepted migration has ended; when this node stops, its lease takes the record."""
-        with contextlib.suppress(ActorDeadError):
-            await self._actor.departed(migration)
+        for _ in range(TRIES):
+            with contextlib.suppress(ActorDeadError):  # its successor has the same books
+                await self._actor.departed(migration)
+                return
+            await asyncio.sleep(PAUSE)

@@ -238,7 +238,7 @@ class Migrations:
         except Ended as error:
             outcome, failure = "ended", str(error)
             raise
-        except (EngineError, TimeoutError) as error:
+        except (EngineError, TimeoutError, ActorDeadError) as error:
             outcome, failure = "aborted", str(error) or "an answer did not come in time"
             raise MigrationError(failure) from error
         finally:
@@ -276,8 +276,9 @@ class Migrations:
                     return
             except TimeoutError:
                 logger.info("the end of migration %s is not yet in the books", migration)
-            except ActorDeadError:
-                return  # this node stops, and its lease takes the record along
+            except ActorDeadError:  # its successor has the same books
+                if self._stops:
+                    return  # and the lease takes the record along
             await asyncio.sleep(pause)
             pause = min(2 * pause, TIDY_LONGEST)
             told = self._actor.ended(migration, failure)

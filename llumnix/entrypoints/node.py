@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from prometheus_client import REGISTRY
 from pykka import ActorDeadError
@@ -54,6 +55,7 @@ from llumnix.version import VERSION
 
 logger = logging.getLogger(__name__)
 
+SUCCESSOR_SECONDS = 1.0  # for which the successor of an actor that has died is waited for
 HALT_SECONDS = 30.0  # for all engines to end
 POLL = 0.05  # seconds between looks while something ends
 
@@ -122,7 +124,7 @@ class Node:
                 self._control.retire()  # another node's manager is to empty this one
                 deadline = self._loop.time() + self._config.drain_timeout
                 await self._listener.refuse_new()
-                await self._acting.supervise.leave()
+                await self._asked("leave")
                 await self._drained(deadline)
         finally:
             await self._ends.aclose()
@@ -157,7 +159,12 @@ class Node:
         may = partial(authorised, self._arguments)
         moves = Moves(lambda: self._acting.migrations, may)
         drains = Drains(lambda: self._control.registry, lambda: self._acting.migrations, may)
-        demo = DemoRoute(lambda: self._opening.frontend, self.standing, config.send_timeout)
+        demo = DemoRoute(
+            lambda: self._opening.frontend,
+            self.standing,
+            config.send_timeout,
+            self._gateway.answering,
+        )
         peer = (PATH, self._peers.accept)
         app = make_app(
             *(self._gateway, admin, moves, drains, admission, priorities, demo.handle),
@@ -284,6 +291,18 @@ class Node:
 
     # ---- the end ----
 
+    async def _asked(self, message: str) -> Any:
+        """What the instances' supervisor answers; None if it has died for good."""
+        deadline = self._loop.time() + SUCCESSOR_SECONDS
+        while True:
+            try:
+                return await getattr(self._acting.supervise, message)()
+            except ActorDeadError:  # of which there may be a successor at once
+                if self._loop.time() >= deadline:
+                    logger.error("the supervisor of the instances is dead: no %s", message)
+                    return None
+            await asyncio.sleep(POLL)
+
     async def _drained(self, deadline: float) -> None:
         """Wait until nothing runs here any more, neither for own clients nor for other nodes."""
         while self._busy():
@@ -304,10 +323,13 @@ class Node:
 
     async def _halt(self) -> None:
         """Stop the engines, then what stood on them."""
-        await self._acting.supervise.halt()
+        left = await self._asked("halt")
         deadline = self._loop.time() + HALT_SECONDS
-        while await self._acting.supervise.left() and self._loop.time() < deadline:
+        while left and self._loop.time() < deadline:
             await asyncio.sleep(POLL)
+            left = await self._asked("left")
+        if left is None:
+            await asyncio.gather(*(h.stop(0.0) for h in [*self._exchange.hosted.values()]))
         await self._opening.close()
         self._client.shutdown()
         self._reporter.stop()

@@ -60,7 +60,7 @@ class Supervision:
         for actor in self._actors:
             if actor.alive or actor.hopeless:
                 continue
-            actor.start_again()
+            actor.start_again()  # the last one too, by which the node is emptied
             if actor.hopeless:
                 self.give_up(f"{actor.name} dies again and again")
         self._timer = self._loop.call_later(LOOK_SECONDS, self._look)

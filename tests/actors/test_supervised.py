@@ -8,7 +8,7 @@ from pykka import ActorDeadError
 
 from llumnix.actors.base import Actor
 from llumnix.actors.supervised import DEATHS, DEATHS_SECONDS, Supervised
-from llumnix.entrypoints.supervision import Supervision
+from llumnix.entrypoints.supervision import LOOK_SECONDS, Supervision
 from tests.kit.loop import on_loop, soon
 from tests.kit.wait import eventually
 
@@ -76,5 +76,9 @@ async def test_supervision_starts_again_and_gives_up_in_the_end() -> None:
     clerk.fail.defer()
     await soon(lambda: given_up)
     assert given_up == ["Clerk dies again and again"] == [supervision.fault]
-    assert not clerk.alive
+    assert await clerk.ask() == "the view", "the node is yet to be emptied"
+    clerk.fail.defer()
+    await soon(lambda: not clerk.alive)
+    await asyncio.sleep(3 * LOOK_SECONDS)
+    assert not clerk.alive and len(given_up) == 1
     supervision.stop()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from llumnix.engine import peer
 from llumnix.engine.base import EngineError
 from llumnix.engine.frames import Lost, Outputs
 from llumnix.engine.ledger import Verdict
@@ -268,6 +269,25 @@ async def test_a_request_that_no_engine_can_run_is_tried_once() -> None:
         await soon(lambda: stream.ended)
         assert stream.failure is not None and "512" in stream.failure
         assert a.decisions == 1
+
+
+@on_loop
+async def test_a_request_that_no_link_can_carry_costs_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with mesh("a", "b") as (a, b):
+        gate = Gate()
+        await b.host(clock=gate.clock())
+        other = await a.ask("r1", PROMPT)
+        await soon(lambda: gate.waiting)
+        monkeypatch.setattr(peer, "MAX_FRAME", 1000)
+        large = await a.ask("large", [300] * 400)
+        await soon(lambda: large.ended)
+        assert large.failure is not None and "too much for one message" in large.failure
+        assert a.client.ledger.get("large") is None and a.peers.open == 1
+        gate.open()
+        await soon(lambda: other.ended)
+        assert other.tokens == answer(PROMPT, 8)
 
 
 @on_loop

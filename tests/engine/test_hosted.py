@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from vllm.v1.metrics.stats import SchedulerStats
 
+from llumnix.cluster import kv_blocks
 from llumnix.engine.base import EngineError, EngineEvents, EngineFacts
 from llumnix.engine.frames import Lost, Outputs, Submit
 from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.sim.instance import SimEngine
+from llumnix.entrypoints.candidates import candidates
 from tests.kit.engines import IdleEngine
 from tests.kit.loop import on_loop, soon
 from tests.kit.mesh import SMALL, Gate
@@ -123,6 +125,23 @@ async def test_the_load_counts_what_came_since_the_last_step() -> None:
         await hosted.instance.cancel(["r1", "r2", "r3"])
         load = hosted.instance.load()
         assert (load.running, load.waiting, load.used_blocks, load.waiting_blocks) == (0, 0, 0, 0)
+
+
+@on_loop
+async def test_what_was_preempted_asks_for_room_again_and_before_all_others() -> None:
+    async with Hosted() as hosted:
+        for n in range(3):  # 21 blocks each, of 64, and then one more
+            await hosted.instance.submit(hosted.home, submit(f"r{n}", [n] * 330, 100))
+        while not hosted.instance.preempted:
+            await hosted.steps(1)
+        await hosted.instance.submit(hosted.away, submit("r3", [3] * 20))
+        (preempted,) = hosted.instance.preempted
+        assert preempted.request_id == "r2"
+        load = hosted.instance.load()
+        assert (load.running, load.waiting, load.preempted) == (2, 2, 1)
+        again = kv_blocks(preempted.tokens, 16)
+        assert (load.head_blocks, load.waiting_blocks) == (again, again + 2)
+        assert [c.request for c in candidates(hosted.instance) if c.head] == []
 
 
 @on_loop

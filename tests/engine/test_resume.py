@@ -425,6 +425,32 @@ async def test_a_request_that_kills_engines_takes_nobody_along() -> None:
             await _ended(places, stream, [*PROMPT, n])
 
 
+@on_loop
+async def test_a_suspect_that_goes_while_it_waits_for_its_trial_leaves_nothing() -> None:
+    async with mesh("a", "b") as (a, b):
+        places = Places(a, b)
+        await places.host(4)
+        streams = {name: await a.ask(name, PROMPT, TOKENS) for name in ("first", "second")}
+        for _ in range(DEATHS):
+            await soon(lambda: all(_runs(a, places, name) for name in streams))
+            here = places.order.pop(0)
+            await soon(lambda here=here: places.gates[here].waiting)
+            places.engine(here).die(f"instance {here} died: killed")
+        await soon(lambda: any(_runs(a, places, name) for name in streams))
+        tried, waits = sorted(streams, key=lambda name: not _runs(a, places, name))
+        assert not _runs(a, places, waits), "one is tried alone"
+        await a.client.abort_requests_async([waits])
+        await _ended(places, streams[tried])
+        await soon(lambda: not a.client.placer._trials.locked())
+        assert not a.client.placer.homeless
+
+
+def _runs(a: MeshNode, places: Places, name: str) -> bool:
+    entry = a.client.ledger.get(name)
+    owner = entry.owner if entry is not None else None
+    return owner is not None and places.hosts(owner).find(name) is not None
+
+
 async def _loses_the_only_one(a: MeshNode, places: Places) -> tuple[Stream, str]:
     """A request that has five tokens when its instance dies, which was the only one; and why."""
     await places.host(1)

@@ -15,6 +15,7 @@ from llumnix.engine.vllm.blocks import Rendezvous
 from llumnix.engine.vllm.instance import Patience, VllmEngine
 from llumnix.engine.vllm.launcher import EngineProcess, Placement, _last_error, _rotate
 from tests.kit.loop import on_loop, soon
+from tests.kit.requests import core_request
 
 
 def engine(tmp_path: Path) -> VllmEngine:
@@ -48,7 +49,7 @@ async def test_a_request_that_cannot_be_encoded_is_refused(tmp_path: Path) -> No
     vllm = engine(tmp_path)
     vllm._client = Client()  # type: ignore[assignment]
     with pytest.raises(EngineError, match="can't be sent to an engine: Integer value"):
-        await vllm.add(None)  # type: ignore[arg-type]
+        await vllm.add(core_request("r1", [1]))
 
 
 class Child:

@@ -232,6 +232,10 @@ def test_errors_are_the_clients_own_types(client: OpenAI) -> None:
 def test_what_can_not_be_sent_to_an_engine_is_refused(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="can't be sent"):
         client.completions.create(model="small", prompt="x", extra_body={"top_k": 10**30})
+    for outputs in (1.5, "abc", [99_999_999]):
+        extra = {"vllm_xargs": {"llumnix_generated": outputs}}
+        with pytest.raises(openai.BadRequestError, match="llumnix_generated"):
+            client.completions.create(model="small", prompt="x", extra_body=extra)
     assert client.completions.create(model="small", prompt="x", max_tokens=1).choices
 
 

@@ -99,6 +99,14 @@ def test_the_parameters_of_a_resume_are_a_copy() -> None:
     assert with_generated(request, []) is request, "nothing was generated"
 
 
+def test_no_client_gives_a_request_outputs() -> None:
+    request = _request()
+    _params(request).extra_args = {"llumnix_generated": 1.5}
+    for generated in ([], [7]):
+        with pytest.raises(ValueError, match="extra_args may not have 'llumnix_generated'"):
+            with_generated(request, generated)
+
+
 def test_what_a_resume_carries() -> None:
     """Everything but what was delivered: parameters, and whatever else belongs to the request."""
     request = _request()

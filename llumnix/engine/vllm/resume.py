@@ -22,7 +22,13 @@ _OF_THE_PROMPT = ("prompt_logprobs", "prompt_logprob_token_ids", "prompt_logprob
 
 
 def with_generated(request: EngineCoreRequest, generated: Sequence[int]) -> EngineCoreRequest:
-    """A copy of the request that brings its outputs along; the request itself without any."""
+    """A copy of the request that brings its outputs along; the request itself without any.
+
+    Raises ValueError for a request whose client gives it outputs: the engine takes them unseen.
+    """
+    given = request.sampling_params.extra_args if request.sampling_params else None
+    if given and _KEY in given:
+        raise ValueError(f"extra_args may not have {_KEY!r}, by which a request is resumed")
     if not generated:
         return request
     assert request.sampling_params is not None

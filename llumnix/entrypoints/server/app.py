@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 from aiohttp import web
@@ -45,11 +45,17 @@ class Gateway:
             return error_response(503, self._standing.sentence, RETRY_AFTER)
         if (problem := refuse(request, body)) is not None:
             return problem
+        with self.answering():
+            return await self._answer(frontend, request, body)
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """The context in which the request of this task counts as running."""
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
         try:
-            return await self._answer(frontend, request, body)
+            yield
         finally:
             self._running.discard(task)
 

@@ -37,13 +37,13 @@ async def openai_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        return _cut(request) if _has_begun(request) else _refusal(request, error)
+        return cut(request) if has_begun(request) else _refusal(request, error)
     except Exception as error:
         if request.transport is None or request.transport.is_closing():
             return web.Response(status=499, reason="Client Closed Request")  # it never arrives
         logger.exception("%s %s failed", request.method, request.path)
-        if _has_begun(request):
-            return _cut(request)
+        if has_begun(request):
+            return cut(request)
         if isinstance(error, TimeoutError):
             return error_response(504, "the request took too long")
         return error_response(500, "internal error; the server's log has the details")
@@ -57,12 +57,12 @@ def _refusal(request: web.Request, error: web.HTTPException) -> web.Response:
     return error_response(error.status, error.text or error.reason)
 
 
-def _has_begun(request: web.Request) -> bool:
+def has_begun(request: web.Request) -> bool:
     """Whether something of the answer, were it only its headers, is on its way."""
     return request.writer.output_size > 0
 
 
-def _cut(request: web.Request) -> web.Response:
+def cut(request: web.Request) -> web.Response:
     """End an answer that has begun so that its client sees it broken off, not complete."""
     if request.transport is not None:
         request.transport.close()

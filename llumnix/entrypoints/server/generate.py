@@ -2,15 +2,18 @@
 
 import contextlib
 from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager
 from http import HTTPStatus
+from typing import Any
 
 import orjson
 from aiohttp import web
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from llumnix.engine.vllm.frontend import Frontend
 from llumnix.engine.vllm.generate import BadRequest, Failed, Generation, generate
 from llumnix.entrypoints.server.admin import Standing
-from llumnix.entrypoints.server.errors import RETRY_AFTER, error_response
+from llumnix.entrypoints.server.errors import RETRY_AFTER, cut, error_response, has_begun
 from llumnix.entrypoints.server.outlet import Outlet
 
 
@@ -18,11 +21,17 @@ class DemoRoute:
     """Answers `{"prompt": …, **sampling parameters}` with `{"text": […]}`, streamed on request."""
 
     def __init__(
-        self, frontend: Callable[[], Frontend | None], standing: Standing, send_timeout: float
+        self,
+        frontend: Callable[[], Frontend | None],
+        standing: Standing,
+        send_timeout: float,
+        answering: Callable[[], AbstractContextManager[None]],
     ) -> None:
+        """`answering`: the context in which a request counts as one that is being answered."""
         self._frontend = frontend
         self._standing = standing
         self._send_timeout = send_timeout
+        self._answering = answering
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answer one request."""
@@ -31,18 +40,32 @@ class DemoRoute:
             return error_response(503, self._standing.sentence, RETRY_AFTER)
         if not frontend.authorised(request.headers):
             return error_response(401, "wrong or missing API key")
+        body = await request.read()
         try:
-            generation = Generation.parse(orjson.loads(await request.read()))
-            async with contextlib.aclosing(generate(frontend.llm, generation)) as texts:
-                if generation.stream:
-                    return await _stream(request, texts, self._send_timeout)
-                whole = [text async for text in texts][-1]
-                return web.Response(body=_line(whole), content_type="application/json")
-        except (BadRequest, orjson.JSONDecodeError) as error:
-            return error_response(400, str(error))
+            with self._answering():
+                return await self._answer(request, frontend.llm, Generation.parse(_read(body)))
+        except BadRequest as error:
+            refusal = error_response(400, str(error))
         except Failed as error:
             again = RETRY_AFTER if error.status == HTTPStatus.SERVICE_UNAVAILABLE else None
-            return error_response(error.status, str(error), again)
+            refusal = error_response(error.status, str(error), again)
+        return cut(request) if has_begun(request) else refusal
+
+    async def _answer(
+        self, request: web.Request, llm: AsyncLLM, generation: Generation
+    ) -> web.StreamResponse:
+        async with contextlib.aclosing(generate(llm, generation)) as texts:
+            if generation.stream:
+                return await _stream(request, texts, self._send_timeout)
+            whole = [text async for text in texts][-1]
+            return web.Response(body=_line(whole), content_type="application/json")
+
+
+def _read(body: bytes) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(str(error)) from error
 
 
 async def _stream(
