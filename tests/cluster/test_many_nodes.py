@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -152,6 +153,23 @@ def test_a_killed_node(nodes: Nodes) -> None:
     nodes.start("far").ready()
     near.ready(within=10)
     assert near.post(COMPLETIONS, completion()).status == 200
+
+
+def test_a_demo_stream_that_fails_is_broken_off(nodes: Nodes) -> None:
+    """What has begun as a success cannot end as an error, so it does not end well either."""
+    near, far = nodes.start("near", *ALONE), nodes.start("far")
+    near.ready(), far.ready()
+    body = json.dumps({"prompt": "Hello", "max_tokens": 2000, "stream": True}).encode()
+    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", near.port), timeout=2 * LEASE) as raw:
+        raw.sendall(head.encode() + body)
+        answer = raw.recv(65536)
+        far.kill()
+        while piece := raw.recv(65536):
+            answer += piece
+    assert answer.startswith(b"HTTP/1.1 200") and answer.count(b"HTTP/1.1") == 1
+    assert b'{"text":' in answer and not answer.endswith(b"0\r\n\r\n")
+    eventually(near.idle)
 
 
 def test_a_frozen_node(nodes: Nodes) -> None:
