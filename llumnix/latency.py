@@ -6,13 +6,18 @@ context in all d + e B + f T.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from math import inf
 from types import MappingProxyType
 
 
 @dataclass(frozen=True, slots=True)
 class LatencyProfile:
-    """Coefficients of the two forms, in seconds."""
+    """Coefficients of the two forms, in seconds.
+
+    Raises:
+        ValueError: one of them is negative, or not finite.
+    """
 
     prefill_fixed: float = 0.0  # a, a step
     prefill_token: float = 0.0  # b, a token
@@ -23,6 +28,11 @@ class LatencyProfile:
     # A request, beside the steps: from the client into the engine, and its first token back. No
     # step waits for it. None of the paper's; the simulator adds it to the time of every token.
     outside: float = 0.0
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            if not 0 <= getattr(self, one.name) < inf:
+                raise ValueError(f"{one.name} must be 0 seconds or more, and finite")
 
     def step_seconds(
         self,

@@ -1,6 +1,7 @@
 """When requests come: gaps between them, drawn from a random process."""
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 import numpy as np
@@ -8,6 +9,8 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 Process = Literal["poisson", "gamma", "uniform", "burst"]
+
+LARGEST_CV = 1e3  # beyond it, and below its inverse, there is nothing left to draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +21,7 @@ class Arrivals:
     in the evaluation of Llumnix (OSDI'24), or all the same (uniform). In a burst all come at once.
 
     Raises:
-        ValueError: a rate or cv is not positive, or given to a process that has none.
+        ValueError: a rate or cv is out of range, or given to a process that has none.
     """
 
     process: Process = "poisson"
@@ -30,8 +33,10 @@ class Arrivals:
             raise ValueError(f"rate is for all arrivals but a burst, and these are {self.process}")
         if (self.cv is None) == (self.process == "gamma"):
             raise ValueError(f"cv is for gamma arrivals alone, and these are {self.process}")
-        if any(number is not None and number <= 0 for number in (self.rate, self.cv)):
-            raise ValueError("rate and cv must be greater than 0")
+        if self.rate is not None and not 0 < self.rate < inf:
+            raise ValueError("rate must be greater than 0, and finite")
+        if self.cv is not None and not 1 / LARGEST_CV <= self.cv <= LARGEST_CV:
+            raise ValueError(f"cv must be between {1 / LARGEST_CV:g} and {LARGEST_CV:g}")
 
     def times(self, count: int, generator: Generator) -> NDArray[np.float64]:
         """Seconds of `count` arrivals, the first at 0.

@@ -103,6 +103,11 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         if self.instances < 1:
             raise ValueError("a cluster has at least one instance")
+        if self.scaling is not None and self.instances > self.scaling.maximum:
+            raise ValueError(
+                f"the cluster begins with {self.instances} instances, but scales up to "
+                f"{self.scaling.maximum} at most"
+            )
         if not (self.sample_interval > 0 and self.scaling_interval > 0 and self.start_seconds >= 0):
             raise ValueError("intervals are more than 0 seconds, and a start takes 0 or more")
         if self.migration not in COSTS:

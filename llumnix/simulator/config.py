@@ -57,9 +57,9 @@ class _File:
 
 
 def check_seeds(seeds: tuple[int, ...]) -> None:
-    """Raises ValueError if a seed is negative, or there twice."""
-    if min(seeds, default=0) < 0 or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds are {list(seeds)}, and must be 0 or more and differ")
+    """Raises ValueError if a seed is out of range, or there twice."""
+    if not all(0 <= seed < 2**63 for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds are {list(seeds)}, and must differ, and be from 0 to 2^63 - 1")
 
 
 def read_config(file: Path) -> Config:

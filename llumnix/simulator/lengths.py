@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from llumnix.simulator.traces import read_columns
 
 Tokens = NDArray[np.int64]
+LONGEST = 2**24  # tokens of a prompt or an output: more than any model takes
+STEEPEST = 100.0  # of power laws: with it all lengths are the same
 
 
 class Lengths(Protocol):
@@ -28,14 +30,14 @@ class Fixed:
     """Always the same length.
 
     Raises:
-        ValueError: it is less than 1 token.
+        ValueError: it is less than 1 token, or more than `LONGEST`.
     """
 
     tokens: int
 
     def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise ValueError("tokens must be at least 1")
+        if not 1 <= self.tokens <= LONGEST:
+            raise ValueError(f"tokens must be at least 1, and at most {LONGEST:,}")
 
     def draw(self, count: int, generator: Generator) -> Tokens:
         """See `Lengths`."""
@@ -51,7 +53,7 @@ class PowerLaw:
     its own; the paper draws 10,000.
 
     Raises:
-        ValueError: a number is not positive.
+        ValueError: a number is out of range.
     """
 
     mean: int  # tokens
@@ -59,8 +61,10 @@ class PowerLaw:
     cap: int = 6144  # tokens
 
     def __post_init__(self) -> None:
-        if min(self.mean, self.alpha, self.cap) <= 0:
-            raise ValueError("mean, alpha and cap must be greater than 0")
+        if not 0 < min(self.mean, self.cap) <= max(self.mean, self.cap) <= LONGEST:
+            raise ValueError(f"mean and cap must be at least 1, and at most {LONGEST:,}")
+        if not 0 < self.alpha <= STEEPEST:
+            raise ValueError(f"alpha must be greater than 0, and at most {STEEPEST:g}")
 
     def draw(self, count: int, generator: Generator) -> Tokens:
         """See `Lengths`."""
@@ -85,7 +89,7 @@ class Quantiles:
     Lengths between the quantiles are thus ours, not the data set's.
 
     Raises:
-        ValueError: the quantiles do not grow, or something is less than 1.
+        ValueError: the quantiles do not grow, or something is out of range.
     """
 
     mean: float
@@ -95,8 +99,10 @@ class Quantiles:
     p99: float
 
     def __post_init__(self) -> None:
-        if not 1 <= self.p50 < self.p80 < self.p95 < self.p99 or self.mean < 1:
-            raise ValueError("mean and p50 must be at least 1, and p50 < p80 < p95 < p99")
+        if not 1 <= self.p50 < self.p80 < self.p95 < self.p99 <= LONGEST:
+            raise ValueError(f"1 <= p50 < p80 < p95 < p99 <= {LONGEST:,} must be so")
+        if not 1 <= self.mean <= LONGEST:
+            raise ValueError(f"mean must be at least 1, and at most {LONGEST:,}")
 
     def draw(self, count: int, generator: Generator) -> Tokens:
         """See `Lengths`."""

@@ -14,7 +14,7 @@ class Hop(NamedTuple):
     at: float  # seconds from the beginning of the run: when it goes on at the destination
     source: InstanceId
     destination: InstanceId
-    downtime: float  # seconds in which it generated nowhere
+    downtime: float  # seconds of its last copy and hand-over, as modelled
     blocks: int  # KV blocks that were copied
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
+from math import isnan, nan
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -63,7 +64,17 @@ def _convert(kind: Any, value: object, where: str) -> Any:
         return kind(_choice([member.value for member in kind], value, where))
     if not _is_scalar(kind, value):
         raise ConfigError(f"{where} is {_shown(value)}, and must be {_NAMES.get(kind, kind)}")
-    return float(cast(Any, value)) if kind is float else value
+    return _float(value, where) if kind is float else value
+
+
+def _float(value: object, where: str) -> float:
+    try:
+        number = float(cast(Any, value))
+    except OverflowError:
+        number = nan
+    if isnan(number):
+        raise ConfigError(f"{where} is {_shown(value)}, and must be a number")
+    return number
 
 
 def _is_scalar(kind: Any, value: object) -> bool:

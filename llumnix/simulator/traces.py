@@ -122,9 +122,12 @@ def _lines(file: str) -> list[str]:
 
 def _tokens(file: str, number: int, cell: str) -> int:
     try:
-        return int(cell)
+        tokens = int(cell)
     except ValueError as error:
         raise ConfigError(f"{file}, line {number}: {cell!r} is no number of tokens") from error
+    if abs(tokens) >= 2**31:
+        raise ConfigError(f"{file}, line {number}: {cell} tokens are too many")
+    return tokens
 
 
 def _from_zero(found: list[Recorded]) -> list[Recorded]:

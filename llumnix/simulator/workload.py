@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from math import inf
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -35,8 +36,8 @@ class Trace:
     rate: float | None = None  # requests a second; time is stretched so that it is their average
 
     def __post_init__(self) -> None:
-        if self.rate is not None and self.rate <= 0:
-            raise ValueError("rate must be greater than 0")
+        if self.rate is not None and not 0 < self.rate < inf:
+            raise ValueError("rate must be greater than 0, and finite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,11 @@ class Workload:
         shares = self.priorities.values()
         if min(shares, default=0.0) < 0 or sum(shares) > 1 + 1e-9:
             raise ValueError("priorities must be shares that add up to 1 at most")
+        if not all(-(2**63) <= priority < 2**63 for priority in self.priorities):
+            raise ValueError("priorities must be whole numbers of 64 bits")
+        for name in ("prompt", "output"):
+            if isinstance(tokens := getattr(self, name), int):
+                Fixed(tokens)
         if self.trace is None:
             self._check_lengths()
         else:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from llumnix.simulator.arrivals import Arrivals
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig
@@ -76,6 +77,39 @@ def test_one_seed_or_none(tmp_path: Path) -> None:
 def test_what_is_wrong_is_one_sentence(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told) as caught:
         read(tmp_path, text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "part, told",
+    [
+        ("prompt: 0", "workload: tokens must be at least 1"),
+        ("output: -3", "workload: tokens must be at least 1"),
+        ("arrivals: {rate: .nan}", "workload.arrivals.rate is nan, and must be a number"),
+        ("arrivals: {rate: .inf}", "workload.arrivals: rate must be greater than 0, and finite"),
+        ("arrivals: {rate: 1" + 400 * "0" + "}", "must be a number"),
+        ("arrivals: {process: gamma, rate: 1, cv: 1.0e-200}", "cv must be between 0.001 and 1000"),
+        ("prompt: {mean: 5, alpha: .nan}", "workload.prompt.alpha is nan"),
+        ("prompt: {mean: 5, alpha: .inf}", "workload.prompt: alpha must be greater than 0, and"),
+        ("output: {mean: .inf, p50: 1, p80: 2, p95: 3, p99: 4}", "mean must be at least 1, and at"),
+        ("priorities: {-1: .nan}", "is nan, and must be a number"),
+        ("priorities: {1180591620717411303424: 0.5}", "priorities must be whole numbers of 64 bit"),
+        ("seed: 18446744073709551616", r"must differ, and be from 0 to 2\^63 - 1"),
+        (
+            "cluster: {engine: {profile: {decode_request: -0.02}}}",
+            "decode_request must be 0 sec",
+        ),
+        ("cluster: {engine: {profile: {decode_request: .inf}}}", "decode_request must be 0 sec"),
+        ("cluster: {instances: 8, scaling: {maximum: 4}}", "scales up to 4 at most"),
+    ],
+)
+def test_a_number_that_cannot_be_is_one_sentence(tmp_path: Path, part: str, told: str) -> None:
+    given = {"requests": 10, "arrivals": {"rate": 1}, "prompt": 5, "output": 5}
+    key, value = next(iter(yaml.safe_load(part).items()))
+    whole = {"workload": given, "cluster": {}}
+    whole |= {key: value} if key in ("seed", "cluster") else {"workload": given | {key: value}}
+    with pytest.raises(ConfigError, match=told) as caught:
+        read(tmp_path, yaml.safe_dump(whole))
     assert "\n" not in str(caught.value)
 
 

@@ -85,7 +85,10 @@ def test_records_of_the_same_name_are_told_apart(
     "arguments, told",
     [
         (["run", "none.yaml"], "none.yaml cannot be read: No such file or directory"),
-        (["run", "{config}", "--seed", "-1"], "seeds are [-1], and must be 0 or more and differ"),
+        (
+            ["run", "{config}", "--seed", "-1"],
+            "seeds are [-1], and must differ, and be from 0",
+        ),
         (["run", "{config}", "--seed", "2", "2"], "seeds are [2, 2]"),
         (["plot", "none.json", "--out", "x"], "none.json cannot be read"),
         (["plot", "{config}", "--out", "x"], "tiny.yaml is no record of a run"),
