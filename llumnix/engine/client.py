@@ -72,6 +72,8 @@ class ClusterClient(EngineCoreClient):
         self.on_failure: Callable[[str, str, HTTPStatus], None] = lambda *failure: None
         # Called for each request of the frontend, in its handler's context, in this order.
         self.on_open: list[Callable[[EngineCoreRequest], None]] = []
+        # Called with the id of each of them once it has ended, however it has.
+        self.on_close: list[Callable[[str], None]] = []
         # Called with the seconds that a move has interrupted a stream of tokens.
         self.on_gap: Callable[[float], None] = lambda seconds: None
         # Called with the seconds from the loss of an owner to the next token.
@@ -100,9 +102,17 @@ class ClusterClient(EngineCoreClient):
         Raises ValueError if a request of that id is open already.
         """
         self.ledger.open(request.request_id, request)
+        if getattr(request, "abort_immediately", False):  # which newer versions of vLLM have
+            self._spawn(self._pass_on(request.request_id))
+            return
         for call in self.on_open:
             call(request)
         self._spawn(self._place(request.request_id))
+
+    async def _pass_on(self, request_id: str) -> None:
+        """Show an engine's KV connector a request that was refused; no output will end it."""
+        await self._place(request_id)
+        await self.abort_requests_async([request_id])
 
     async def get_output_async(self) -> EngineCoreOutputs:
         """The next batch of accepted outputs, or an instance's statistics."""
@@ -164,7 +174,7 @@ class ClusterClient(EngineCoreClient):
                 if self._homeless and (since := self._homeless.pop(request_id, None)) and position:
                     self.on_failover(time.monotonic() - since)
                 if output.finish_reason is not None:
-                    self.ledger.close(request_id)
+                    self._close(request_id)
             elif verdict in _DISOWNED:
                 unwanted.append((request_id, epoch))
         if unwanted:
@@ -278,7 +288,11 @@ class ClusterClient(EngineCoreClient):
     def _close(self, request_id: str) -> Entry | None:
         self._moving.pop(request_id, None)
         self._homeless.pop(request_id, None)
-        return self.ledger.close(request_id)
+        entry = self.ledger.close(request_id)
+        if entry is not None:
+            for call in self.on_close:
+                call(request_id)
+        return entry
 
     def _fail(
         self, request_id: str, reason: str, status: HTTPStatus = HTTPStatus.SERVICE_UNAVAILABLE

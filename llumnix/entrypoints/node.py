@@ -152,9 +152,11 @@ class Node:
         self._opening.on_try = lambda: self._acting.supervise.notify("announce_all")
         self._opening.on_open = self._opened
         self._gateway = Gateway(lambda: self._opening.frontend, self.standing, config.send_timeout)
-        admission = Admission(config.max_requests, config.max_prompt_tokens)
+        root = self._arguments.root_path or ""
+        admission = Admission(config.max_requests, config.max_prompt_tokens, root)
         priorities = Priorities(self._policies.terms.classes)
         self._client.on_open += [priorities.enter, admission.enter]
+        self._client.on_close.append(admission.leave)
         admin = Admin(config.node, self.standing, self._view_and_age, self._fault)
         may = partial(authorised, self._arguments)
         moves = Moves(lambda: self._acting.migrations, may)

@@ -148,6 +148,18 @@ BAD: dict[str, tuple[str, str, Any, int]] = {
         {"prompt": "x", "structured_outputs": {"json": {}}},
         400,
     ),
+    "a demo parameter of vLLM's own": (
+        "POST",
+        "/generate",
+        {"prompt": "x", "_bad_words_token_ids": [[]]},
+        400,
+    ),
+    "deep nesting in a stream": (
+        "POST",
+        COMPLETIONS,
+        b'{"stream": true, "x": ' + b"[" * 20_000,
+        400,
+    ),
     "temperature -1": ("POST", COMPLETIONS, completion(temperature=-1), 400),
     "top_p 2": ("POST", COMPLETIONS, completion(top_p=2), 400),
     "n 0": ("POST", COMPLETIONS, completion(n=0), 400),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine import EngineCoreOutput, FinishReason
 
 from llumnix.engine.base import EngineDead
 from llumnix.engine.client import ClusterClient
@@ -108,3 +108,34 @@ async def test_a_bug_in_the_dispatcher_ends_the_request_with_an_error() -> None:
     await client.add_request_async(core_request("r", [1]))
     await soon(lambda: failures)
     assert failures == ["internal error: RuntimeError"] and not len(client.ledger)
+
+
+@on_loop
+async def test_a_request_that_was_refused_is_shown_to_an_engine_and_ended() -> None:
+    """vLLM has the engine's KV connector let go of what it keeps for it; no output will come."""
+    exchange = HeldExchange()
+    client = make(exchange, ("y-0", "y"))
+    opened: list[object] = []
+    client.on_open.append(opened.append)
+    request = core_request("r", [1])
+    request.abort_immediately = True
+    await client.add_request_async(request)
+    await soon(lambda: exchange.cancelled)
+    assert (exchange.submitted, exchange.cancelled) == ([("y-0", 1)], ["y-0"])
+    assert client.ledger.get("r") is None and not opened
+
+
+@on_loop
+async def test_each_request_ends_once() -> None:
+    exchange = HeldExchange()
+    client = make(exchange, ("y-0", "y"), ("y-0", "y"), ("z-0", "z"))
+    ended: list[str] = []
+    client.on_close.append(ended.append)
+    for name in ("done", "gone", "failed"):
+        await client.add_request_async(core_request(name, [1]))
+    await soon(lambda: len(exchange.submitted) == 3)
+    last = EngineCoreOutput("done", [11], finish_reason=FinishReason.STOP)
+    client.deliver(Outputs("y-0", 0.0, [1], [0], [last]))
+    await client.abort_requests_async(["gone", "done"])
+    client.deliver(Lost("z-0", [1], ["failed"], "it can't run here", retry=False))
+    assert ended == ["done", "gone", "failed"]

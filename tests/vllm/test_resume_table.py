@@ -107,6 +107,16 @@ def test_no_client_gives_a_request_outputs() -> None:
             with_generated(request, generated)
 
 
+def test_a_seed_that_no_engine_holds_is_refused() -> None:
+    request = _request()
+    for seed in (2**63, -(2**63) - 1):  # the first of which n=2 makes of the largest
+        _params(request).seed = seed
+        with pytest.raises(ValueError, match="seed"):
+            with_generated(request, [])
+    _params(request).seed = 2**63 - 1
+    assert with_generated(request, []) is request
+
+
 def test_what_a_resume_carries() -> None:
     """Everything but what was delivered: parameters, and whatever else belongs to the request."""
     request = _request()

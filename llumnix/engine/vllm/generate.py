@@ -20,6 +20,9 @@ MALFORMED: tuple[type[Exception], ...] = (
     *CLIENT_ERRORS,
 )
 
+# Parameters by which vLLM's own parts talk to one another, and which nothing checks.
+INNER = ("skip_clone", "output_text_buffer_length")
+
 
 class BadRequest(Exception):
     """What the client sent can't be answered; the message says why."""
@@ -53,6 +56,8 @@ class Generation:
         prompt, stream = values.pop("prompt", None), values.pop("stream", False)
         if not isinstance(prompt, str) or not isinstance(stream, bool):
             raise BadRequest("prompt must be a string, and stream true or false")
+        if inner := sorted(name for name in values if name.startswith("_") or name in INNER):
+            raise BadRequest(f"Unexpected keyword argument {inner[0]!r}")
         try:
             params = SamplingParams(**values)
             # The engine decodes them with types, and must not be the first to find a wrong one.

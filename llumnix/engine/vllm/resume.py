@@ -11,6 +11,7 @@ from copy import copy
 from typing import Any
 
 import msgspec
+from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
@@ -24,11 +25,11 @@ _OF_THE_PROMPT = ("prompt_logprobs", "prompt_logprob_token_ids", "prompt_logprob
 def with_generated(request: EngineCoreRequest, generated: Sequence[int]) -> EngineCoreRequest:
     """A copy of the request that brings its outputs along; the request itself without any.
 
-    Raises ValueError for a request whose client gives it outputs: the engine takes them unseen.
+    Raises ValueError for one that would kill an engine, which takes these things unseen: outputs
+    that a client gives it, or a seed that is too large, as a choice of a request with a large one.
     """
-    given = request.sampling_params.extra_args if request.sampling_params else None
-    if given and _KEY in given:
-        raise ValueError(f"extra_args may not have {_KEY!r}, by which a request is resumed")
+    if request.sampling_params is not None:
+        _check(request.sampling_params)
     if not generated:
         return request
     assert request.sampling_params is not None
@@ -39,6 +40,13 @@ def with_generated(request: EngineCoreRequest, generated: Sequence[int]) -> Engi
             setattr(params, name, None)
     resumed: EngineCoreRequest = msgspec.structs.replace(request, sampling_params=params)
     return resumed
+
+
+def _check(params: SamplingParams) -> None:
+    if params.extra_args and _KEY in params.extra_args:
+        raise ValueError(f"extra_args may not have {_KEY!r}, by which a request is resumed")
+    if params.seed is not None and not -(2**63) <= params.seed < 2**63:
+        raise ValueError("a seed, and that of each further choice, must be a number of 64 bits")
 
 
 def put_in_place(request: Request, manager: StructuredOutputManager) -> None:

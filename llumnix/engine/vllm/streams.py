@@ -11,14 +11,12 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import Request
-from pydantic import ValidationError
 from vllm import envs
 
-from llumnix.engine.vllm.compat import client_errors, stream_handlers
+from llumnix.engine.vllm.compat import stream_handlers
 
 # Options of vLLM's server that its middleware implements.
 _MIDDLEWARE = ("api_key", "middleware", "enable_request_id_headers", "enable_server_load_tracking")
-_REFUSALS: tuple[type[Exception], ...] = (ValidationError, NotImplementedError, *client_errors())
 
 
 class Streams:
@@ -26,6 +24,7 @@ class Streams:
 
     def __init__(self, app: Any, arguments: argparse.Namespace) -> None:
         self._app = app
+        self._root = (arguments.root_path or "").rstrip("/")  # which the application takes off too
         plain = not any(getattr(arguments, option, None) for option in _MIDDLEWARE)
         plain = plain and not getattr(arguments, "sse_keep_alive_interval", 0)
         plain = plain and not envs.VLLM_API_KEY and not envs.VLLM_DEBUG_LOG_API_SERVER_RESPONSE
@@ -33,7 +32,8 @@ class Streams:
 
     async def open(self, scope: dict[str, Any], body: bytes) -> AsyncGenerator[str, None] | None:
         """The server-sent events that answer a request; None leaves it to the application."""
-        found = self._handlers.get(scope["path"]) if scope["method"] == "POST" else None
+        path = scope["path"].removeprefix(self._root)
+        found = self._handlers.get(path) if scope["method"] == "POST" else None
         if found is None or b'"stream"' not in body or not _is_plain(scope):
             return None
         parse, answer = found
@@ -44,7 +44,7 @@ class Streams:
             request = parse(content)
             raw_request = Request(scope | {"app": self._app})
             events = await answer(request, raw_request)
-        except _REFUSALS:
+        except Exception:  # no engine has heard of the request yet
             return None  # the application finds out again, and words the answer
         return events if isinstance(events, AsyncGenerator) else None
 

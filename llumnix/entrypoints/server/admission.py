@@ -33,7 +33,8 @@ class Slot:
 
     requests: int = 1
     tokens: int = 0  # of prompts
-    exact: bool = False  # whether a prompt has been tokenised
+    # Whether one of the requests is none that an engine has: before the first, and after the last.
+    spare: bool = True
     over: bool = False
 
 
@@ -44,14 +45,17 @@ _slot: ContextVar[Slot | None] = ContextVar("slot", default=None)
 class Admission:
     """Counts open requests and the tokens of their prompts against two limits; 0 is no limit.
 
-    An HTTP request is one until its prompts are tokenised, and then as many as it has prompts and
-    choices, with the tokens of each. It is admitted whole, and gives everything back when its
-    handler ends, however it ends.
+    An HTTP request is one until its prompts are tokenised, and then as many as engines have of it
+    (prompts, choices, beams), with the tokens of each, but one at least. It is admitted whole, and
+    gives everything back when its handler ends, however it ends.
     """
 
-    def __init__(self, max_requests: int, max_prompt_tokens: int) -> None:
+    def __init__(self, max_requests: int, max_prompt_tokens: int, root_path: str = "") -> None:
+        """`root_path` is what vLLM's application takes off the beginning of a path."""
         self._max_requests = max_requests
         self._max_prompt_tokens = max_prompt_tokens
+        self._root = root_path.rstrip("/")
+        self._open: dict[str, tuple[Slot, int]] = {}  # by the id of an engine's request; its tokens
         self.requests = 0
         self.prompt_tokens = 0
 
@@ -59,7 +63,8 @@ class Admission:
         """The handler, with 429 in its place for what is beyond the limits."""
 
         async def admit(request: web.Request) -> web.StreamResponse:
-            if request.method != "POST" or request.path not in GENERATING:
+            path = request.path.removeprefix(self._root)
+            if request.method != "POST" or path not in GENERATING:
                 return await handler(request)
             if (refusal := self._refuse()) is not None:
                 return refusal  # before its body, which may be large
@@ -77,11 +82,22 @@ class Admission:
         if slot is None or slot.over:
             return
         tokens = len(request.prompt_token_ids or ())
-        if slot.exact:
-            self._add(slot, 1, tokens)
-        else:
-            slot.exact = True
+        self._open[request.request_id] = slot, tokens
+        if slot.spare:
+            slot.spare = False
             self._add(slot, 0, tokens - slot.tokens)
+        else:
+            self._add(slot, 1, tokens)
+
+    def leave(self, request_id: str) -> None:
+        """A request that had been entered has ended; its handler may go on, with others."""
+        slot, tokens = self._open.pop(request_id, (None, 0))
+        if slot is None or slot.over:
+            return
+        if slot.requests > 1:
+            self._add(slot, -1, -tokens)
+        else:
+            slot.spare = True
 
     def _refuse(self) -> web.Response | None:
         if 0 < self._max_requests <= self.requests:

@@ -1,0 +1,68 @@
+"""What a handler's requests count against the limits, one after the other."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
+
+from llumnix.entrypoints.server.admission import Admission
+from tests.kit.loop import on_loop
+from tests.kit.requests import core_request
+
+
+@contextmanager
+def handler(admission: Admission, tokens: int = 7) -> Iterator[None]:
+    with admission._taken(tokens):
+        yield
+    assert (admission.requests, admission.prompt_tokens) == (0, 0)
+
+
+def counted(admission: Admission) -> tuple[int, int]:
+    return admission.requests, admission.prompt_tokens
+
+
+def test_choices_count_together() -> None:
+    admission = Admission(9, 99)
+    with handler(admission):
+        assert counted(admission) == (1, 7), "a guess, before it is tokenised"
+        for n in range(3):
+            admission.enter(core_request(f"r{n}", [1] * 10))
+        assert counted(admission) == (3, 30)
+
+
+def test_steps_of_a_beam_search_count_one_after_the_other() -> None:
+    admission = Admission(9, 99)
+    with handler(admission):
+        for step in range(40):
+            beams = [f"{step}-{beam}" for beam in range(4)]
+            for beam in beams:
+                admission.enter(core_request(beam, [1] * (10 + step)))
+            assert counted(admission) == (4, 4 * (10 + step))
+            for beam in beams:
+                admission.leave(beam)
+            assert counted(admission) == (1, 10 + step), "its handler is still there"
+    assert not admission._open
+
+
+def test_what_ends_after_its_handler_counts_no_more() -> None:
+    admission = Admission(9, 99)
+    with handler(admission):
+        admission.enter(core_request("r1", [1] * 10))
+    admission.leave("r1")
+    admission.leave("of nobody")
+    assert counted(admission) == (0, 0) and not admission._open
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/api/v1/completions", "/v1/models"])
+@on_loop
+async def test_which_routes_are_limited(path: str) -> None:
+    admission = Admission(1, 0, "/api/")
+    admission.requests = 1
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        return web.Response(status=200)
+
+    response = await admission.guard(answer)(make_mocked_request("POST", path))
+    assert response.status == (200 if path == "/v1/models" else 429)
