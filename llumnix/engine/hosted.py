@@ -82,9 +82,9 @@ class HostedInstance:
 
         Which ones that are the engine does not say; it preempts the last come.
         """
-        number = self._waiting - len(self.queued)
-        begun = [tenant for tenant in self._tenants.values() if tenant.started] if number else []
-        return begun[len(begun) - number :]
+        begun = [tenant for tenant in self._tenants.values() if tenant.started]
+        fresh = len(self._tenants) - len(begun)
+        return begun[len(begun) - max(self._waiting - fresh, 0) :]
 
     @property
     def _waiting(self) -> int:

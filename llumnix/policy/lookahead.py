@@ -23,12 +23,12 @@ def lookahead(view: ClusterView, terms: Terms, allowed: Allowed) -> list[Pair]:
         for i, load in view.loads.items()
         if (info := view.instances.get(i)) is not None and is_candidate(view, info)
     ]
-    takers = [(-unclaimed(info, load), info.id) for info, load in known if not load.waiting]
-    blocked = [(-load.waiting, info.id) for info, load in known if _holds_up(info, load)]
+    takers = sorted((-unclaimed(info, load), info.id) for info, load in known if not load.waiting)
+    blocked = sorted((-load.waiting, info.id) for info, load in known if _holds_up(info, load))
     found: list[Pair] = []
     taken: set[InstanceId] = set()
-    for _, source in sorted(blocked):
-        for _, taker in sorted(takers):
+    for _, source in blocked:
+        for _, taker in takers:
             pair = Pair(source, taker, SPILL)
             if taker not in taken and _has_room(view, pair, terms) and allowed(pair):
                 found.append(pair)
