@@ -48,6 +48,7 @@ class Roster:
 
     slots: dict[int, _Slot] = field(default_factory=dict)
     wanted: int = 0
+    initial: int = 0  # instances that the node was started for
     without: InstanceId | None = None  # which one is to go first
     desired: int | None = None  # the value under desired/<node> acted on last
     leaving: bool = False
@@ -80,12 +81,19 @@ class NodeActor(Actor):
             slot.proxy.actor_ref.stop(block=False)
 
     def update_view(self, view: ClusterView) -> None:
-        """Act on desired/<node> when an operator, or the leader, has changed it."""
-        desired = view.desired.get(self._node)
-        if desired is not None and desired != self._roster.desired:
+        """Act on desired/<node> when an operator, or the leader, has changed it.
+
+        When it is gone, what runs goes on, and is at least what the node was started for: so the
+        leader counts, too.
+        """
+        roster, desired = self._roster, view.desired.get(self._node)
+        if desired is not None and desired != roster.desired:
             logger.info("%d instances are desired on this node, by its key in etcd", desired)
             self.want(desired, view.without.get(self._node))
-        self._roster.desired = desired
+        elif desired is None and roster.desired is not None and roster.wanted < roster.initial:
+            logger.info("no number is desired any more, so %d instances run", roster.initial)
+            self.want(roster.initial)
+        roster.desired = desired
 
     def want(self, number: int, without: InstanceId | None = None) -> None:
         """Have this many instances run here, at most the limit; `without` is to go first."""

@@ -62,7 +62,7 @@ class Acting:
             ),
             self._inform,
         )
-        roster = Roster()
+        roster = Roster(initial=config.initial_instances)
         self.supervise = keep(
             lambda: NodeActor.start(
                 *(config.node, model, config.max_instances, config.drain_timeout),

@@ -79,10 +79,10 @@ def _place(view: ClusterView, node: NodeId) -> Place:
     infos = view.instances_of(node)
     staying = [i for i in infos if i.state is not InstanceState.DRAINING]
     limit = view.nodes[node].max_instances or inf  # 0: a node of an older version, not known
-    # Without a number of its own in etcd a node has what it was started with, though a node that
-    # has just joined shows none of it yet.
-    initial = view.nodes[node].initial_instances or len(staying)
-    wanted = int(min(view.desired.get(node, initial), limit))
+    # Without a number in etcd a node has what it was started for, though one that has just joined
+    # shows none of it yet. And what runs there goes on when a number is lost.
+    unsaid = max(view.nodes[node].initial_instances, len(staying))
+    wanted = int(min(view.desired.get(node, unsaid), limit))
     return Place(
         wanted,
         up=sum(i.state is InstanceState.READY for i in staying),

@@ -172,6 +172,20 @@ def test_desired_is_acted_on_when_it_changes(
     eventually(lambda: len(node.ready()) == 3)
 
 
+def test_without_a_number_there_are_at_least_those_that_the_node_was_started_for(
+    node: Supervisor,
+) -> None:
+    node.roster.initial = 2
+    node.wants(1, "a-0")
+    node.proxy.update_view.defer(seen({"a": 3}))
+    node.proxy.update_view.defer(seen({}))
+    eventually(lambda: node.ready() == {"a-0", "a-1", "a-2"})
+    node.proxy.update_view.defer(seen({"a": 0}))
+    eventually(lambda: not node.announced)
+    node.proxy.update_view.defer(seen({}))
+    eventually(lambda: node.ready() == {"a-0", "a-1"})
+
+
 def test_one_that_does_not_start_leaves_the_others_alone(side: LoopThread) -> None:
     def make(instance: str) -> Any:
         return FailingEngine(instance) if instance == "a-1" else IdleEngine(instance)

@@ -78,6 +78,27 @@ def test_what_a_node_was_started_for_is_on_its_way_before_any_of_it_is_shown() -
     assert census(fewer).wanted == 3, "what is desired counts first"
 
 
+def scaled_out_and_forgotten(*loads: InstanceLoad) -> ClusterView:
+    """A node that was started for one instance, and has four, which no number in etcd asks for."""
+    node = NodeInfo("a", "h:1", "", 1, max_instances=8, initial_instances=1)
+    return replace(view([info(f"a-{n}") for n in range(4)], loads), nodes={"a": node})
+
+
+def test_without_a_number_instances_are_added_to_what_runs() -> None:
+    seen = scaled_out_and_forgotten(*(load(f"a-{n}", 25, 800) for n in range(4)))
+    found = after(Scaler(TERMS), seen, 0.0, 10.0)
+    assert found is not None and (found.action, found.desired) == (Action.ADD, {"a": 5})
+
+
+def test_without_a_number_one_goes_of_what_runs() -> None:
+    seen = scaled_out_and_forgotten()
+    found = after(Scaler(TERMS), seen, 0.0, 10.0)
+    assert found is not None
+    assert (found.action, found.victim, found.desired) == (Action.REMOVE, "a-3", {"a": 3})
+    parting = replace(seen, instances={**seen.instances, "a-3": info("a-3", DRAINING)})
+    assert census(parting).wanted == 3, "what drains is not to stay"
+
+
 def test_as_many_are_added_as_bring_the_mean_to_its_range() -> None:
     loads = [load("a-0", 100, 1000, waiting=300, waiting_blocks=2000), load("b-0", 100, 900)]
     seen = view([info("a-0"), info("b-0")], loads)
