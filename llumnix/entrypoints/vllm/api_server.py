@@ -129,13 +129,16 @@ async def _serve(config: "Config", parsed: "argparse.Namespace", engines: "VllmC
     node = Node(config, parsed, engines)
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
+    # Not told by `ended`: when the node has given up, the first signal is yet to come.
+    signalled: list[str] = []
 
     def on_signal(number: int) -> None:
         name = signal.Signals(number).name
-        if ended.is_set():
+        if signalled:
             logger.warning("a second %s: ending at once", name)
             # Engines and the embedded etcd die with this process; nothing else has to be done.
             os._exit(128 + number)
+        signalled.append(name)
         logger.info("%s: finishing what runs, for at most %.0f s", name, config.drain_timeout)
         ended.set()
 
