@@ -91,5 +91,5 @@ class Supervised:
         logger.warning("%s has died and was started again", self.name)
 
     def stop(self, within: float) -> None:
-        """End the actor; blocks for so many seconds at most."""
+        """End the actor; blocks for so many seconds at most, and then raises pykka.Timeout."""
         self._actor.stop(timeout=within)

@@ -50,11 +50,14 @@ class Supervision:
             self._give_up(fault)
 
     def stop(self) -> None:
-        """End all actors, the last one first."""
+        """End all actors, the last one first; blocks for ASK_SECONDS for each that is blocked."""
         if self._timer is not None:
             self._timer.cancel()
         for actor in reversed(self._actors):
-            actor.stop(ASK_SECONDS)
+            try:
+                actor.stop(ASK_SECONDS)
+            except pykka.Timeout:  # as when etcd is silent; its thread ends with the process
+                logger.warning("%s has not ended within %g s", actor.name, ASK_SECONDS)
 
     def _look(self) -> None:
         for actor in self._actors:

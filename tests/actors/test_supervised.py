@@ -1,6 +1,7 @@
 """An actor that died is started again and told what it must know; a bug that repeats is not."""
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from pykka import ActorDeadError
 
 from llumnix.actors.base import Actor
 from llumnix.actors.supervised import DEATHS, DEATHS_SECONDS, Supervised
+from llumnix.entrypoints import supervision as supervision_module
 from llumnix.entrypoints.supervision import LOOK_SECONDS, Supervision
 from tests.kit.loop import on_loop, soon
 from tests.kit.wait import eventually
@@ -28,6 +30,9 @@ class Clerk(Actor):
 
     def fail(self) -> None:
         raise ValueError("a bug")
+
+    def wait(self, until: threading.Event) -> None:
+        until.wait(30.0)
 
 
 def supervised(clock: Any = None) -> Supervised:
@@ -82,3 +87,19 @@ async def test_supervision_starts_again_and_gives_up_in_the_end() -> None:
     await asyncio.sleep(3 * LOOK_SECONDS)
     assert not clerk.alive and len(given_up) == 1
     supervision.stop()
+
+
+@on_loop
+async def test_one_that_is_blocked_keeps_none_of_the_others(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supervision_module, "ASK_SECONDS", 0.3)
+    supervision = Supervision(asyncio.get_running_loop(), lambda sentence: None)
+    first, blocked, last = [supervision.keep(Clerk.start) for _ in range(3)]
+    etcd_answers = threading.Event()
+    blocked.wait.defer(etcd_answers)
+    supervision.stop()
+    assert not first.alive and not last.alive
+    assert caplog.messages == ["Clerk has not ended within 0.3 s"]
+    etcd_answers.set()
+    await soon(lambda: not blocked.alive)
