@@ -63,6 +63,7 @@ HUNG = r"instance \S+ (hangs|died)"
 
 ENGINE_FAULTS = (
     Fault("engine SIGKILL", _signal(signal.SIGKILL), DIED, hold=3.0, weight=6),
+    Fault("engine SIGTERM", _signal(signal.SIGTERM), DIED, hold=3.0),
     Fault("engine SIGSTOP", _signal(signal.SIGSTOP), HUNG, hold=10.0, weight=3),
     Fault("engine exception", _order("exception"), DIED, hold=3.0),
     Fault("engine out of memory", _order("memory"), DIED, hold=3.0),

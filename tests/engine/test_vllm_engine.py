@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
 
 from llumnix.engine.base import EngineError, EngineEvents
+from llumnix.engine.vllm import compat
 from llumnix.engine.vllm import instance as module
 from llumnix.engine.vllm.blocks import Rendezvous
 from llumnix.engine.vllm.instance import Patience, VllmEngine
@@ -50,6 +52,22 @@ async def test_a_request_that_cannot_be_encoded_is_refused(tmp_path: Path) -> No
     vllm._client = Client()  # type: ignore[assignment]
     with pytest.raises(EngineError, match="can't be sent to an engine: Integer value"):
         await vllm.add(core_request("r1", [1]))
+
+
+@pytest.mark.parametrize(("state", "told"), [("RUNNING", [["r1"]]), ("REQUESTED", [])])
+def test_who_ends_a_core_by_a_signal_ends_no_request(
+    monkeypatch: pytest.MonkeyPatch, state: str, told: list[list[str]]
+) -> None:
+    """What is open is resumed elsewhere. (`make chaos` does it to real processes.)"""
+    sent: list[list[str]] = []
+    monkeypatch.setattr(
+        EngineCoreProc, "_send_abort_outputs_to_client", lambda core, ids, client: sent.append(ids)
+    )
+    compat.lose_no_request_at_shutdown()
+    compat.lose_no_request_at_shutdown()  # as a second plug-in might
+    core: Any = Namespace(shutdown_state=EngineShutdownState[state])
+    EngineCoreProc._send_abort_outputs_to_client(core, ["r1"], 0)
+    assert sent == told
 
 
 class Child:

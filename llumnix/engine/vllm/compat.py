@@ -4,6 +4,7 @@ Accepted: vLLM 0.26 to 0.33. Whatever moved between them is looked up here by it
 """
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
@@ -70,6 +71,27 @@ def add_utility(name: str, function: Callable[..., Any]) -> None:
     from vllm.v1.engine.core import EngineCore
 
     setattr(EngineCore, name, function)
+
+
+def lose_no_request_at_shutdown() -> None:
+    """Have an engine core that is asked to end by a signal say nothing about its requests.
+
+    vLLM tells their clients that they are aborted, which is right where no other engine could go on
+    with them; what is open when the process ends is resumed. There is no setting for it. In older
+    versions the core says nothing anyway.
+    """
+    from vllm.v1.engine.core import EngineCoreProc as Core
+
+    send = getattr(Core, "_send_abort_outputs_to_client", None)
+    if send is None or hasattr(send, "__wrapped__"):
+        return
+
+    @functools.wraps(send)
+    def unless_it_ends(self: Any, request_ids: list[str], client: int) -> None:
+        if self.shutdown_state.name == "RUNNING":  # it is a client that wants them ended
+            send(self, request_ids, client)
+
+    Core._send_abort_outputs_to_client = unless_it_ends
 
 
 def around_update_states(wrapper: Callable[[ModuleType, Callable[..., Any]], Any]) -> None:

@@ -4,7 +4,8 @@ Model runner V1 takes every new request to be without outputs. While it takes ov
 requests, those that brought some get them: penalties, min_tokens and bad words then see outputs as
 outputs, and a seeded generator stands where the last token left it (see `seeds`).
 
-The engine core gets one more utility, `migration`. Both are seams without a plug-in: see `compat`.
+The engine core gets one more utility, `migration`, and a SIGTERM to it loses no request. All are
+seams without a plug-in: see `compat`.
 """
 
 import functools
@@ -23,6 +24,7 @@ def register() -> None:
 
     compat.add_utility("migration", migration)
     compat.around_update_states(_taking_outputs)
+    compat.lose_no_request_at_shutdown()
 
 
 def _taking_outputs(module: Any, update_states: Any) -> Any:
