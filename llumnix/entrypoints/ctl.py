@@ -15,6 +15,7 @@ import orjson
 SECONDS = 150.0  # longer than the longest migration
 DRAIN_SECONDS = 600.0  # that a drain is watched for, unless --wait says
 DRAIN_LOOK = 0.5  # seconds between two looks at it
+DRAIN_SHOWN = 15.0  # seconds that the node may take to see it in etcd
 
 Row = dict[str, Any]
 
@@ -102,19 +103,27 @@ def drain(cluster: Cluster, arguments: argparse.Namespace) -> list[Row]:
 def _watch(cluster: Cluster, found: Row, seconds: float) -> Row:
     """Tell how many requests are left until none is. Raises CommandError if some stay."""
     deadline, told, name = time.monotonic() + seconds, None, found["name"]
+    # The node may see later in etcd what it has just written there.
+    shown, shown_by = False, time.monotonic() + DRAIN_SHOWN
     while True:
         if found["left"] != told:
             told = found["left"]
             print(f"requests left at {name}: {told}", file=sys.stderr)
-        if told == 0 and found["drained"]:
+        if told == 0:
             return found
         if time.monotonic() >= deadline:
             raise CommandError(_unfinished(found, seconds))
         time.sleep(DRAIN_LOOK)
         drains = {one["name"]: one for one in cluster.get("/llumnix/drain")}
-        if name not in drains and found["drained"]:
+        if name in drains:
+            found, shown = drains[name], True
+        elif shown:
             raise CommandError(f"the drain of {name} was cancelled")
-        found = drains.get(name, found | {"drained": False})
+        elif time.monotonic() >= shown_by:
+            raise CommandError(
+                f"the drain of {name} does not show after {DRAIN_SHOWN:g} s: it was cancelled, or "
+                "etcd does not answer the node"
+            )
 
 
 def _unfinished(found: Row, seconds: float) -> str:
