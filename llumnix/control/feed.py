@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llumnix.control.errors import EtcdError, WatchEnded
@@ -22,16 +23,27 @@ class Proof:
 
 
 class Feed:
-    """One watch stream and the probes beside it. `next` is for one thread only."""
+    """One watch stream and the probes beside it. `next` is for one thread only.
+
+    A probe is due `interval` seconds after the last one; `next` calls `on_ask` before it sends one.
+    """
 
     def __init__(
-        self, etcd: Etcd, member: Member, prefix: str, revision: int, interval: float
+        self,
+        etcd: Etcd,
+        member: Member,
+        prefix: str,
+        revision: int,
+        interval: float,
+        *,
+        on_ask: Callable[[], None] = lambda: None,
     ) -> None:
         self._etcd = etcd
         self._member = member
         self._prefix = prefix
         self._revision = revision
         self._interval = interval
+        self._on_ask = on_ask
         self._inbox: queue.SimpleQueue[Batch | Proof | EtcdError | None] = queue.SimpleQueue()
         self._asked: float | None = None
         self._ask_at = float("inf")
@@ -86,6 +98,7 @@ class Feed:
             self._pump.join()
 
     def _ask(self) -> None:
+        self._on_ask()
         asked = self._asked = time.monotonic()
 
         def answer(result: Probe | EtcdError) -> None:

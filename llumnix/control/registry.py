@@ -35,7 +35,11 @@ class Registry:
         self._session = session
         self._keys = keys
         self._builder = ViewBuilder(keys)
-        self._watch = PrefixWatch(etcd, keys.prefix, self._on_change, self._on_proof)
+        self._watch = PrefixWatch(
+            *(etcd, keys.prefix, self._on_change, self._on_proof),
+            # All are to see etcd again, and what it has lost of theirs, well within the grace.
+            longest_pause=min(2.0, grace / 6),
+        )
         self._grace = Grace(grace, self._is_member)
         self._grace_seconds = grace
         self._revision = 0

@@ -27,7 +27,8 @@ class PrefixWatch:
     A watch of etcd stays silent when its member freezes or loses its peers. So every
     `probe_interval` seconds the same member is asked for a read that takes a quorum, which must
     also agree with what the watch delivered; if it doesn't, everything is listed again on the next
-    member. While no member answers, the last copy stays.
+    member. While no member answers, the last copy stays, and at most `longest_pause` seconds pass
+    between two tries.
 
     `on_change(items, revision, deleted)` runs on this object's thread: after each list that brought
     something new and after each batch of changes, of which several may come as one. `deleted` are
@@ -44,6 +45,7 @@ class PrefixWatch:
         on_proof: Callable[[], None] = lambda: None,
         *,
         probe_interval: float = 0.7,
+        longest_pause: float = 2.0,
     ) -> None:
         self.pulse = Pulse("the watch")
         self._etcd = etcd
@@ -56,7 +58,7 @@ class PrefixWatch:
         self._proven = float("-inf")
         self._feed: Feed | None = None
         self._in_doubt = False
-        self._backoff = Backoff()
+        self._backoff = Backoff(longest=longest_pause)
         self._lost_sight = False
         self._static_since: float | None = None  # when it was found that etcd is silent
         self._listed = threading.Event()
@@ -123,7 +125,10 @@ class PrefixWatch:
         self._proven = asked
         self._listed.set()
         self._in_doubt = False
-        feed = self._feed = Feed(self._etcd, member, self._prefix, revision + 1, self._interval)
+        feed = self._feed = Feed(
+            *(self._etcd, member, self._prefix, revision + 1, self._interval),
+            on_ask=self.pulse.beat,
+        )
         try:
             feed.start()
             while not self._stopping.is_set():

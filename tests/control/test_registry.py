@@ -10,8 +10,11 @@ import pytest
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState, NodeInfo
 from llumnix.control import wire
+from llumnix.control.errors import EtcdUnavailable
 from llumnix.control.etcd import Etcd
 from llumnix.control.keys import Keys
+from llumnix.control.kv import KeyValue
+from llumnix.control.member import Member
 from llumnix.control.registry import Registry
 from llumnix.control.session import Session
 from tests.kit.etcd import EtcdCluster
@@ -203,3 +206,26 @@ def _knows(registry: Registry, node: NodeInfo) -> bool:
 def test_loads_need_a_node(registry: Registry) -> None:
     with pytest.raises(RuntimeError):
         registry.report_loads([LOAD])
+
+
+class SilentEtcd(Etcd):
+    """Counts how often it was asked, and never answers."""
+
+    def __init__(self) -> None:
+        super().__init__(["127.0.0.1:1"])
+        self.lists = 0
+
+    def get_prefix(self, prefix: str, *, at: Member | None = None) -> tuple[list[KeyValue], int]:
+        self.lists += 1
+        raise EtcdUnavailable("no answer")
+
+
+def test_a_silent_etcd_is_asked_several_times_within_the_grace(
+    keys: Keys, closing: Callable[[Callable[[], object]], None]
+) -> None:
+    etcd = SilentEtcd()
+    closing(etcd.close)
+    registry = Registry(etcd, Session(etcd, ttl=0.6), keys, grace=0.6)
+    registry.start()
+    closing(registry.stop)
+    eventually(lambda: etcd.lists >= 12, within=3)

@@ -1,5 +1,6 @@
 """The mirror of a prefix stays true whatever happens to the members."""
 
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 
 import pytest
@@ -7,6 +8,7 @@ from pyetcd import etcdrpc as pb
 
 from llumnix.control.errors import EtcdUnavailable
 from llumnix.control.etcd import Etcd
+from llumnix.control.feed import Feed, Proof
 from llumnix.control.keys import Keys
 from llumnix.control.kv import KeyValue
 from llumnix.control.member import Member
@@ -98,6 +100,20 @@ def test_a_reader_that_fails_does_not_end_the_watch(
     assert watch.wait_listed(5)
     etcd.put(keys.node("a"), b"1")
     eventually(lambda: seen == [0, 1])
+
+
+def test_a_feed_tells_before_it_waits_for_a_proof(etcd: Etcd, keys: Keys) -> None:
+    asked: list[float] = []
+    feed = Feed(
+        *(etcd, etcd.current(), keys.prefix, etcd.get_prefix(keys.prefix)[1] + 1, 0.2),
+        on_ask=lambda: asked.append(time.monotonic()),
+    )
+    began = time.monotonic()
+    feed.start()
+    proof = feed.next()
+    feed.stop()
+    assert isinstance(proof, Proof) and len(asked) == 1
+    assert began + 0.2 <= asked[0] <= proof.asked
 
 
 @pytest.mark.parametrize("fault", ["kill", "freeze"])
