@@ -5,16 +5,14 @@ entered into the ledger, and whatever comes back passes the ledger before the fr
 """
 
 import asyncio
-import inspect
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
-from vllm.v1.engine.core_client import AsyncMPClient, EngineCoreClient
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.metrics.stats import SchedulerStats
 
 from llumnix.cluster import InstanceId, NodeId
@@ -22,12 +20,12 @@ from llumnix.engine.base import EngineError
 from llumnix.engine.exchange import Exchange
 from llumnix.engine.frames import HandOver, Lost, News
 from llumnix.engine.ledger import Entry, Ledger, Verdict
-from llumnix.engine.pinned import why_pinned
-from llumnix.engine.placer import CRASHES, DEATHS, Dispatch, Placer, Route
+from llumnix.engine.pinned import NO_RESUME, why_pinned
+from llumnix.engine.placer import CRASHES, DEATHS, TRIAL_TOKENS, Dispatch, Placer, Route
+from llumnix.engine.utilities import UtilityCalls
 
 logger = logging.getLogger(__name__)
 
-CALL_SECONDS = 30.0  # the longest that a utility call may take
 FAILOVER_SECONDS = 30.0  # that a request waits for an instance
 
 # What becomes of outputs behind which a request runs that has another owner, or none.
@@ -48,7 +46,7 @@ class Resources:
     engine_dead = False
 
 
-class ClusterClient(EngineCoreClient):
+class ClusterClient(UtilityCalls):
     """vLLM's `EngineCoreClient` over all instances of the cluster, for one API server."""
 
     def __init__(
@@ -57,13 +55,15 @@ class ClusterClient(EngineCoreClient):
         dispatch: Dispatch,
         slots: int,
         failover_timeout: float = FAILOVER_SECONDS,
+        resumes: bool = True,  # whether the engines can go on with a request that has begun
     ) -> None:
+        super().__init__(exchange)
         self.resources = Resources()
         # One engine label for each slot of this node in vLLM's metrics, the last for other nodes.
         self.engine_ranks_managed = list(range(slots + 1))
         self.ledger = Ledger()
         self._elsewhere = slots
-        self._exchange = exchange
+        self._resumes = resumes
         self.placer = Placer(self.ledger, exchange, dispatch, self, failover_timeout)
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -101,6 +101,8 @@ class ClusterClient(EngineCoreClient):
 
         Raises ValueError if a request of that id is open already.
         """
+        if request.lora_request is not None:
+            request.lora_request = self._adapters.shared(request.lora_request)
         self.ledger.open(request.request_id, request)
         if getattr(request, "abort_immediately", False):  # which newer versions of vLLM have
             self._spawn(self._pass_on(request.request_id))
@@ -127,18 +129,6 @@ class ClusterClient(EngineCoreClient):
                 by_owner.setdefault(entry.owner, []).append(request_id)
         for instance, ids in by_owner.items():
             await self.placer.cancel(instance, ids)
-
-    async def get_supported_tasks_async(self) -> tuple[Any, ...]:
-        """What the model can do, as the first instance that answers says."""
-        for instance, node in self.instances.items():
-            try:
-                answer = await self._exchange.call(
-                    node, instance, "get_supported_tasks", (), CALL_SECONDS
-                )
-                return tuple(answer)
-            except (EngineError, TimeoutError) as error:
-                logger.warning("instance %s did not tell its tasks: %s", instance, error)
-        raise EngineError("no instance is ready")
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Nothing to end here: engines and links have other owners."""
@@ -181,12 +171,13 @@ class ClusterClient(EngineCoreClient):
             self._disown(frame.instance, unwanted)
         if accepted or stats is not None:
             hosted = self._exchange.hosted.get(frame.instance)
+            timestamp = frame.timestamp if hosted else _in_our_time(accepted, frame.timestamp)
             self._outputs.put_nowait(
                 EngineCoreOutputs(
                     engine_index=self._elsewhere if hosted is None else hosted.slot,
                     outputs=accepted,
                     scheduler_stats=stats,
-                    timestamp=frame.timestamp,
+                    timestamp=timestamp,
                 )
             )
 
@@ -255,10 +246,12 @@ class ClusterClient(EngineCoreClient):
         move = self._moving.get(request_id)
         came = move is not None and move.epoch == epoch
         died = lost.died and not came
+        if died and entry.deaths >= DEATHS and entry.gained >= TRIAL_TOKENS:
+            entry.deaths -= 1  # it has passed a trial that took longer than others waited for it
         entry.deaths += died
         entry.crashes += died
         reason = lost.reason
-        pinned = why_pinned(entry.request) if entry.tokens else None
+        pinned = self._why_pinned(entry) if entry.tokens else None
         if pinned is not None:
             self._fail(request_id, f"{reason}; the request can't go on elsewhere: {pinned}")
         elif not (lost.retry or came or entry.tokens):
@@ -279,6 +272,9 @@ class ClusterClient(EngineCoreClient):
             self._homeless.setdefault(request_id, time.monotonic())
             self.ledger.release(request_id)
             self._spawn(self._place(request_id, reason))
+
+    def _why_pinned(self, entry: Entry) -> str | None:
+        return why_pinned(entry.request) if self._resumes else NO_RESUME
 
     def _disown(self, instance: InstanceId, unwanted: list[tuple[str, int]]) -> None:
         """Outputs that nobody wants have an orphan behind them: end it where it runs."""
@@ -306,32 +302,15 @@ class ClusterClient(EngineCoreClient):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _broadcast(self, method: str, *args: Any) -> Any:
-        """Call a utility method everywhere; booleans are and-ed, else the first answer counts."""
-        targets = dict(self.instances)
-        if not targets:
-            raise EngineError("no instance is ready")
-        answers = await asyncio.gather(
-            *(
-                self._exchange.call(node, instance, method, args, CALL_SECONDS)
-                for instance, node in targets.items()
-            )
-        )
-        return all(answers) if isinstance(answers[0], bool) else answers[0]
 
+def _in_our_time(outputs: list[EngineCoreOutput], timestamp: float) -> float:
+    """Move the events of a step on another machine, whose clock began elsewhere, to ours.
 
-def _utility(name: str) -> Callable[..., Awaitable[Any]]:
-    signature = inspect.signature(getattr(AsyncMPClient, name))
-
-    async def call(self: ClusterClient, *args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        return await self._broadcast(name.removesuffix("_async"), *bound.args[1:])
-
-    return call
-
-
-# Every other coroutine of vLLM's own client is a utility call, and goes to all instances.
-for _name in set(dir(AsyncMPClient)) - set(ClusterClient.__dict__):
-    if _name.endswith("_async") and not _name.startswith(("_", "call_utility")):
-        setattr(ClusterClient, _name, _utility(_name))
+    Returns the step's time on our clock (monotonic seconds): what its frame took on the way is not
+    known, and counts as none.
+    """
+    now = time.monotonic()
+    for output in outputs:
+        for event in output.events or ():
+            event.timestamp += now - timestamp
+    return now

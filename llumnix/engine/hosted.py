@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Sequence
 from heapq import nlargest
 
 import msgspec
-from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs
 
 from llumnix.cluster import InstanceId, InstanceLoad, NodeId, kv_blocks
 from llumnix.engine.base import Engine, EngineDead, EngineError, EngineEvents, EngineFacts
 from llumnix.engine.frames import HandOver, Lost, Outputs, Submit
-from llumnix.engine.pinned import why_pinned
+from llumnix.engine.pinned import NO_RESUME, why_pinned
 from llumnix.engine.tenant import Origin, Tenant
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,14 @@ class HostedInstance:
         if self.facts is None or self._dead is not None:
             self._lose(origin, frame.epoch, request_id, self._dead or "it is not up yet")
             return
+        if frame.generated and not self.facts.resumes:
+            self._lose(origin, frame.epoch, request_id, f"{self.id}: {NO_RESUME}")
+            return
         former = self._names.get(request_id)
+        if former is not None and self._tenants[former].origin.node != origin.node:
+            reason = f"a request {request_id} of another node runs at {self.id}"
+            self._lose(origin, frame.epoch, request_id, reason, retry=False)
+            return
         if former is not None and self._tenants[former].epoch >= frame.epoch:
             return  # an echo: its origin has sent it again meanwhile, over another link
         name = request_id if frame.epoch <= 1 else f"{request_id}~{frame.epoch}"
@@ -153,6 +160,7 @@ class HostedInstance:
             epoch=frame.epoch,
             prompt=prompt,
             position=generated,
+            resumed=generated > 0,
             blocks=kv_blocks(prompt + generated, self.facts.block_size),
             priority=request.priority,
             pinned=why_pinned(request),
@@ -275,14 +283,23 @@ class HostedInstance:
             if tenant.watcher is not None:
                 awakened.append(tenant)
             if output.events is not None:
-                self._preemptions += sum(
-                    event.type == EngineCoreEventType.PREEMPTED for event in output.events
-                )
+                self._take_events(tenant, output)
             if output.finish_reason is not None:
                 del tenants[name], self._names[tenant.request_id]
         self._deliver(frames, step)
         for tenant in awakened:
             tenant.wake()
+
+    def _take_events(self, tenant: Tenant, output: EngineCoreOutput) -> None:
+        """Count preemptions; for a request that has moved here, the frontend gets only those.
+
+        It was queued and scheduled first elsewhere, which is what vLLM's metrics go by.
+        """
+        assert output.events is not None
+        preempted = [e for e in output.events if e.type is EngineCoreEventType.PREEMPTED]
+        self._preemptions += len(preempted)
+        if tenant.resumed:
+            output.events = preempted or None
 
     def _deliver(self, frames: dict[Origin, Outputs], step: EngineCoreOutputs) -> None:
         stats = step.scheduler_stats

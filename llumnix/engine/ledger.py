@@ -31,9 +31,15 @@ class Entry:
     owner: InstanceId | None = None  # None until it is dispatched
     epoch: int = 0
     tokens: list[int] = field(default_factory=list)
+    begun: int = 0  # position at which its owner has begun
     deaths: int = 0  # engines that died under it, less those it was cleared of
     crashes: int = 0  # engines that died under it
     lost_by: set[InstanceId] = field(default_factory=set)  # owners not to be tried again
+
+    @property
+    def gained(self) -> int:
+        """How many tokens its last owner has generated."""
+        return len(self.tokens) - self.begun
 
     @property
     def position(self) -> int:
@@ -80,6 +86,7 @@ class Ledger:
         entry = self._entries[request_id]
         entry.owner = owner
         entry.epoch += 1
+        entry.begun = len(entry.tokens)
         return entry
 
     def release(self, request_id: str) -> Entry:

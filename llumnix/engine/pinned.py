@@ -2,6 +2,9 @@
 
 from vllm.v1.engine import EngineCoreRequest
 
+# For engines with a scheduler or a worker extension of the operator's own.
+NO_RESUME = "its engine has no way to begin with outputs"
+
 
 def why_pinned(request: EngineCoreRequest) -> str | None:
     """What keeps a request from going on elsewhere once it has outputs; None if nothing does."""

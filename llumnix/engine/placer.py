@@ -205,6 +205,8 @@ class Placer:
 
     async def _passes(self, request_id: str, entry: Entry) -> bool:
         """Whether a request on trial generates some tokens, or ends, without its engine dying."""
+        if entry.owner is None:  # its engine had died before, and another is looked for
+            return False
         epoch, wanted = entry.epoch, len(entry.tokens) + TRIAL_TOKENS
         deadline = time.monotonic() + TRIAL_SECONDS
         while self._stands(request_id, entry, epoch) and time.monotonic() < deadline:

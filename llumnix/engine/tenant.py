@@ -34,6 +34,7 @@ class Tenant:
     blocks: int  # KV blocks that its tokens asked for when it came
     priority: int  # vLLM's: the lower, the sooner
     pinned: str | None  # why it can't move once it has outputs
+    resumed: bool  # whether it came with outputs
     started: bool = False
     leaving: bool = False  # a migration of it is under way
     watcher: asyncio.Future[None] | None = None  # done at its next output, or its end

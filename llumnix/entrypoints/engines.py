@@ -10,6 +10,7 @@ from llumnix.config import Config, ConfigError
 from llumnix.engine.base import Engine
 from llumnix.engine.sim.config import ModelConfig
 from llumnix.engine.sim.instance import SimEngine
+from llumnix.engine.vllm import scheduler
 from llumnix.engine.vllm.blocks import Rendezvous
 from llumnix.engine.vllm.instance import Patience, VllmEngine
 from llumnix.engine.vllm.placement import place
@@ -45,21 +46,26 @@ def engine_maker(
     return make
 
 
+def resumes(config: Config, vllm_config: VllmConfig) -> bool:
+    """Whether a request that has begun can go on at another of these engines."""
+    return config.engine == "sim" or scheduler.installed(vllm_config)
+
+
 def model_config(config: Config, vllm_config: VllmConfig) -> ModelConfig:
     """The modelled engine with the limits of vLLM's configuration. Raises ConfigError."""
     if config.sim_profile not in PROFILES:
         names = ", ".join(PROFILES)
         raise ConfigError(f"--sim-profile {config.sim_profile} is not one of {names}")
-    cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
+    cache, scheduling = vllm_config.cache_config, vllm_config.scheduler_config
     try:
         return ModelConfig(
             total_blocks=cache.num_gpu_blocks_override or SIM_BLOCKS,
             block_size=cache.block_size or 16,
-            max_num_seqs=scheduler.max_num_seqs,
-            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            max_num_seqs=scheduling.max_num_seqs,
+            max_num_batched_tokens=scheduling.max_num_batched_tokens,
             max_model_len=vllm_config.model_config.max_model_len,
             vocab_size=vllm_config.model_config.get_vocab_size(),
-            priority=scheduler.policy == "priority",
+            priority=scheduling.policy == "priority",
             profile=PROFILES[config.sim_profile],
         )
     except ValueError as error:

@@ -1,16 +1,24 @@
 """The engine-core client when events overtake one another: one owner at a time, always."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from vllm.v1.engine import EngineCoreOutput, FinishReason
+from vllm.v1.engine import (
+    EngineCoreEvent,
+    EngineCoreEventType,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    FinishReason,
+)
 
 from llumnix.engine.base import EngineDead
 from llumnix.engine.client import ClusterClient
 from llumnix.engine.frames import Cancel, Lost, Outputs, Submit
-from llumnix.engine.placer import DEATHS, Route
+from llumnix.engine.pinned import NO_RESUME
+from llumnix.engine.placer import DEATHS, TRIAL_TOKENS, Route
 from tests.kit.loop import on_loop, soon
 from tests.kit.requests import core_request
 
@@ -37,7 +45,7 @@ class HeldExchange:
         self.cancelled.append(frame.instance)
 
 
-def make(exchange: HeldExchange, *routes: tuple[str, str]) -> ClusterClient:
+def make(exchange: HeldExchange, *routes: tuple[str, str], resumes: bool = True) -> ClusterClient:
     """A client whose dispatcher decides for these (instance, node) in turn."""
     waiting = list(routes)
 
@@ -45,7 +53,7 @@ def make(exchange: HeldExchange, *routes: tuple[str, str]) -> ClusterClient:
         instance, node = waiting.pop(0)
         return Route(instance, node, 1)
 
-    return ClusterClient(exchange, dispatch, slots=1)  # type: ignore[arg-type]
+    return ClusterClient(exchange, dispatch, slots=1, resumes=resumes)  # type: ignore[arg-type]
 
 
 @on_loop
@@ -139,3 +147,79 @@ async def test_each_request_ends_once() -> None:
     await client.abort_requests_async(["gone", "done"])
     client.deliver(Lost("z-0", [1], ["failed"], "it can't run here", retry=False))
     assert ended == ["done", "gone", "failed"]
+
+
+@on_loop
+async def test_what_engines_cannot_resume_ends_and_is_not_begun_again() -> None:
+    """With an operator's own scheduler class; before its first token it can begin elsewhere."""
+    exchange = HeldExchange()
+    client = make(exchange, *(("y-0", "y"),) * 2, ("z-0", "z"), resumes=False)
+    failures: list[str] = []
+    client.on_failure = lambda request_id, reason, status: failures.append(reason)
+    for name in ("begun", "new"):
+        await client.add_request_async(core_request(name, [1]))
+    await soon(lambda: len(exchange.submitted) == 2)
+    client.deliver(Outputs("y-0", 0.0, [1], [0], [EngineCoreOutput("begun", [11])]))
+    client.deliver(Lost("y-0", [1, 1], ["begun", "new"], "y-0 died", died=True))
+    await soon(lambda: len(exchange.submitted) == 3)
+    assert failures == [f"y-0 died; the request can't go on elsewhere: {NO_RESUME}"]
+    assert list(client.ledger) == ["new"] and exchange.submitted[2][0] == "z-0"
+
+
+@on_loop
+async def test_a_suspect_that_went_on_generating_is_cleared_however_late() -> None:
+    """Its trial may end before it has generated anything: a long prompt, a queue, a move."""
+    exchange = HeldExchange()
+    client = make(exchange, *((f"x-{n}", "x") for n in range(DEATHS + 2)))
+    await client.add_request_async(core_request("r", [1]))
+    for number in range(DEATHS + 1):
+        await soon(lambda number=number: len(exchange.submitted) == number + 1)
+        instance, epoch = exchange.submitted[-1]
+        if number == DEATHS:  # all at once, and its engine dies in the same moment
+            output = EngineCoreOutput("r", list(range(TRIAL_TOKENS)))
+            client.deliver(Outputs(instance, 0.0, [epoch], [0], [output]))
+        client.deliver(Lost(instance, [epoch], ["r"], f"{instance} died", died=True))
+    await soon(lambda: len(exchange.submitted) == DEATHS + 2)
+    entry = client.ledger.get("r")
+    assert entry is not None and (entry.deaths, entry.crashes) == (DEATHS, DEATHS + 1)
+    client.shutdown()
+
+
+class DyingExchange(HeldExchange):
+    """Its instance has died already, and says so before the request is even there."""
+
+    client: ClusterClient
+
+    async def submit(self, node: str, home: Any, frame: Submit) -> None:
+        await super().submit(node, home, frame)
+        if len(self.submitted) == DEATHS + 1:
+            lost = Lost(frame.instance, [frame.epoch], [frame.request.request_id], "it is gone")
+            self.client.deliver(lost)
+
+
+@on_loop
+async def test_a_trial_where_the_engine_is_gone_holds_nobody_up() -> None:
+    exchange = DyingExchange()
+    exchange.client = client = make(exchange, *((f"x-{n}", "x") for n in range(DEATHS + 2)))
+    await client.add_request_async(core_request("r", [1]))
+    for number in range(DEATHS):
+        await soon(lambda number=number: len(exchange.submitted) == number + 1)
+        instance, epoch = exchange.submitted[-1]
+        client.deliver(Lost(instance, [epoch], ["r"], f"{instance} died", died=True))
+    await soon(lambda: len(exchange.submitted) == DEATHS + 2, within=5)
+    client.shutdown()
+
+
+@on_loop
+async def test_events_on_another_machine_are_told_by_our_clock() -> None:
+    exchange = HeldExchange()
+    client = make(exchange, ("y-0", "y"))
+    await client.add_request_async(core_request("r", [1]))
+    await soon(lambda: exchange.submitted)
+    there = -5_000.0  # its clock began later
+    event = EngineCoreEvent(EngineCoreEventType.SCHEDULED, there - 0.25)
+    output = EngineCoreOutput("r", [11], events=[event])
+    client.deliver(Outputs("y-0", there, [1], [0], [output]))
+    step: EngineCoreOutputs = await client.get_output_async()
+    assert abs(step.timestamp - time.monotonic()) < 5.0
+    assert abs(event.timestamp - (step.timestamp - 0.25)) < 1e-6

@@ -8,6 +8,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from vllm.lora.request import LoRARequest
 
 from llumnix.engine import peer
 from llumnix.engine.base import EngineError
@@ -359,9 +360,18 @@ async def test_utility_calls_go_everywhere() -> None:
         assert await a.client.is_sleeping_async() is False
         assert await a.client.get_supported_tasks_async() == ("generate",)
         with pytest.raises(EngineError, match="no add_lora"):
-            await a.client.add_lora_async(object())
+            await a.client.add_lora_async(LoRARequest("french", 1, "/adapters/french"))
         with pytest.raises(EngineError, match="is not on node b"):
             await a.exchange.call("b", "b-9", "is_sleeping", (), 1.0)
+
+
+@on_loop
+async def test_a_utility_call_before_others_see_the_instance() -> None:
+    """So does a frontend that loads its adapters while it opens."""
+    async with mesh("a") as (a,):
+        await a.host()
+        a.client.placer.instances = dict
+        assert await a.client.reset_prefix_cache_async() is True
 
 
 @on_loop

@@ -2,16 +2,23 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+from vllm.v1.engine import (
+    EngineCoreEvent,
+    EngineCoreEventType,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+)
 from vllm.v1.metrics.stats import SchedulerStats
 
 from llumnix.cluster import kv_blocks
 from llumnix.engine.base import EngineError, EngineEvents, EngineFacts
 from llumnix.engine.frames import Lost, Outputs, Submit
 from llumnix.engine.hosted import HostedInstance
+from llumnix.engine.pinned import NO_RESUME
 from llumnix.engine.sim.instance import SimEngine
 from llumnix.entrypoints.candidates import candidates
 from tests.kit.engines import IdleEngine
@@ -240,6 +247,46 @@ class RefusingEngine:
 
     async def stop(self, timeout: float) -> None:
         pass
+
+
+@on_loop
+async def test_an_engine_that_cannot_resume_is_given_nothing_that_has_begun() -> None:
+    async with Hosted() as hosted:
+        assert hosted.instance.facts is not None
+        hosted.instance.facts = replace(hosted.instance.facts, resumes=False)
+        request = core_request("r1", [1, 2])
+        await hosted.instance.submit(hosted.home, Submit("a-0", 2, 1, request, [11]))
+        (lost,) = hosted.home.lost
+        assert lost.request_ids == ["r1"] and lost.retry and NO_RESUME in lost.reason
+        assert hosted.instance.requests == 0
+
+
+@on_loop
+async def test_two_nodes_with_a_request_of_the_same_name() -> None:
+    async with Hosted() as hosted:
+        await hosted.instance.submit(hosted.away, submit("r1", [1, 2]))
+        await hosted.instance.submit(hosted.home, submit("r1", [3, 4]))
+        (lost,) = hosted.home.lost
+        assert not lost.retry and "of another node" in lost.reason
+        await hosted.steps(4)
+        assert [t for _, _, tokens in hosted.away.got("r1") for t in tokens] == answer([1, 2], 4)
+
+
+@pytest.mark.parametrize(("generated", "told"), [([], 2), ([11], 1)])
+@on_loop
+async def test_a_request_that_has_moved_here_was_queued_elsewhere(
+    generated: list[int], told: int
+) -> None:
+    """vLLM's metrics take the time in the queue from the first time it was in one."""
+    async with Hosted() as hosted:
+        request = core_request("r1", [1, 2])
+        await hosted.instance.submit(hosted.home, Submit("a-0", 1, 1, request, generated))
+        kinds = (EngineCoreEventType.QUEUED, EngineCoreEventType.PREEMPTED)
+        output = EngineCoreOutput("r1", [12], events=[EngineCoreEvent(k, 1.0) for k in kinds])
+        hosted.instance._on_outputs(EngineCoreOutputs(outputs=[output]))
+        assert hosted.instance.load().preemptions == 1
+        assert output.events is not None and len(output.events) == told
+        await hosted.instance.cancel(["r1"])
 
 
 @on_loop

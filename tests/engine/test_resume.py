@@ -16,7 +16,7 @@ from llumnix.engine.frames import HandOver, Lost
 from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.ledger import Verdict
 from llumnix.engine.pinned import why_pinned
-from llumnix.engine.placer import DEATHS, NoInstance, Route
+from llumnix.engine.placer import DEATHS, TRIAL_TOKENS, NoInstance, Route
 from llumnix.engine.sim.instance import SimEngine
 from tests.kit.loop import on_loop, soon
 from tests.kit.mesh import SMALL, Gate, MeshNode, Stream, mesh
@@ -104,13 +104,13 @@ async def test_one_death_more_is_an_error_with_its_reason() -> None:
         stream = await a.ask("r1", PROMPT, TOKENS)
         for n in range(DEATHS + 1):
             instance = places.order[n]
-            await places.let(instance, stream, 3)
+            await places.let(instance, stream, TRIAL_TOKENS - 1)
             places.engine(instance).die(f"instance {instance} died: killed")
         await soon(lambda: stream.ended)
         last = f"instance {places.order[DEATHS]} died: killed"
         reason = f"request r1 is given up, as {DEATHS + 1} engines died while they ran it: {last}"
         assert stream.failure == reason
-        assert stream.tokens == answer(PROMPT, 3 * (DEATHS + 1))
+        assert stream.tokens == answer(PROMPT, (TRIAL_TOKENS - 1) * (DEATHS + 1))
         places.open()
 
 

@@ -59,6 +59,8 @@ class Frontend:
         self._stack.callback(llm.shutdown)
         self._client.on_failure = self._fail
         tasks = facts.tasks
+        # It has documents scored where the embedding of their query is: in one engine's worker.
+        self._arguments.enable_flash_late_interaction = False
         app = compat.server_symbol("build_app")(self._arguments, tasks, llm.model_config)
         await compat.server_symbol("init_app_state")(llm, app.state, self._arguments, tasks)
         # vLLM answers FastAPI's errors in OpenAI's shape; those of the router are Starlette's.
