@@ -34,7 +34,7 @@ def side() -> Iterator[LoopThread]:
     side = LoopThread()
     yield side
     try:
-        eventually(lambda: side.tasks() == 0, within=3)
+        eventually(lambda: side.tasks() == 0, within=15)
     finally:
         side.close()
 
@@ -48,4 +48,4 @@ def _no_actor_and_no_thread_left() -> Iterator[None]:
     finally:
         for actor in pykka.ActorRegistry.get_all():  # one that hangs must not fail the next test
             pykka.ActorRegistry.unregister(actor)
-    eventually(lambda: not (set(threading.enumerate()) - before), within=3)
+    eventually(lambda: not (set(threading.enumerate()) - before), within=15)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.cluster
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LIMIT = 8
-TOKENS = 1000
+TOKENS = 400
 
 
 def completion(**more: Any) -> dict[str, Any]:
@@ -45,13 +45,15 @@ def _open(node: Node, path: str, body: dict[str, Any]) -> http.client.HTTPConnec
 
 
 def _holds(node: Node, requests: int) -> None:
-    eventually(lambda: node.metric("llumnix_open_requests") == requests, within=5)
+    eventually(lambda: node.metric("llumnix_open_requests") == requests)
 
 
 def _takes(node: Node, count: int = LIMIT) -> None:
     """Whether the whole room is free."""
     eventually(node.idle)
-    taken = [_open(node, COMPLETIONS, completion(stream=True)) for _ in range(count)]
+    taken = [
+        _open(node, COMPLETIONS, completion(max_tokens=2000, stream=True)) for _ in range(count)
+    ]
     _holds(node, count)
     for connection in taken:
         connection.close()
@@ -61,7 +63,8 @@ def _takes(node: Node, count: int = LIMIT) -> None:
 @pytest.mark.parametrize("n", [1, LIMIT])
 def test_beyond_the_limit_of_requests(full: Node, n: int) -> None:
     before = full.metric("llumnix_refusals_total")
-    held = [_open(full, COMPLETIONS, completion(n=n, stream=True)) for _ in range(LIMIT // n)]
+    body = completion(n=n, max_tokens=2000, stream=True)
+    held = [_open(full, COMPLETIONS, body) for _ in range(LIMIT // n)]
     _holds(full, LIMIT)
     chat = {"model": "small", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
     refused = [
@@ -73,7 +76,7 @@ def test_beyond_the_limit_of_requests(full: Node, n: int) -> None:
         full.post(COMPLETIONS, completion(prompt="x" * 1_000_000)),
     ]
     for answer in refused:
-        assert answer.status == 429 and answer.seconds < 1.0
+        assert answer.status == 429 and answer.seconds < 3.0
         assert int(answer.headers["Retry-After"]) >= 1
         assert answer.error["code"] == 429 and f"{LIMIT} requests" in answer.error["message"]
     for path in ("/v1/models", "/health", "/readyz", "/livez", "/metrics", "/status"):
@@ -88,7 +91,7 @@ def test_beyond_the_limit_of_requests(full: Node, n: int) -> None:
 
 def test_beyond_the_limit_of_tokens(full: Node) -> None:
     """A request is admitted whole, as long as there is any room."""
-    held = _open(full, COMPLETIONS, completion(prompt=[7] * TOKENS, max_tokens=900, stream=True))
+    held = _open(full, COMPLETIONS, completion(prompt=[7] * TOKENS, max_tokens=1600, stream=True))
     _holds(full, 1)
     answer = full.post(COMPLETIONS, completion(max_tokens=5))
     assert answer.status == 429 and f"{TOKENS} tokens" in answer.error["message"]
@@ -184,7 +187,7 @@ def test_a_reader_that_stops_gets_every_token_and_holds_nobody_up(calm: Node) ->
     _holds(calm, 8)
     others = [Run(calm, COMPLETIONS, completion(stream=True)).begin() for _ in range(20)]
     assert [run.end()["choices"][0]["text"] for run in others] == [whole] * 20
-    eventually(calm.idle, within=20)
+    eventually(calm.idle, within=60)
     grown = _memory(calm) - before
     events = _events(b"".join(iter(lambda: stuck.recv(65536), b"")))
     stuck.close()

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from tests.kit.wait import eventually
 pytestmark = pytest.mark.cluster
 
 COMPLETIONS = "/v1/completions"
-LONG = {"prompt": "Once upon a time", "max_tokens": 1500, "stream": True}
+# At 20 ms a step, long enough for whatever is done to it meanwhile.
+LONG = {"prompt": "Once upon a time", "max_tokens": 350, "stream": True}
+BRIEF = LONG | {"max_tokens": 100}
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +33,9 @@ def pair(
     """Two nodes with an instance each."""
     folder = tmp_path_factory.mktemp("drain")
     nodes = Nodes(folder, etcd_member.endpoints, "drain", model)
-    left = nodes.start("left", "--migration-interval", "0.1").ready(60)
-    right = nodes.start("right", "--migration-interval", "0.1").ready(60)
+    options = ("--migration-interval", "0.1", "--sim-profile", "cpu-steady", "--block-size", "16")
+    left = nodes.start("left", *options).ready(60)
+    right = nodes.start("right", *options).ready(60)
     for node in (left, right):
         eventually(lambda node=node: node.instances() == ["left-0", "right-0"])
     yield left, right
@@ -53,8 +57,12 @@ def _text(answer: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("name", ["left", "left-0"])
-def test_a_drain_empties_by_moving_and_can_be_cancelled(pair: tuple[Node, Node], name: str) -> None:
-    undisturbed = _text(Run(pair[0], COMPLETIONS, LONG).begin().end())
+def test_a_drain_empties_by_moving_and_can_be_cancelled(
+    pair: tuple[Node, Node], one: Node, name: str
+) -> None:
+    undisturbed, briefly = (
+        _text(Run(one, COMPLETIONS, body).begin().end()) for body in (LONG, BRIEF)
+    )
     runs = [Run(node, COMPLETIONS, LONG).begin() for node in (*pair, *pair, *pair)]
     for run in runs:
         run.reach(5)
@@ -84,10 +92,11 @@ def test_a_drain_empties_by_moving_and_can_be_cancelled(pair: tuple[Node, Node],
     assert back.returncode == 0 and back.stdout.splitlines()[1].split()[2] == "False"
     for node in pair:
         eventually(lambda node=node: not node.status["draining"])
+    time.sleep(0.2)  # who dispatches is told at the same time, and may read it a little later
     assert pair[0].get("/readyz").status == 200
-    again = [Run(pair[1], COMPLETIONS, LONG).begin() for _ in range(4)]
+    again = [Run(pair[1], COMPLETIONS, BRIEF).begin() for _ in range(4)]
     assert "left-0" in {run.reach(1)[0]["instance"] for run in again}
-    assert [_text(run.end()) for run in again] == [undisturbed] * 4
+    assert [_text(run.end()) for run in again] == [briefly] * 4
 
 
 def test_what_cannot_move_is_told_by_name(
@@ -96,7 +105,8 @@ def test_what_cannot_move_is_told_by_name(
     """With nowhere to go, requests stay where they are, and the command says which."""
     etcd_member.ctl("put", "/llumnix/drain/drain/right-0", "")
     eventually(lambda: pair[0].status["draining"] == ["right-0"])
-    run = Run(pair[0], COMPLETIONS, LONG).begin()
+    time.sleep(0.2)  # as above
+    run = Run(pair[0], COMPLETIONS, LONG | {"max_tokens": 250}).begin()
     try:
         (found,) = run.reach(1)
         assert found["instance"] == "left-0"

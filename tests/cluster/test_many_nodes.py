@@ -1,5 +1,6 @@
 """Two and three nodes on one etcd: together they are one server."""
 
+import itertools
 import json
 import signal
 import socket
@@ -12,7 +13,7 @@ import pytest
 
 from tests.cluster.test_life import Reader
 from tests.kit.etcd import EtcdCluster
-from tests.kit.moves import Run
+from tests.kit.moves import Run, fold
 from tests.kit.node import Node, Nodes
 from tests.kit.wait import eventually
 
@@ -62,7 +63,7 @@ def test_the_answer_is_the_same_bytes(two: tuple[Node, Node], path: str, body: A
     assert [answer.status for answer in answers] == [200, 200], answers[0].text
     near, far = (_timeless(answer.json) for answer in answers)
     assert near == far
-    eventually(two[1].idle, within=1)
+    eventually(two[1].idle)
     assert two[0].idle()
 
 
@@ -71,14 +72,21 @@ def test_so_is_the_stream(two: tuple[Node, Node], path: str) -> None:
     body = completion(max_tokens=100)
     if path == "/generate":
         del body["model"]
-    streams = []
+    ends = []
     for node in two:
         with node.stream(path, body) as stream:
+            # How many tokens an event brings depends on how busy the machine is.
             if path == "/generate":
-                streams.append(list(stream.response))
+                events = [json.loads(line) for line in stream.response]
+                texts = [event["text"][0] for event in events]
+                assert all(after.startswith(text) for text, after in itertools.pairwise(texts))
+                ends.append(events[-1])
             else:
-                streams.append([_timeless(event) for event in stream])
-    assert streams[0] == streams[1] and len(streams[0]) >= 100
+                events = list(stream)
+                ends.append(fold(events))
+                assert ends[-1]["choices"][0]["finish_reason"] == "length"
+            assert len(events) > 1
+    assert ends[0] == ends[1]
 
 
 def _timeless(answer: Any) -> Any:
@@ -90,8 +98,9 @@ def test_a_cancellation_reaches_the_other_node(two: tuple[Node, Node]) -> None:
     near, far = two
     with near.stream(COMPLETIONS, completion(max_tokens=2000)) as stream:
         next(iter(stream))
-        eventually(lambda: far.metric("llumnix_instance_used_blocks") > 0, within=2)
-    eventually(lambda: far.idle() and near.idle(), within=1)
+        eventually(lambda: far.metric("llumnix_instance_used_blocks") > 0)
+    # Uncancelled it would run for six seconds.
+    eventually(lambda: far.idle() and near.idle(), within=3)
 
 
 def test_bad_input_is_refused_where_it_arrives(two: tuple[Node, Node]) -> None:
@@ -151,7 +160,7 @@ def test_a_killed_node(nodes: Nodes) -> None:
     assert time.monotonic() - began < LEASE + 4
     assert near.idle()
     nodes.start("far").ready()
-    near.ready(within=10)
+    near.ready()
     assert near.post(COMPLETIONS, completion()).status == 200
 
 
@@ -185,29 +194,30 @@ def test_a_frozen_node(nodes: Nodes) -> None:
     finally:
         far.signal(signal.SIGCONT)
     eventually(lambda: near.post(COMPLETIONS, completion()).status == 200, within=LEASE + 4)
-    eventually(far.idle, within=5)
+    eventually(far.idle)
 
 
 def test_a_death_that_two_instances_share_costs_nobody_a_token(nodes: Nodes) -> None:
     """What had begun there goes on here, behind the tokens that its client has."""
-    near = nodes.start("near").ready()
-    far = nodes.start("far").ready()
+    steady = ("--sim-profile", "cpu-steady")  # slow steps, and so less work in as much time
+    near = nodes.start("near", *steady).ready()
+    far = nodes.start("far", *steady).ready()
     eventually(lambda: len(near.instances()) == 2)
     # A node whose frontend has just opened may have been silent for so long that it is avoided.
     eventually(lambda: near.post(COMPLETIONS, completion()) and len(dispatches(near)) == 2)
-    bodies = [completion(prompt=f"No. {n}", max_tokens=1500, stream=True) for n in range(16)]
+    bodies = [completion(prompt=f"No. {n}", max_tokens=250, stream=True) for n in range(16)]
     runs = [Run(near, COMPLETIONS, body).begin() for body in bodies]
     for run in runs:
         eventually(lambda run=run: any(r["generated"] for r in run.requests()))
     assert min(dispatches(near).values()) >= 4
     far.kill()
     fresh = [Later(near, completion(prompt=f"new {n}")) for n in range(10)]
-    assert [later.answer(within=2 * LEASE).status for later in fresh] == [200] * 10
+    assert [later.answer(within=4 * LEASE).status for later in fresh] == [200] * 10
     answers = [run.end() for run in runs]
     assert near.said.count("goes on elsewhere at token") >= 4
     again = [Later(near, body | {"stream": False}) for body in bodies]
     for one, other in zip(answers, again, strict=True):
-        (streamed,), (whole,) = one["choices"], other.answer(within=30).json["choices"]
+        (streamed,), (whole,) = one["choices"], other.answer(within=60).json["choices"]
         assert streamed["text"] == whole["text"] and streamed["finish_reason"] == "length"
     eventually(near.idle)
 
@@ -241,13 +251,13 @@ def test_a_leaving_node_relays_to_the_end(nodes: Nodes, path: str) -> None:
         del body["model"]
     reader = Reader(near, path, body).begin()
     assert near.stop() == 0
-    reader.join(5.0)
+    reader.join(20.0)
     assert reader.done, reader.broken
     if path == "/generate":
         assert json.loads(reader.lines[-1]) == far.post(path, body).json
     else:
         assert reader.lines[-2] == b"data: [DONE]\n"
-    eventually(far.idle, within=2)
+    eventually(far.idle)
 
 
 def test_instances_come_and_go_by_a_key(nodes: Nodes, etcd_member: EtcdCluster) -> None:
@@ -257,8 +267,8 @@ def test_instances_come_and_go_by_a_key(nodes: Nodes, etcd_member: EtcdCluster) 
     eventually(lambda: node.instances() == ["a-0", "a-1", "a-2"])
     reader = Reader(node, body=completion(max_tokens=400)).begin()
     etcd_member.ctl("put", key, "1")
-    eventually(lambda: len(node.status["instances"]) == 1, within=10)
-    reader.join(10.0)
+    eventually(lambda: len(node.status["instances"]) == 1)
+    reader.join(30.0)
     assert reader.done and not reader.refused
     assert node.post(COMPLETIONS, completion()).status == 200
     etcd_member.ctl("put", key, "0")
@@ -278,6 +288,7 @@ def test_a_drain_key_keeps_requests_away(nodes: Nodes, etcd_member: EtcdCluster)
     key = f"/llumnix/{nodes.cluster}/drain/a-0"
     etcd_member.ctl("put", key, "x")
     eventually(lambda: node.status["draining"] == ["a-0"])
+    time.sleep(0.2)  # who dispatches is told at the same time, and may read it a little later
     for n in range(10):
         assert node.post(COMPLETIONS, completion(prompt=str(n))).status == 200
     assert set(dispatches(node)) == {"a-1"}
@@ -294,7 +305,8 @@ class Later:
     def __init__(self, node: Node, body: Any, path: str = COMPLETIONS) -> None:
         self._answers: list[Any] = []
         self._thread = threading.Thread(
-            target=lambda: self._answers.append(node.post(path, body)), daemon=True
+            target=lambda: self._answers.append(node.post(path, body, within=60.0)),
+            daemon=True,
         )
         self._thread.start()
 
@@ -317,8 +329,9 @@ def test_two_hundred_cancellations_leave_nothing(nodes: Nodes) -> None:
     _cancel(near, far, 200)
     _quiet(near, far)
     for node, (descriptors, threads) in zip((near, far), before, strict=True):
-        eventually(lambda n=node, d=descriptors: n.descriptors() <= d + 1, within=5)
-        assert node.threads() <= threads + 2, "a few of a pool may come later"
+        eventually(lambda n=node, d=descriptors: n.descriptors() <= d + 1)
+        # A few of a pool may come later.
+        eventually(lambda n=node, t=threads: n.threads() <= t + 6)
         assert "Traceback" not in node.said and "never retrieved" not in node.said
     assert near.post(COMPLETIONS, completion()).json["usage"]["completion_tokens"] == 20
 
@@ -342,4 +355,4 @@ def _cancel(near: Node, far: Node, number: int) -> None:
 
 def _quiet(*nodes: Node) -> None:
     for node in nodes:
-        eventually(node.idle, within=3)
+        eventually(node.idle, within=5)  # uncancelled, one would run for longer

@@ -200,11 +200,11 @@ def test_bad_input(one: Node, what: str) -> None:
     answer = one.request(method, path, body)
     assert answer.status == status, answer.text
     assert answer.error["code"] in (status, None)
-    assert answer.seconds < 1.0
+    assert answer.seconds < 3.0
     line = f'"{method} {path} HTTP/1.1" {status} '
-    eventually(lambda: line in one.said[before:], within=2)
+    eventually(lambda: line in one.said[before:])
     assert "Traceback" not in one.said[before:]
-    eventually(one.idle, within=1)
+    eventually(one.idle)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -214,7 +214,7 @@ def test_the_wrong_content_type(one: Node, content_type: str, stream: bool) -> N
         COMPLETIONS, completion(stream=stream), headers={"Content-Type": content_type}
     )
     assert answer.status in (400, 415), answer.text
-    assert answer.error and answer.seconds < 1.0
+    assert answer.error and answer.seconds < 3.0
 
 
 def test_it_answers_as_before_after_all_that(one: Node) -> None:
@@ -262,8 +262,8 @@ def test_a_client_that_goes_away_frees_its_blocks(one: Node, path: str) -> None:
         del body["model"]
     with one.stream(path, body) as stream:
         assert stream.response.readline()
-        eventually(lambda: one.metric("llumnix_instance_used_blocks") > 0, within=2)
-    eventually(one.idle, within=1)
+        eventually(lambda: one.metric("llumnix_instance_used_blocks") > 0)
+    eventually(one.idle, within=3)  # uncancelled it would run for six seconds
 
 
 def test_a_client_that_goes_away_while_it_waits_for_the_whole(one: Node) -> None:
@@ -274,9 +274,9 @@ def test_a_client_that_goes_away_while_it_waits_for_the_whole(one: Node) -> None
         json.dumps(completion(max_tokens=2000, n=2)),
         {"Content-Type": "application/json"},
     )
-    eventually(lambda: one.metric("llumnix_open_requests") == 2, within=2)
+    eventually(lambda: one.metric("llumnix_open_requests") == 2)
     connection.close()
-    eventually(one.idle, within=1)
+    eventually(one.idle, within=3)  # uncancelled it would run for six seconds
 
 
 # ---- the server's shell, without a node ----

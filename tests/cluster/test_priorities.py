@@ -20,11 +20,12 @@ from tests.kit.wait import eventually
 pytestmark = pytest.mark.cluster
 
 CHAT, COMPLETIONS, GENERATE = "/v1/chat/completions", "/v1/completions", "/generate"
+# Long enough for their ends to be seen in the order in which they end.
 BODIES: Mapping[str, dict[str, Any]] = {
-    CHAT: {"model": "small", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5},
-    COMPLETIONS: {"model": "small", "prompt": "Hello", "max_tokens": 5},
-    "/v1/responses": {"model": "small", "input": "Hello", "max_output_tokens": 5},
-    GENERATE: {"prompt": "Hello", "max_tokens": 5},
+    CHAT: {"model": "small", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 40},
+    COMPLETIONS: {"model": "small", "prompt": "Hello", "max_tokens": 40},
+    "/v1/responses": {"model": "small", "input": "Hello", "max_output_tokens": 40},
+    GENERATE: {"prompt": "Hello", "max_tokens": 40},
 }
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "classes.yaml"
 
@@ -100,7 +101,7 @@ def test_a_priority_that_is_none(node: Node, path: str, header: str) -> None:
 def test_the_next_request_of_a_connection_has_its_own(node: Node) -> None:
     """A header says nothing of what comes behind it."""
     connection = HTTPConnection(HOST, node.port, timeout=30)
-    body = json.dumps(BODIES[COMPLETIONS] | {"max_tokens": 300, "stream": True})
+    body = json.dumps(BODIES[COMPLETIONS] | {"max_tokens": 600, "stream": True})
     found = []
     for header in ({HEADER: "high"}, {}):
         connection.request("POST", COMPLETIONS, body, {"Content-Type": "application/json"} | header)

@@ -70,4 +70,4 @@ def _no_thread_left() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
     # gRPC's own threads end a moment after their channel.
-    eventually(lambda: not (set(threading.enumerate()) - before), within=3)
+    eventually(lambda: not (set(threading.enumerate()) - before), within=15)

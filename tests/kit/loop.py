@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.kit.wait import eventually
 
-LONGEST = 30.0  # seconds; a test that hangs fails
+LONGEST = 120.0  # seconds; a test that hangs fails
 
 
 def on_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
@@ -27,7 +27,7 @@ def on_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
             runner.run(_whole(test(*args, **kwargs)))
             gc.collect()  # a task tells when it is collected that nobody has seen its exception
         assert not failures, failures
-        eventually(lambda: not descriptors() - before, within=3)
+        eventually(lambda: not descriptors() - before, within=15)
 
     return run
 
@@ -42,17 +42,19 @@ def _leave_modules_out() -> None:
 async def _whole(test: Coroutine[Any, Any, None]) -> None:
     async with asyncio.timeout(LONGEST):
         await test
-    await soon(lambda: asyncio.all_tasks() == {asyncio.current_task()}, within=2)
+    await soon(lambda: asyncio.all_tasks() == {asyncio.current_task()}, within=15)
 
 
-async def soon(predicate: Callable[[], object], within: float = 5.0) -> float:
-    """Lets the loop run until `predicate` is true, for `within` seconds; the seconds it took."""
+async def soon(predicate: Callable[[], object], within: float = 20.0) -> float:
+    """Lets the loop run until `predicate` is true and returns the seconds that took; fails if a
+    look that began `within` seconds or later finds it false."""
     began = time.monotonic()
-    while not predicate():
-        took = time.monotonic() - began
-        assert took < within, f"still not so after {took:.1f} s"
+    while True:
+        looked = time.monotonic() - began
+        if predicate():
+            return time.monotonic() - began
+        assert looked < within, f"still not so after {looked:.1f} s"
         await asyncio.sleep(0.002)
-    return time.monotonic() - began
 
 
 def descriptors() -> set[tuple[str, str]]:

@@ -220,7 +220,7 @@ async def mesh(*names: str) -> AsyncIterator[tuple[MeshNode, ...]]:
     try:
         yield tuple(nodes)
         for node in nodes:
-            await soon(node.clean, within=2)
+            await soon(node.clean, within=15)
     finally:
         for node in nodes:
             await node.close()

@@ -121,7 +121,7 @@ class Node:
 
     # ---- its life ----
 
-    def ready(self, within: float = 20.0) -> "Node":
+    def ready(self, within: float = 60.0) -> "Node":
         """Wait until it answers requests."""
         try:
             eventually(lambda: self._ended() or self.answers("/readyz"), within, every=0.05)
@@ -130,7 +130,7 @@ class Node:
         assert not self._ended(), f"it ended:\n{self.said[-3000:]}"
         return self
 
-    def up(self, within: float = 20.0) -> "Node":
+    def up(self, within: float = 60.0) -> "Node":
         """Wait until it answers at all."""
         eventually(lambda: self._ended() or self.answers("/livez"), within, every=0.05)
         assert not self._ended(), f"it ended:\n{self.said[-3000:]}"
@@ -138,7 +138,7 @@ class Node:
 
     def answers(self, path: str) -> bool:
         with contextlib.suppress(OSError, HTTPException):
-            return self.get(path).status == 200
+            return self.get(path, within=5.0).status == 200
         return False
 
     def signal(self, number: signal.Signals) -> None:
@@ -186,8 +186,8 @@ class Node:
         finally:
             connection.close()
 
-    def get(self, path: str) -> Answer:
-        return self.request("GET", path, within=5.0)
+    def get(self, path: str, within: float = 30.0) -> Answer:
+        return self.request("GET", path, within=within)
 
     def post(self, path: str, body: Any, **kwargs: Any) -> Answer:
         return self.request("POST", path, body, **kwargs)

@@ -69,4 +69,4 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def _no_thread_left() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
-    eventually(lambda: not (set(threading.enumerate()) - before), within=3)
+    eventually(lambda: not (set(threading.enumerate()) - before), within=15)

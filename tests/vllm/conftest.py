@@ -24,7 +24,7 @@ OPTIONS += ("--migration-timeout", str(MIGRATION_TIMEOUT))
 # Some tests stop a worker to see what waits for it, and not for the engine to be taken for dead.
 OPTIONS += ("--hang-timeout", "60")
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
-START = 180.0  # seconds that a first instance may take on a small machine
+START = 600.0  # seconds that a first instance may take on a small machine
 
 
 @pytest.fixture(scope="session")
