@@ -5,7 +5,7 @@ An instance of this node is called directly, any other one over the peer link to
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from llumnix.cluster import InstanceId, NodeId
@@ -67,6 +67,15 @@ class Exchange:
             if node == self.node:
                 return await self._call(instance, method, args)
             return await (await self._peers.link(node)).call(instance, method, args)
+
+    async def reach(self, nodes: Iterable[NodeId], within: float) -> None:
+        """Have a link to each of these nodes, as far as that is possible in so many seconds."""
+        links = [asyncio.ensure_future(self._peers.link(node)) for node in nodes]
+        if links:
+            await asyncio.wait(links, timeout=within)
+        for link in links:
+            link.cancel()
+        await asyncio.gather(*links, return_exceptions=True)
 
     async def close(self) -> None:
         """End all links and tasks; the hosted instances are stopped by their owners."""

@@ -29,7 +29,7 @@ from llumnix.engine.placer import NoInstance, Route
 from llumnix.engine.vllm.frontend import authorised
 from llumnix.entrypoints.acting import Acting
 from llumnix.entrypoints.control import ControlPlane
-from llumnix.entrypoints.engines import engine_maker
+from llumnix.entrypoints.engines import engine_maker, resumes
 from llumnix.entrypoints.loads import LoadReporter
 from llumnix.entrypoints.opening import Opening
 from llumnix.entrypoints.policies import read_policies
@@ -56,6 +56,7 @@ from llumnix.version import VERSION
 logger = logging.getLogger(__name__)
 
 SUCCESSOR_SECONDS = 1.0  # for which the successor of an actor that has died is waited for
+LINK_SECONDS = 2.0  # in which a node that leaves connects to the others
 HALT_SECONDS = 30.0  # for all engines to end
 POLL = 0.05  # seconds between looks while something ends
 
@@ -123,6 +124,9 @@ class Node:
                 self._serving = False
                 self._control.retire()  # another node's manager is to empty this one
                 deadline = self._loop.time() + self._config.drain_timeout
+                if self._busy():  # any node may lead, and this one can't be dialled soon
+                    others = self.view.nodes.keys() - {self._config.node}
+                    await self._exchange.reach(others, LINK_SECONDS)
                 await self._listener.refuse_new()
                 await self._asked("leave")
                 await self._drained(deadline)
@@ -136,7 +140,8 @@ class Node:
         self._peers = Peers(config.node, VERSION, self._control.token, self._address_of, ssl)
         self._exchange = Exchange(config.node, self._peers)
         self._client = ClusterClient(
-            self._exchange, self._route, config.max_instances, config.failover_timeout
+            *(self._exchange, self._route, config.max_instances, config.failover_timeout),
+            resumes=resumes(config, self._vllm_config),
         )
         self._client.placer.instances = self._ready
         self._client.placer.on_undelivered = self._undo
@@ -230,8 +235,8 @@ class Node:
             decision: Dispatched | None = await self._acting.dispatch.decide(
                 tokens, priority, avoid
             )
-        except ActorDeadError as error:
-            raise NoInstance("the dispatcher is being started again") from error
+        except (ActorDeadError, TimeoutError) as error:
+            raise NoInstance("the dispatcher does not answer, or is being started again") from error
         DISPATCH_SECONDS.observe(time.perf_counter() - began)
         if decision is None:
             raise NoInstance("no instance is ready")

@@ -348,6 +348,14 @@ async def test_a_dispatcher_that_fails_is_told() -> None:
         assert stream.failure == "closed for today"
 
 
+@on_loop
+async def test_whoever_can_be_reached_is() -> None:
+    async with mesh("a", "b", "c") as (a, b, c):
+        await a.exchange.reach(["b", "c", "gone"], within=5)
+        assert (a.peers.open, b.peers.open, c.peers.open) == (2, 1, 1)
+        await a.exchange.reach([], within=5)
+
+
 # ---- utility calls ----
 
 
