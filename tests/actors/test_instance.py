@@ -54,7 +54,7 @@ class Supervised:
     def engine(self) -> Any:
         return self.made[-1].engine
 
-    def reaches(self, *lives: Life, within: float = 5.0) -> None:
+    def reaches(self, *lives: Life, within: float = 20.0) -> None:
         eventually(lambda: tuple(self.lives) == lives, within)
 
     def on_loop(self, call: Callable[..., Any], *args: Any) -> None:
@@ -114,7 +114,7 @@ def test_a_start_that_fails_is_tried_again_later_and_later(
 ) -> None:
     supervised = Supervised(side, lambda: FailingEngine("a-0"))
     supervised.proxy.begin.defer()
-    eventually(lambda: supervised.lives.count(Life.BACKING_OFF) == 4)
+    eventually(lambda: supervised.lives.count(Life.BACKING_OFF) >= 4)
     assert supervised.lives[:4] == [Life.STARTING, Life.BACKING_OFF] * 2
     failed = supervised.reports[1]
     assert failed.reason == "instance a-0 did not start: no such model"
@@ -124,7 +124,7 @@ def test_a_start_that_fails_is_tried_again_later_and_later(
     assert "\n" not in caplog.messages[0]
     supervised.proxy.halt.defer()
     eventually(lambda: supervised.lives[-1] is Life.STOPPED)
-    assert len(supervised.made) == 4
+    assert len(supervised.made) == supervised.lives.count(Life.STARTING) >= 4
 
 
 def test_it_backs_off_from_the_start_again_once_it_was_up(
@@ -134,7 +134,7 @@ def test_it_backs_off_from_the_start_again_once_it_was_up(
     monkeypatch.setattr(instance_module, "BACKOFF_FIRST", 0.05)
     for n in range(1, 6):
         idle.on_loop(idle.engine.die, f"instance a-0 died: {n}")
-        eventually(lambda n=n: idle.lives.count(Life.READY) == n + 1, within=2)
+        eventually(lambda n=n: idle.lives.count(Life.READY) == n + 1)
     reasons = [r.reason for r in idle.reports if r.life is Life.BACKING_OFF]
     assert reasons == [f"instance a-0 died: {n}" for n in range(1, 6)]
     assert all(hosted.engine.stops >= 1 for hosted in idle.made[:-1]), "dead ones are cleared away"
@@ -154,7 +154,7 @@ def test_one_that_dies_soon_after_each_start_backs_off_longer(
     monkeypatch.setattr(instance_module.InstanceActor, "_later", _later)
     for n in range(1, 9):
         idle.on_loop(idle.engine.die, f"instance a-0 died: {n}")
-        eventually(lambda n=n: idle.lives.count(Life.READY) == n + 1, within=2)
+        eventually(lambda n=n: idle.lives.count(Life.READY) == n + 1)
     assert [round(wait * 1e6) for wait in waits] == [1, 2, 4, 8, 16, 32, 32, 32]
 
 
@@ -302,7 +302,7 @@ def test_stopping_while_it_starts(side: LoopThread, order: str) -> None:
 
 
 def test_stopping_while_it_backs_off(side: LoopThread, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(instance_module, "BACKOFF_FIRST", 0.3)
+    monkeypatch.setattr(instance_module, "BACKOFF_FIRST", 1.5)
     supervised = Supervised(side, lambda: FailingEngine("a-0"))
     supervised.proxy.begin.defer()
     supervised.reaches(Life.STARTING, Life.BACKING_OFF)

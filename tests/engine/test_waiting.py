@@ -63,10 +63,10 @@ async def test_they_look_in_turn_without_any_change(monkeypatch: pytest.MonkeyPa
 
 @on_loop
 async def test_who_has_just_looked_waits_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "RETRY_SECONDS", (0.2, 0.2))
+    monkeypatch.setattr(waiting, "RETRY_SECONDS", (1.0, 1.0))
     room = WaitingRoom()
     looked = await _waiters(room, [("first", 0, 1.0)])
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(0.5)
     more = await _waiters(room, [("second", -1, 2.0)])
     await soon(lambda: looked)
     assert more == [], "the timer was the first one's"

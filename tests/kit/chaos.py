@@ -10,7 +10,9 @@ from tests.kit.mesh import Stream
 from tests.kit.migrating import STEPS, Cluster, Stop
 
 # Why a request may fail: those that were running it have died too often, or it had nowhere to go.
-CAUSE = re.compile(r"instance \S+ died: killed|lost the connection to node \S|no instance is ready")
+CAUSE = re.compile(
+    r"instance \S+ died: killed|lost the connection to node \S|no instance (is|was) ready"
+)
 OPEN = 14  # requests at a time
 BREATH = 0.001  # seconds after each thing: etcd answers in real time, and a move asks it often
 DEATHS = 3  # engines that are killed

@@ -14,7 +14,7 @@ async def check_invariants(cluster: Cluster) -> None:
     Waits until nothing moves any more.
     """
     try:
-        await soon(lambda: not _troubles(cluster), within=8.0)
+        await soon(lambda: not _troubles(cluster), within=20.0)
     except AssertionError as error:
         raise AssertionError(f"{error}: {'; '.join(_troubles(cluster))}") from None
     for site in cluster.sites.values():

@@ -11,7 +11,7 @@ from tests.kit.moves import Run, differences
 from tests.kit.node import Node
 
 USAGE = {"stream": True, "stream_options": {"include_usage": True}}
-LONGEST = 120.0  # seconds that a wave may take
+LONGEST = 300.0  # seconds that a wave may take
 EVERY = 0.03  # seconds between two looks at where the requests are
 
 

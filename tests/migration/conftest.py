@@ -46,7 +46,7 @@ def controls() -> Iterator[dict[str, Control]]:
 @pytest.fixture(scope="session")
 def frail() -> Iterator[tuple[EtcdCluster, dict[str, Control]]]:
     """An etcd to be frozen, and the ways of three nodes to it, which are given up early."""
-    with EtcdCluster(1) as etcd, _controls(etcd, call_timeout=0.3) as controls:
+    with EtcdCluster(1) as etcd, _controls(etcd, call_timeout=0.6) as controls:
         yield etcd, controls
 
 

@@ -175,6 +175,7 @@ async def test_a_worker_that_fails_is_told_with_its_reason(
     tmp_path: Path, rendezvous: Rendezvous
 ) -> None:
     with _two(tmp_path, rendezvous) as (source, destination):
+        await _pass(source, destination, job(count=1))  # the group stands, whatever that takes
         source.depot.blocks = [BLOCKS + 5]  # there is no such block
         receiving = asyncio.ensure_future(destination.blocks.receive("m", job(count=1, within=1.0)))
         with pytest.raises(EngineError, match=r"a transfer failed: \w+Error: index out of range"):
