@@ -1,6 +1,7 @@
 """Two nodes on three members of etcd: whatever becomes of those, no request notices."""
 
 import json
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from tests.kit.wait import eventually
 pytestmark = pytest.mark.cluster
 
 COMPLETIONS = "/v1/completions"
-TTL = 3.0
+TTL = 5.0
 SHORT = {"model": "small", "prompt": "Hello", "max_tokens": 3}
 
 
@@ -48,7 +49,7 @@ class Asking(threading.Thread):
     def run(self) -> None:
         while not self._over.wait(0.05):
             try:
-                answer = self._node.post(COMPLETIONS, SHORT, within=10.0)
+                answer = self._node.post(COMPLETIONS, SHORT, within=30.0)
             except OSError as error:
                 self.failed.append(str(error))
                 continue
@@ -58,7 +59,7 @@ class Asking(threading.Thread):
 
     def end(self) -> None:
         self._over.set()
-        self.join(15.0)
+        self.join(45.0)
         assert not self.is_alive(), "a request hangs"
 
 
@@ -82,7 +83,10 @@ def revoked(etcd: EtcdCluster) -> None:
 
 def whole(pair: tuple[Node, Node], etcd: EtcdCluster) -> bool:
     """Whether both nodes see all, and etcd holds what a third would need to join."""
-    held = etcd.ctl("get", "--prefix", "--keys-only", "/llumnix/faults/").split()
+    try:
+        held = etcd.ctl("get", "--prefix", "--keys-only", "/llumnix/faults/").split()
+    except (AssertionError, subprocess.TimeoutExpired):
+        return False  # it does not answer yet
     return "/llumnix/faults/token" in held and "/llumnix/faults/nodes/far" in held and all(
         {n["id"] for n in status["nodes"]} == {"near", "far"}
         and [i["state"] for i in status["instances"]] == ["ready"] * 2
@@ -102,10 +106,10 @@ def test_no_request_notices(
     for thread in asking:
         thread.start()
     fault(etcd)
-    eventually(lambda: whole(pair, etcd), within=12, every=0.2)
+    eventually(lambda: whole(pair, etcd), within=40, every=0.2)
     for thread in asking:
         before = thread.answered
-        eventually(lambda thread=thread, before=before: thread.answered > before, within=10)
+        eventually(lambda thread=thread, before=before: thread.answered > before)
         thread.end()
         assert thread.failed == [] and thread.answered > 3
     for reader in readers:

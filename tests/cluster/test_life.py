@@ -57,7 +57,7 @@ class Reader(threading.Thread):
 
     def begin(self) -> "Reader":
         self.start()
-        assert self.begun.wait(10.0) and self.broken is None, self.broken
+        assert self.begun.wait(30.0) and self.broken is None, self.broken
         return self
 
 
@@ -92,16 +92,17 @@ def test_what_runs_may_end(nodes: Nodes, etcd_member: EtcdCluster, number: signa
     readers[1].begin()
     assert f"/llumnix/{nodes.cluster}/instances/a-0" in keys(etcd_member, nodes)
     node.signal(number)
-    eventually(lambda: "finishing what runs" in node.said, within=2)
-    eventually(lambda: not node.answers("/livez"), within=2)
+    eventually(lambda: "finishing what runs" in node.said)
+    eventually(lambda: not node.answers("/livez"))
     assert node.exit_code() == 0
     for reader in readers:
-        reader.join(5.0)
+        reader.join(30.0)
         assert reader.done, reader.broken
     assert readers[0].lines[-2:] == [b"data: [DONE]\n", b"\n"]
-    assert len([line for line in readers[0].lines if line.startswith(b"data: {")]) >= 200
+    # How many tokens an event brings depends on how busy the machine is.
+    assert any(b'"finish_reason":"length"' in line for line in readers[0].lines)
     texts = [json.loads(line)["text"][0] for line in readers[1].lines]
-    assert len(texts) > 100 and len(texts[-1]) > len(texts[99])
+    assert len(texts) > 10 and len(texts[-1]) > len(texts[9])
     assert keys(etcd_member, nodes) == []
     assert "Traceback" not in node.said
 
@@ -110,7 +111,7 @@ def test_the_drain_timeout_bounds_it(nodes: Nodes, etcd_member: EtcdCluster) -> 
     node = nodes.start("a", "--drain-timeout", "0.5").ready()
     reader = Reader(node, body={**LONG, "max_tokens": 2000}).begin()
     assert node.stop() == 0
-    reader.join(5.0)
+    reader.join(30.0)
     assert re.search(r"the drain timeout ends \d requests: cmpl-\S+", node.said)
     assert keys(etcd_member, nodes) == []
 
@@ -122,7 +123,7 @@ def test_a_second_signal_ends_at_once(nodes: Nodes) -> None:
     node.signal(signal.SIGTERM)
     eventually(lambda: "finishing what runs" in node.said)
     node.signal(signal.SIGTERM)
-    assert node.exit_code(2.0) == 128 + signal.SIGTERM
+    assert node.exit_code(5.0) == 128 + signal.SIGTERM
     assert "ending at once" in node.said
     eventually(lambda: not alive(family))
 
