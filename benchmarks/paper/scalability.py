@@ -1,10 +1,12 @@
 """Ever larger clusters under proportional load: what they serve, and what simulating them takes."""
 
+import re
 import resource
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -26,14 +28,25 @@ NAME = "scalability"
 ROW = "M-M"
 SIZES = {16: 1.0, 64: 4.0, 1000: 10.0}  # instances, and how many times the requests
 COMPARED = ("infaas", "llumnix", "ours")
-PEAK_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in ru_maxrss
+STATUS = Path("/proc/self/status")
+
+
+def peak_bytes() -> int:
+    """The most memory that this process had at once.
+
+    Linux's ru_maxrss counts also what the process was forked from, before it was this program.
+    """
+    if STATUS.exists() and (peak := re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text())):
+        return int(peak[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def measure(one: Run) -> dict[str, Any]:
     """Run in this process, which has done nothing else before."""
     jobs = generate(one.workload, one.seed).jobs
     result = simulate(one.cluster, jobs, seed=one.seed)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * PEAK_UNIT
+    peak = peak_bytes()
     return {
         "numbers": numbers([Outcome.of(result)]),
         "virtual_seconds": exact(result.seconds),
