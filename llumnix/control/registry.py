@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceLoad, NodeId, NodeInfo
+from llumnix.control.ahead import Ahead
 from llumnix.control.changes import changes
 from llumnix.control.codec import encode_instance, encode_node
 from llumnix.control.desired import Wish, put_desired
@@ -45,8 +46,10 @@ class Registry:
         self._revision = 0
         self._publisher = LoadPublisher(self._write_loads)
         self._node: NodeId | None = None
-        self._view = ClusterView()
+        self._listed = self._view = ClusterView()  # as etcd has it; and with what is to come
+        self._ahead = Ahead()
         self._lock = threading.Lock()
+        self._showing = threading.RLock()  # views reach the subscribers one after the other
         self._subscribers: tuple[Callable[[ClusterView], None], ...] = ()
         # Called with all keys whenever one has changed, on the watch's thread; must not block.
         self.on_keys: Callable[[Mapping[str, KeyValue]], None] = lambda items: None
@@ -86,7 +89,10 @@ class Registry:
         self._watch.stop()
 
     def subscribe(self, callback: Callable[[ClusterView], None]) -> None:
-        """Has `callback` called with each new view, on the watch's thread; it must not block.
+        """Has `callback` called with each new view; it must not block.
+
+        That is on the watch's thread, or on that of an announcement of an instance, never on two at
+        the same time.
 
         It is called too when something has come and gone between two views that look the same.
         """
@@ -99,12 +105,16 @@ class Registry:
         self._session.put(self._keys.node(node.id), encode_node(node))
 
     def announce_instance(self, instance: InstanceInfo) -> None:
-        """Makes an instance of this node known, or its new state."""
+        """Makes an instance of this node known, or its new state; to this node at once."""
         self._session.put(self._keys.instance(instance.id), encode_instance(instance))
+        self._ahead.announce(instance)
+        self._show_own()
 
     def withdraw_instance(self, instance: InstanceId) -> None:
         """Takes an announced instance out of the cluster."""
         self._session.remove(self._keys.instance(instance))
+        self._ahead.withdraw(instance)
+        self._show_own()
 
     def report_loads(self, loads: Sequence[InstanceLoad]) -> None:
         """The loads of all this node's instances; written if changed, at most 5 times a second.
@@ -167,9 +177,20 @@ class Registry:
 
     def _show(self, items: Mapping[str, KeyValue], deleted: Collection[str] | None) -> None:
         """Shows these keys; after a list, what was deleted is not known, and much may have been."""
+        with self._showing:
+            self._listed = self._builder.build(items, self._revision, deleted or ())
+            self._publish(told=deleted is None or self._builder.changed)
+
+    def _show_own(self) -> None:
+        """Shows what this node has just announced."""
+        with self._showing:
+            self._publish(told=True)
+
+    def _publish(self, told: bool) -> None:
+        """Makes the view that of now, and tells the subscribers if they are to be told."""
         old = self._view
-        self._view = view = self._builder.build(items, self._revision, deleted or ())
-        if deleted is not None and not self._builder.changed:
+        self._view = view = self._ahead.of(self._listed)
+        if not told:
             return
         for sentence in changes(old, view):
             log.info("%s", sentence)

@@ -58,6 +58,35 @@ def test_everything_is_in_the_view(single: EtcdCluster, registry: Registry, keys
     eventually(lambda: not registry.view.instances and not registry.view.draining)
 
 
+def test_a_node_knows_its_instances_before_etcd_does(
+    single: EtcdCluster, registry: Registry, session: Session, keys: Keys
+) -> None:
+    """Whatever etcd is doing: here nothing is written at all."""
+    session.stop()
+    views: list[ClusterView] = []
+    registry.subscribe(views.append)
+    registry.announce_instance(INSTANCE)
+    assert registry.view.instances == {"a-0": INSTANCE} == views[-1].instances
+    single.ctl("put", keys.desired("a"), "3")
+    eventually(lambda: views[-1].desired == {"a": 3})
+    assert registry.view.instances == {"a-0": INSTANCE}
+    starting = replace(INSTANCE, state=InstanceState.STARTING)
+    registry.announce_instance(starting)
+    assert registry.view.instances == {"a-0": starting}
+    registry.withdraw_instance("a-0")
+    assert not registry.view.instances and not views[-1].instances
+
+
+def test_what_etcd_shows_is_not_kept_beside_it(
+    single: EtcdCluster, registry: Registry, keys: Keys
+) -> None:
+    registry.announce_instance(INSTANCE)
+    eventually(lambda: single.ctl("get", keys.instance("a-0")))
+    eventually(lambda: not registry._ahead._pending)
+    registry._session.stop()  # its lease is given back, and the key with it
+    eventually(lambda: not registry.view.instances, within=10)
+
+
 def test_an_operator_can_read_it(single: EtcdCluster, registry: Registry, keys: Keys) -> None:
     registry.announce_node(NODE)
     registry.report_loads([LOAD])
@@ -100,7 +129,7 @@ def test_load_writes_are_few(etcd: Etcd, registry: Registry, keys: Keys) -> None
         n += 1
         registry.report_loads([replace(LOAD, running=n)])
         time.sleep(0.002)
-    eventually(lambda: registry.view.loads["a-0"].running == n, within=1)
+    eventually(lambda: registry.view.loads["a-0"].running == n, within=5)
     assert 3 <= _writes(etcd, keys) - before <= 7
     at_rest = _writes(etcd, keys)
     for _ in range(100):
@@ -120,7 +149,7 @@ def test_unchanged_parts_are_shared(etcd: Etcd, registry: Registry, keys: Keys) 
     registry.announce_node(NODE)
     eventually(lambda: views)
     registry.report_loads([LOAD])
-    eventually(lambda: registry.view.loads)
+    eventually(lambda: views[-1].loads)  # a reader is told after the view has changed
     assert views[-1].nodes is views[0].nodes
     told = len(views)
     revision = etcd.put(keys.c10d("pair") + "x", b"nothing of ours")
@@ -171,7 +200,7 @@ def test_a_key_that_somebody_deleted_comes_back(
     registry.announce_node(NODE)
     eventually(lambda: known == [True])
     single.ctl("del", keys.node("a"))
-    eventually(lambda: known == [True, False, True], within=2)
+    eventually(lambda: known == [True, False, True])
 
 
 def test_a_frozen_members_late_write_does_not_stay(
@@ -190,13 +219,10 @@ def test_a_frozen_members_late_write_does_not_stay(
     three.freeze(0)
     for node in (replace(NODE, epoch=8), replace(NODE, epoch=9)):
         registry.announce_node(node)
-        eventually(partial(_knows, registry, node), within=5)
+        eventually(partial(_knows, registry, node))
     three.thaw(0)
-    until = time.monotonic() + 1.5
-    while time.monotonic() < until:
-        latest = registry.view.nodes["a"].epoch
-        time.sleep(0.02)
-    assert latest == 9
+    time.sleep(1.5)  # in which the late write comes, and may be seen until its owner repairs it
+    eventually(lambda: registry.view.nodes["a"].epoch == 9)
 
 
 def _knows(registry: Registry, node: NodeInfo) -> bool:
