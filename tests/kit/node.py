@@ -104,6 +104,7 @@ class Node:
     log: Path
     process: Any
     started: float = field(default_factory=time.monotonic)
+    took: float = 0.0  # seconds until it was seen to answer requests for the first time
 
     @property
     def url(self) -> str:
@@ -128,6 +129,7 @@ class Node:
         except AssertionError as error:
             raise AssertionError(f"{error}; it said:\n{self.said[-3000:]}") from None
         assert not self._ended(), f"it ended:\n{self.said[-3000:]}"
+        self.took = self.took or time.monotonic() - self.started
         return self
 
     def up(self, within: float = 60.0) -> "Node":

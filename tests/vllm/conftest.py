@@ -12,7 +12,7 @@ from tests.kit.node import Node, Nodes
 from tests.kit.wait import eventually
 
 REASONING = {"reasoning_start_str": aloud.START, "reasoning_end_str": aloud.END}
-MIGRATION_TIMEOUT = 3.0  # seconds
+MIGRATION_TIMEOUT = 5.0  # seconds
 OPTIONS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048")
 OPTIONS += ("--block-size", "32", "--max-instances", "3")
 # Some of the moves hand over at once, others wait until a block is full.
@@ -56,9 +56,9 @@ def whole(real: Nodes) -> Node:
 @pytest.fixture
 def node(whole: Node) -> Iterator[Node]:
     """The same, with both instances up and idle before and after each test."""
-    eventually(lambda: node_is_whole(whole), within=60.0, every=0.1)
+    eventually(lambda: node_is_whole(whole), within=START, every=0.1)
     yield whole
-    eventually(lambda: node_is_whole(whole), within=60.0, every=0.1)
+    eventually(lambda: node_is_whole(whole), within=START, every=0.1)
 
 
 def node_is_whole(node: Node) -> bool:

@@ -27,19 +27,19 @@ def completion(**more: Any) -> dict[str, Any]:
 def test_a_third_instance_comes_and_two_go(node: Node, etcd_member: EtcdCluster) -> None:
     key = "/llumnix/vllm/desired/a"
     etcd_member.ctl("put", key, "3")
-    took = eventually(lambda: len(node.instances()) == 3, within=60, every=0.1)
-    assert took < 40, "it is forked, not started from nothing"
+    took = eventually(lambda: len(node.instances()) == 3, within=START, every=0.1)
+    assert took < max(40.0, node.took), "it is forked, not started from nothing"
     long = completion(max_tokens=150, ignore_eos=True)
     readers = [Reader(node, body=long | {"prompt": f"{n}, "}).begin() for n in range(3)]
     etcd_member.ctl("put", key, "1")
     for reader in readers:
-        reader.join(90.0)
+        reader.join(300.0)
         assert reader.done and not reader.refused
         assert reader.lines[-2] == b"data: [DONE]\n"
-    eventually(lambda: len(node.status["instances"]) == 1, within=30, every=0.1)
+    eventually(lambda: len(node.status["instances"]) == 1, within=60, every=0.1)
     assert node.post(COMPLETIONS, completion()).status == 200
     etcd_member.ctl("put", key, "2")
-    eventually(lambda: len(node.instances()) == 2, within=60, every=0.1)
+    eventually(lambda: len(node.instances()) == 2, within=START, every=0.1)
     etcd_member.ctl("del", key)
 
 
@@ -69,8 +69,8 @@ def test_a_killed_engine(node: Node) -> None:
     )  # requests may have gone on before
     line = next(line for line in node.said[before:].splitlines() if " ERROR instance a-" in line)
     assert "SIGKILL" in line and "next start in 1 s" in line
-    eventually(lambda: len(node.instances()) == 1, within=5)
-    eventually(lambda: len(node.instances()) == 2, within=60, every=0.1)
+    eventually(lambda: len(node.instances()) == 1)
+    eventually(lambda: len(node.instances()) == 2, within=START, every=0.1)
     assert node.get("/livez").status == 200
 
 
@@ -92,7 +92,7 @@ def test_a_killed_engine_with_requests(node: Node) -> None:
 
 def test_a_second_node_without_instances(real: Nodes, node: Node) -> None:
     options = (*OPTIONS, "--initial-instances", "0")
-    other = real.start("b", *options, engine="vllm", environment=ENVIRONMENT).ready(60)
+    other = real.start("b", *options, engine="vllm", environment=ENVIRONMENT).ready(START)
     bodies = [
         completion(max_tokens=40),
         completion(logprobs=3),
@@ -108,8 +108,8 @@ def test_a_second_node_without_instances(real: Nodes, node: Node) -> None:
     with other.stream(COMPLETIONS, completion(max_tokens=1900, ignore_eos=True)) as stream:
         next(iter(stream))
         assert not node.idle()
-    eventually(node.idle, within=1.0)
-    assert other.stop() == 0
+    eventually(node.idle, within=10)  # uncancelled it would run for a minute
+    assert other.stop(60) == 0
     eventually(lambda: len(node.status["nodes"]) == 1)
 
 
@@ -129,13 +129,13 @@ def test_an_instance_that_cannot_start(
     shutil.copytree(model, broken, ignore=shutil.ignore_patterns("*.safetensors"))
     nodes = Nodes(tmp_path, etcd_member.endpoints, "broken", str(broken))
     try:
-        node = nodes.start("c", *OPTIONS, engine="vllm", environment=ENVIRONMENT).up(60)
+        node = nodes.start("c", *OPTIONS, engine="vllm", environment=ENVIRONMENT).up(START)
         eventually(lambda: "did not start" in node.said, within=START)
         line = next(line for line in node.said.splitlines() if "did not start" in line)
         assert "instance c-0 did not start: " in line and "weights" in line.lower(), line
         assert "next start in" in line
         assert node.get("/livez").status == 200 and node.get("/readyz").status == 503
         assert node.post(COMPLETIONS, completion()).status == 503
-        assert node.stop() == 0
+        assert node.stop(60) == 0
     finally:
         nodes.close()

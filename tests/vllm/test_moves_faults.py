@@ -58,7 +58,7 @@ class Move:
         records = "/llumnix/vllm/migrations/"
         eventually(
             lambda: self.answer.done() or "copying" in member.ctl("get", "--prefix", records),
-            within=20.0,
+            within=60.0,
         )
         assert not self.answer.done(), self.answer.result().text
 
@@ -84,12 +84,13 @@ def _nothing_is_left(node: Node, member: EtcdCluster) -> None:
     eventually(lambda: len(node.instances()) == 2 and node.idle(), within=90.0, every=0.1)
     assert node.get("/llumnix/requests").json == []
     eventually(lambda: not member.ctl("get", "--prefix", "/llumnix/vllm/migrations/").strip())
-    small = {"prompt": "1, 2, 3,", "max_tokens": 40, "ignore_eos": True}
+    small = {"prompt": "1, 2, 3,", "max_tokens": 50, "ignore_eos": True}
     runs = [Run(node, COMPLETIONS, small).begin() for _ in range(2)]
     for run in runs:
         run.reach(10)  # what was told before may be of a step that had the other request still
     used = {k: v for k, v in node.metrics().items() if "used_blocks" in k or "cache_usage" in k}
-    assert 2 <= node.metric("llumnix_instance_used_blocks") <= 4, used
+    held = sum(v for k, v in used.items() if k.startswith("llumnix_instance_used_blocks{"))
+    assert 2 <= held <= 4, used
     for run in runs:
         run.end()
 
@@ -100,7 +101,7 @@ def test_an_engine_is_killed_while_blocks_are_copied(
 ) -> None:
     run, move = moving
     os.kill(engine_of(node, getattr(move, victim)), signal.SIGKILL)
-    assert move.answer.result(30.0).status != 200
+    assert move.answer.result(60.0).status != 200
     move.go_on()
     assert not differences(right, run.end())
 
@@ -121,16 +122,16 @@ def test_a_request_is_cancelled_while_its_blocks_are_copied(
 ) -> None:
     run, move = moving
     run.hang_up()
-    eventually(lambda: not run.requests(), within=5.0)
+    eventually(lambda: not run.requests())
     move.go_on()
-    answer = move.answer.result(30.0)
+    answer = move.answer.result(60.0)
     assert answer.status != 200 and "ended" in answer.text, answer.text
 
 
 def test_a_transfer_hangs(node: Node, moving: tuple[Run, Move], right: dict[str, Any]) -> None:
     """The request goes on where it is; the next can move once the engine is itself again."""
     run, move = moving
-    answer = move.answer.result(4 * MIGRATION_TIMEOUT + 5)
+    answer = move.answer.result(4 * MIGRATION_TIMEOUT + 30)
     assert answer.status != 200, answer.text
     move.go_on()
     other = Run(node, COMPLETIONS, BODY).begin()
