@@ -31,7 +31,7 @@ PLACES: dict[str, tuple[str, Callable[[Any], str]]] = {
         lambda r: serving_tables.better(r, "llumnix", RIVALS[1:], "rule"),
     ),
     "load": ("serving", serving_tables.load),
-    "rates": ("rates", lambda r: rates(r)),
+    "rates": ("serving", lambda r: rates(r)),
     "migration": ("migration", tables.migration),
     "measured": ("migration", tables.measured),
     "fragmentation": ("fragmentation", tables.fragmentation),
@@ -47,11 +47,14 @@ FIGURES = ("serving", "saturation", "fragmentation", "priorities", "autoscaling"
 
 
 def rates(result: dict[str, Any]) -> str:
-    """The rates that were found."""
-    rows = [
-        [name, short(one["rate"]), short(one["prefill_p50"]), short(one["prefill_p99"])]
-        for name, one in result["rates"].items()
-    ]
+    """The prefill of Llumnix at the rates of the rule, with the seed by which they were found."""
+    rows = []
+    for point in result["points"]:
+        if point["basis"] == "rule":
+            prefill = point["systems"]["llumnix"]["seeds"][0]["prefill"]
+            rows.append(
+                [point["trace"], *map(short, (point["rate"], prefill["p50"], prefill["p99"]))]
+            )
     return table(["trace", "requests/s", "P50 prefill (s)", "P99 prefill (s)"], rows)
 
 
