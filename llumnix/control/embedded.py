@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import IO
 
+from llumnix.control.backoff import Backoff
 from llumnix.control.errors import EmbeddedEtcdError, EtcdError
 from llumnix.control.etcd import Etcd
 
@@ -27,13 +28,15 @@ if os.getppid() != int(sys.argv[1]):
     sys.exit("the node ended before etcd began")
 os.execv(sys.argv[2], sys.argv[2:])
 """
+LONGEST_PAUSE = 10.0  # seconds until an etcd that has ended is started again
 _LOCK_WAIT = 2.0  # seconds; an etcd whose node was killed takes a moment to be gone
 
 
 class EmbeddedEtcd:
     """Starts etcd on `data_dir`, which may be that of an earlier run, on free ports of `host`.
 
-    It ends with this process, whatever ends it. Its log goes to etcd.log in the data directory.
+    It ends with this process, whatever ends it; if it ends alone, it is started again. Its log goes
+    to etcd.log in the data directory.
     """
 
     def __init__(
@@ -47,7 +50,8 @@ class EmbeddedEtcd:
         self._process: subprocess.Popen[bytes] | None = None
         self._started = threading.Event()
         self._failure: OSError | None = None
-        self._stopping = False
+        self._launching = threading.Lock()
+        self._stopping = threading.Event()
         self._keeper: threading.Thread | None = None
 
     @property
@@ -78,9 +82,10 @@ class EmbeddedEtcd:
 
     def stop(self, within: float = 5.0) -> None:
         """Ends etcd: asks it to, and kills it if it is still there after `within` seconds."""
-        self._stopping = True
-        self._endpoints = ()
-        process, self._process = self._process, None
+        with self._launching:
+            self._stopping.set()
+            self._endpoints = ()
+            process, self._process = self._process, None
         if process is not None:
             process.terminate()
             try:
@@ -121,7 +126,7 @@ class EmbeddedEtcd:
 
     def _launch(self, command: list[str]) -> None:
         # The kernel's "parent" is the thread that forks, so that thread must live as long as etcd.
-        self._stopping = False
+        self._stopping.clear()
         self._failure = None
         self._started.clear()
         self._keeper = threading.Thread(
@@ -135,27 +140,45 @@ class EmbeddedEtcd:
             raise EmbeddedEtcdError(f"etcd can't be run: {error}")
 
     def _keep(self, command: list[str]) -> None:
-        # An operator's ETCD_* variables are meant for another etcd and would override our flags.
-        env = {k: v for k, v in os.environ.items() if not k.startswith("ETCD_")}
-        with open(self._dir / "etcd.log", "ab") as out:
+        backoff = Backoff(longest=LONGEST_PAUSE)
+        while not self._stopping.is_set():
             try:
-                process = subprocess.Popen(
-                    die_with_parent(command),
-                    env=env,
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=out,
-                    process_group=0,  # a Ctrl-C at the terminal is the node's business
-                )
+                process = self._spawn(command)
             except OSError as error:
+                if self._started.is_set():
+                    log.error("The embedded etcd can't be started again: %s", error)
                 self._failure = error
                 self._started.set()
                 return
-        self._process = process
-        self._started.set()
-        code = process.wait()
-        if not self._stopping and self._endpoints:
-            log.error("The embedded etcd ended by itself (code %d): %s", code, self._last_line())
+            if process is None:
+                return
+            self._started.set()
+            code = process.wait()
+            if not self._endpoints:  # it has been stopped, or has never answered
+                return
+            log.error(
+                "The embedded etcd ended by itself (code %d) and is started again: %s",
+                code,
+                self._last_line(),
+            )
+            self._stopping.wait(backoff.delay())
+
+    def _spawn(self, command: list[str]) -> subprocess.Popen[bytes] | None:
+        """The process; None if it is not wanted any more. Raises OSError."""
+        # An operator's ETCD_* variables are meant for another etcd and would override our flags.
+        env = {k: v for k, v in os.environ.items() if not k.startswith("ETCD_")}
+        with self._launching, open(self._dir / "etcd.log", "ab") as out:
+            if self._stopping.is_set():
+                return None
+            self._process = subprocess.Popen(
+                die_with_parent(command),
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                process_group=0,  # a Ctrl-C at the terminal is the node's business
+            )
+            return self._process
 
     def _wait_ready(self, endpoint: str, deadline: float) -> None:
         process = self._process

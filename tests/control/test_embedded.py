@@ -10,7 +10,7 @@ import pytest
 
 from llumnix.control import embedded
 from llumnix.control.embedded import EmbeddedEtcd
-from llumnix.control.errors import EmbeddedEtcdError
+from llumnix.control.errors import EmbeddedEtcdError, EtcdError
 from llumnix.control.etcd import Etcd
 from tests.kit.wait import eventually
 
@@ -39,6 +39,32 @@ def test_keeps_its_data_over_a_restart(tmp_path: Path) -> None:
     etcd.close()
     server.stop()
     server.stop()
+
+
+def test_one_that_ends_alone_is_started_again(tmp_path: Path) -> None:
+    server = EmbeddedEtcd(tmp_path)
+    server.start()
+    etcd = Etcd(server.endpoints)
+    try:
+        etcd.put("/a", b"1")
+        for _ in range(2):
+            pid = server.pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            eventually(lambda pid=pid: server.pid not in (pid, None))
+            eventually(lambda: _answers(etcd))
+    finally:
+        etcd.close()
+        server.stop()
+    assert server.pid is None and _gone(pid)
+
+
+def _answers(etcd: Etcd) -> bool:
+    try:
+        found = etcd.get("/a")
+    except EtcdError:
+        return False
+    return found is not None and found.value == b"1"
 
 
 def test_a_second_on_the_same_data_is_refused(tmp_path: Path) -> None:
