@@ -66,25 +66,27 @@ class HostedInstance:
         return list(self._tenants.values())
 
     @property
-    def queued(self) -> list[Tenant]:
-        """Those that wait and have no output here, in the order in which they are to run.
+    def queue(self) -> list[Tenant]:
+        """Those that wait, in the order in which they are to run.
 
-        The engine says how many it runs, and not which: of those without an output the first.
-        """
-        fresh = [tenant for tenant in self._tenants.values() if not tenant.started]
-        if self.by_priority:
-            fresh.sort(key=lambda tenant: tenant.priority)
-        return fresh[len(fresh) - min(self._waiting, len(fresh)) :]
-
-    @property
-    def preempted(self) -> list[Tenant]:
-        """Those that wait and have begun, in the order in which they are to run: before all others.
-
-        Which ones that are the engine does not say; it preempts the last come.
+        The engine says how many it runs, and not which. Of those without an output here it has
+        taken the first; if more wait than there are of these, it has preempted others, of those
+        that have begun the last.
         """
         begun = [tenant for tenant in self._tenants.values() if tenant.started]
-        fresh = len(self._tenants) - len(begun)
-        return begun[len(begun) - max(self._waiting - fresh, 0) :]
+        # Who has come with outputs goes before all that is queued already, as the scheduler has it.
+        resumed = [t for t in self._tenants.values() if t.resumed and not t.started][::-1]
+        fresh = [t for t in self._tenants.values() if not t.resumed and not t.started]
+        if self.by_priority:
+            begun.sort(key=Tenant.urgency)
+            fresh = sorted(resumed + fresh, key=Tenant.urgency)
+            resumed = []
+        preempted = begun[len(begun) - max(self._waiting - len(resumed) - len(fresh), 0) :]
+        if self.by_priority:
+            queue = sorted(preempted + fresh, key=Tenant.urgency)
+        else:
+            queue = resumed + preempted + fresh
+        return queue[len(queue) - self._waiting :]
 
     @property
     def _waiting(self) -> int:
@@ -163,6 +165,7 @@ class HostedInstance:
             resumed=generated > 0,
             blocks=kv_blocks(prompt + generated, self.facts.block_size),
             priority=request.priority,
+            arrived=request.arrival_time,
             pinned=why_pinned(request),
         )
 
@@ -228,7 +231,7 @@ class HostedInstance:
 
     def load(self) -> InstanceLoad:
         """The load as of the last step, with every request that has arrived since as queued."""
-        fresh, preempted = self.queued, self.preempted
+        queue = self.queue
         prefill = 0
         priorities: dict[int, int] = {}
         for tenant in self._tenants.values():
@@ -246,10 +249,10 @@ class HostedInstance:
             running=min(self._running, len(self._tenants)),
             waiting=self._waiting,
             used_blocks=round(self._usage * total) if busy else 0,
-            waiting_blocks=sum(t.blocks for t in fresh) + sum(map(self._asks, preempted)),
-            head_blocks=self._asks(preempted[0]) if preempted else fresh[0].blocks if fresh else 0,
+            waiting_blocks=sum(map(self._asks, queue)),
+            head_blocks=self._asks(queue[0]) if queue else 0,
             prefill_tokens=prefill,
-            preempted=len(preempted),
+            preempted=sum(tenant.started for tenant in queue),
             preemptions=self._preemptions,
             # Clients choose the numbers; a report must not grow with them.
             priorities=dict(nlargest(PRIORITIES, priorities.items(), key=lambda item: item[1])),
@@ -257,7 +260,9 @@ class HostedInstance:
         )
 
     def _asks(self, tenant: Tenant) -> int:
-        """KV blocks that a request asks for when it comes back."""
+        """KV blocks that a request asks for to run, or to run again."""
+        if not tenant.started:
+            return tenant.blocks
         assert self.facts is not None
         return kv_blocks(tenant.tokens, self.facts.block_size)
 

@@ -33,11 +33,16 @@ class Tenant:
     position: int  # of the next output token
     blocks: int  # KV blocks that its tokens asked for when it came
     priority: int  # vLLM's: the lower, the sooner
+    arrived: float  # at its API server, in seconds since the epoch
     pinned: str | None  # why it can't move once it has outputs
     resumed: bool  # whether it came with outputs
     started: bool = False
     leaving: bool = False  # a migration of it is under way
     watcher: asyncio.Future[None] | None = None  # done at its next output, or its end
+
+    def urgency(self) -> tuple[int, float, str]:
+        """Its place in a queue that goes by priority, as vLLM sorts it."""
+        return self.priority, self.arrived, self.request_id
 
     @property
     def tokens(self) -> int:

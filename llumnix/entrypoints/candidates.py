@@ -8,10 +8,9 @@ from llumnix.policy.select import Candidate
 def candidates(hosted: HostedInstance) -> list[Candidate]:
     """Those that may leave it, in the order in which they came."""
     size = hosted.facts.block_size if hosted.facts else 1
-    queued = [tenant.request_id for tenant in hosted.queued]
-    waiting = frozenset(queued)
-    # One that was preempted comes before all that have not begun.
-    head = queued[0] if queued and not hosted.preempted else None
+    queue = hosted.queue
+    waiting = frozenset(tenant.request_id for tenant in queue if not tenant.started)
+    head = queue[0].request_id if queue else None  # which may be one that was preempted
     return [
         Candidate(
             request=tenant.request_id,

@@ -139,16 +139,58 @@ async def test_what_was_preempted_asks_for_room_again_and_before_all_others() ->
     async with Hosted() as hosted:
         for n in range(3):  # 21 blocks each, of 64, and then one more
             await hosted.instance.submit(hosted.home, submit(f"r{n}", [n] * 330, 100))
-        while not hosted.instance.preempted:
+        while not any(tenant.started for tenant in hosted.instance.queue):
             await hosted.steps(1)
         await hosted.instance.submit(hosted.away, submit("r3", [3] * 20))
-        (preempted,) = hosted.instance.preempted
-        assert preempted.request_id == "r2"
+        preempted, fresh = hosted.instance.queue
+        assert (preempted.request_id, fresh.request_id) == ("r2", "r3")
         load = hosted.instance.load()
         assert (load.running, load.waiting, load.preempted) == (2, 2, 1)
         again = kv_blocks(preempted.tokens, 16)
         assert (load.head_blocks, load.waiting_blocks) == (again, again + 2)
-        assert [c.request for c in candidates(hosted.instance) if c.head] == []
+        assert [c.request for c in candidates(hosted.instance) if c.head] == ["r2"]
+
+
+@on_loop
+async def test_who_comes_with_outputs_is_the_next_to_run() -> None:
+    """As the scheduler has it: it was running before, elsewhere."""
+    async with Hosted() as hosted:
+        for n in range(2):  # 29 blocks each, of 64
+            await hosted.instance.submit(hosted.home, submit(f"r{n}", [n] * 450, 60))
+        await hosted.steps(1)
+        await hosted.instance.submit(hosted.home, submit("fresh", [2] * 330, 100))
+        resumed = core_request("resumed", [3] * 400, 100)
+        await hosted.instance.submit(hosted.home, Submit("a-0", 2, 1, resumed, [11] * 20))
+        await hosted.steps(1)
+        assert [t.request_id for t in hosted.instance.queue] == ["resumed", "fresh"]
+        assert hosted.engine.model.queued() == ["resumed~2", "fresh"]
+        load = hosted.instance.load()
+        assert (load.running, load.waiting, load.preempted) == (2, 2, 0)
+        assert (load.head_blocks, load.waiting_blocks) == (27, 27 + 21)
+        assert [c.request for c in candidates(hosted.instance) if c.head] == ["resumed"]
+
+
+@on_loop
+async def test_a_queue_that_goes_by_priority() -> None:
+    """The most urgent is the head, whether it has begun or not; who is preempted is the least."""
+    async with Hosted() as hosted:
+        hosted.instance.by_priority = True
+        for n, (name, priority) in enumerate([("batch", 2), ("usual", 0), ("other", 2)]):
+            request = core_request(name, [n] * 40, 100, priority=priority)
+            request.arrival_time = float(n)
+            await hosted.instance.submit(hosted.home, Submit("a-0", 1, 1, request, []))
+        await hosted.steps(1)
+        for name, priority in (("late", 0), ("high", -1)):
+            request = core_request(name, [7] * 40, 100, priority=priority)
+            request.arrival_time = 9.0
+            await hosted.instance.submit(hosted.home, Submit("a-0", 1, 1, request, []))
+        hosted.instance._running = 2  # as the engine would say that has preempted one
+        assert [t.request_id for t in hosted.instance.queue] == ["high", "late", "other"]
+        hosted.instance._running = 1
+        assert [t.request_id for t in hosted.instance.queue] == ["high", "late", "batch", "other"]
+        assert [c.request for c in candidates(hosted.instance) if c.head] == ["high"]
+        hosted.instance._running = 4  # of those that have not begun, the first
+        assert [t.request_id for t in hosted.instance.queue] == ["late"]
 
 
 @on_loop
