@@ -74,8 +74,14 @@ def _grammar_start(
     if reasoner is None or manager.enable_in_reasoning or structured.reasoning_ended:
         return 0
     seen = list(request.prompt_token_ids or ())
-    if reasoner.is_reasoning_end(seen):
+    if structured.reasoning_ended is None and reasoner.is_reasoning_end(seen):
         return 0
+    if getattr(reasoner, "reasoning_end_token_ids", None):  # a parser engine's, from 0.32 on
+        end = reasoner.find_reasoning_end(tokens)
+        if end.offset >= len(tokens):
+            return None
+        # What ends it without saying so, as the begin of a tool call does, is the grammar's.
+        return int(end.offset if end.implicit else end.offset + 1)
     for position, token in enumerate(tokens):
         seen.append(token)
         if reasoner.is_reasoning_end_streaming(seen, [token]):
