@@ -60,9 +60,17 @@ class Exchange:
             (await self._peers.link(node)).send(frame)
 
     async def call(
-        self, node: NodeId, instance: InstanceId, method: str, args: tuple[Any, ...], within: float
+        self,
+        node: NodeId,
+        instance: InstanceId,
+        method: str,
+        args: tuple[Any, ...],
+        within: float | None,
     ) -> Any:
-        """Call a utility method of an instance's engine. Raises EngineError, TimeoutError."""
+        """Call a utility method of an instance's engine, for so many seconds; None: until it ends.
+
+        Raises EngineError, TimeoutError.
+        """
         async with asyncio.timeout(within):
             if node == self.node:
                 return await self._call(instance, method, args)

@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import logging
+import time
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -19,6 +20,12 @@ logger = logging.getLogger(__name__)
 
 REQUESTS = {"add_request_async", "abort_requests_async", "get_output_async"}
 CALL_SECONDS = 30.0  # the longest that a utility call may take
+# Those that may wait for what runs to end; a lost instance or link ends them too.
+PATIENT = {"pause_scheduler", "sleep", "wake_up"}
+# vLLM's words when KV blocks are held though no request runs. Here a migration may still hold them.
+BLOCKS_HELD = "Failed to reset KV cache"
+HELD_SECONDS = 15.0  # for which that may be so
+POLL = 0.1  # seconds between tries
 
 
 class UtilityCalls(EngineCoreClient):
@@ -70,12 +77,22 @@ class UtilityCalls(EngineCoreClient):
         if not targets:
             raise EngineError("no instance is ready")
         answers = await asyncio.gather(
-            *(
-                self._exchange.call(node, instance, method, args, CALL_SECONDS)
-                for instance, node in targets.items()
-            )
+            *(self._call(node, instance, method, args) for instance, node in targets.items())
         )
         return all(answers) if isinstance(answers[0], bool) else answers[0]
+
+    async def _call(
+        self, node: NodeId, instance: InstanceId, method: str, args: tuple[Any, ...]
+    ) -> Any:
+        within = None if method in PATIENT else CALL_SECONDS
+        give_up = time.monotonic() + HELD_SECONDS
+        while True:
+            try:
+                return await self._exchange.call(node, instance, method, args, within)
+            except EngineError as error:
+                if BLOCKS_HELD not in str(error) or time.monotonic() >= give_up:
+                    raise
+            await asyncio.sleep(POLL)
 
 
 def _utility(name: str) -> Callable[..., Awaitable[Any]]:

@@ -36,6 +36,7 @@ from llumnix.entrypoints.policies import read_policies
 from llumnix.entrypoints.server.admin import Admin, Standing
 from llumnix.entrypoints.server.admission import Admission
 from llumnix.entrypoints.server.app import Gateway, make_app
+from llumnix.entrypoints.server.cors import allow_origins
 from llumnix.entrypoints.server.drains import Drains
 from llumnix.entrypoints.server.generate import DemoRoute
 from llumnix.entrypoints.server.listener import Listener
@@ -175,7 +176,7 @@ class Node:
         peer = (PATH, self._peers.accept)
         app = make_app(
             *(self._gateway, admin, moves, drains, admission, priorities, demo.handle),
-            *(peer, config.max_body_bytes),
+            *(peer, config.max_body_bytes, allow_origins(self._arguments)),
         )
         self._listener = Listener(app, self._arguments)
 

@@ -32,7 +32,8 @@ def one(
 ) -> Iterator[Node]:
     """A node that tests share: they leave it as they found it."""
     nodes = Nodes(tmp_path_factory.mktemp("one"), etcd_member.endpoints, "one", model)
-    yield nodes.start("one", "--initial-instances", "2", "--max-body-bytes", "100000").ready(60)
+    options = ("--max-body-bytes", "100000", "--allowed-origins", '["http://elsewhere"]')
+    yield nodes.start("one", "--initial-instances", "2", *options).ready(60)
     nodes.close()
 
 

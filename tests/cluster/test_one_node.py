@@ -15,7 +15,10 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
+from yarl import URL
 
+from llumnix.engine.vllm.frontend import authorised
+from llumnix.entrypoints.server import asgi
 from llumnix.entrypoints.server.errors import openai_errors
 from llumnix.entrypoints.server.listener import Listener
 from tests.kit.etcd import free_ports
@@ -103,6 +106,32 @@ def test_the_demo_route(one: Node) -> None:
     texts = [json.loads(line)["text"][0] for line in lines]
     assert texts[-1] == whole
     assert all(b.startswith(a) for a, b in itertools.pairwise(texts))
+
+
+def test_the_demo_route_with_two_choices(one: Node) -> None:
+    """Each line of a stream has both, in their order, and the last one is complete."""
+    body = {"prompt": "Hello", "max_tokens": 10, "n": 2, "temperature": 1.0, "seed": 3}
+    whole = one.post("/generate", body).json["text"]
+    lines = one.post("/generate", body | {"stream": True}).text.splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    assert len(whole) == 2 and texts[-1] == whole
+    for before, after in itertools.pairwise(texts):
+        assert all(b.startswith(a) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("path", ["/livez", "/metrics", "/llumnix/nowhere", "/v1/models"])
+def test_pages_of_other_sites_may_read_the_answers(one: Node, path: str) -> None:
+    """Of those that --allowed-origins names, and as vLLM's application has it for its own."""
+    for origin, allowed in (("http://elsewhere", "http://elsewhere"), ("http://nowhere", None)):
+        answer = one.request("GET", path, headers={"Origin": origin})
+        headers = {name.lower(): value for name, value in answer.headers.items()}
+        assert headers.get("access-control-allow-origin") == allowed
+
+
+def test_long_headers_and_many(one: Node) -> None:
+    """As long and as many as vLLM's server takes."""
+    headers = {"Cookie": "c" * 100_000} | {f"X-{n}": "x" for n in range(200)}
+    assert one.post(COMPLETIONS, completion(), headers=headers).status == 200
 
 
 def test_both_instances_get_work(one: Node) -> None:
@@ -284,7 +313,9 @@ def test_a_client_that_goes_away_while_it_waits_for_the_whole(one: Node) -> None
 
 def listening(app: web.Application, **more: Any) -> tuple[Listener, argparse.Namespace]:
     tls = dict.fromkeys(("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_ciphers", "uds"))
-    values = {"host": "127.0.0.1", "port": free_ports(1)[0], "ssl_cert_reqs": 0} | tls | more
+    limits = {"h11_max_incomplete_event_size": 4 << 20, "h11_max_header_count": 256}
+    values = {"host": "127.0.0.1", "port": free_ports(1)[0], "ssl_cert_reqs": 0}
+    values |= limits | tls | more
     arguments = argparse.Namespace(**values)
     return Listener(app, arguments), arguments
 
@@ -315,6 +346,44 @@ def test_a_fault_before_and_in_the_middle_of_an_answer() -> None:
         await listener.close()
 
     asyncio.run(check())
+
+
+def test_an_application_that_answers_and_then_fails() -> None:
+    """As vLLM's does with a bug: what it has said to its client is what its client gets."""
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        await send({"type": "http.response.body", "body": scope["query_string"]})
+        raise TimeoutError
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        return await asgi.serve(application, asgi.scope_of(request), request, b"", 5.0)
+
+    async def check() -> None:
+        app = web.Application(middlewares=[openai_errors])
+        app.router.add_get("/", handle)
+        listener, arguments = listening(app)
+        await listener.open()
+        async with aiohttp.ClientSession() as client:
+            url = URL(f"http://127.0.0.1:{arguments.port}/?a=%C3%A9%26", encoded=True)
+            answer = await client.get(url)
+            assert (answer.status, await answer.text()) == (500, "a=%C3%A9%26")
+        await listener.close()
+
+    asyncio.run(check())
+
+
+def test_keys_are_shown_as_vllm_takes_them() -> None:
+    arguments = argparse.Namespace(api_key=["secret"])
+    for given, right in (
+        ("Bearer secret", True),
+        ("bearer secret", True),
+        ("Bearer other", False),
+        ("Basic secret", False),
+        ("secret", False),
+        ("", False),
+    ):
+        assert authorised(arguments, {"Authorization": given}) is right, given
 
 
 @pytest.mark.parametrize("authority", [True, False])

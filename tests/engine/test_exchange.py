@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from vllm.lora.request import LoRARequest
 
-from llumnix.engine import peer
+from llumnix.engine import peer, utilities
 from llumnix.engine.base import EngineError
 from llumnix.engine.frames import Lost, Outputs
 from llumnix.engine.ledger import Verdict
 from llumnix.engine.placer import Route
+from llumnix.engine.utilities import BLOCKS_HELD
 from tests.kit.loop import on_loop, soon
 from tests.kit.mesh import Gate, MeshNode, mesh
 from tests.kit.requests import answer, core_request
@@ -371,6 +372,28 @@ async def test_utility_calls_go_everywhere() -> None:
             await a.client.add_lora_async(LoRARequest("french", 1, "/adapters/french"))
         with pytest.raises(EngineError, match="is not on node b"):
             await a.exchange.call("b", "b-9", "is_sleeping", (), 1.0)
+
+
+@on_loop
+async def test_a_call_that_meets_a_migration_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A migration holds blocks of requests that run no more; vLLM knows nobody who does."""
+    async with mesh("a") as (a,):
+        instance = await a.host()
+        held = [EngineError(f"Call to sleep method failed: {BLOCKS_HELD} …")] * 2
+        calls: list[str] = []
+
+        async def answer(method: str, *args: Any) -> Any:
+            calls.append(method)
+            if held:
+                raise held.pop()
+
+        a.engine(instance).call = answer  # type: ignore[method-assign]
+        await a.client.sleep_async(1, "abort")
+        assert calls == ["sleep"] * 3
+        monkeypatch.setattr(utilities, "HELD_SECONDS", 0.0)
+        held.append(EngineError(BLOCKS_HELD))
+        with pytest.raises(EngineError, match=BLOCKS_HELD):
+            await a.client.sleep_async(1, "abort")
 
 
 @on_loop

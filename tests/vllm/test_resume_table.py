@@ -88,6 +88,10 @@ def test_what_was_delivered_is_not_asked_for_again() -> None:
     params = _params(with_generated(_request(), [7]))
     assert params.prompt_logprobs is None
     assert params.prompt_logprob_token_ids is None and params.prompt_logprob_start is None
+    assert _params(_request()).skip_reading_prefix_cache and not params.skip_reading_prefix_cache
+    wished = core_request("r", [1, 2, 3])
+    wished.sampling_params = SamplingParams(skip_reading_prefix_cache=True)
+    assert _params(with_generated(wished, [7])).skip_reading_prefix_cache, "by the client"
 
 
 def test_the_parameters_of_a_resume_are_a_copy() -> None:
@@ -126,6 +130,7 @@ def test_what_a_resume_carries() -> None:
     same = set(EngineCoreRequest.__struct_fields__) - {"sampling_params"}
     assert all(getattr(resumed, name) == getattr(request, name) for name in same)
     delivered = {name for name in SamplingParams.__struct_fields__ if name.startswith("prompt_")}
+    delivered.add("skip_reading_prefix_cache")  # as it was to be computed for the prompt_logprobs
     for name in set(SamplingParams.__struct_fields__) - delivered - {"extra_args"}:
         assert getattr(_params(resumed), name) == getattr(_params(request), name), name
     extra = _params(resumed).extra_args

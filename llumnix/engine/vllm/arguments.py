@@ -170,6 +170,8 @@ def engine_config(parser: NodeArgumentParser, arguments: argparse.Namespace) -> 
         engines = engine_arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
     except _REFUSALS as error:
         parser.error(_sentence(error))
+    # An engine that is told to end does so at once: what it runs goes on elsewhere.
+    engines.shutdown_timeout = 0
     if engines.model_config.is_multimodal_model:
         # As with several API servers: else the frontend keeps an image to itself that one engine
         # has had already, and any other engine would miss it.

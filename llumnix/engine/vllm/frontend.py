@@ -110,8 +110,10 @@ class Frontend:
 def authorised(arguments: argparse.Namespace, headers: Mapping[str, str]) -> bool:
     """Whether a request shows one of the server's API keys, if there are any (as vLLM checks)."""
     keys = [key for key in (arguments.api_key or [envs.VLLM_API_KEY]) if key]
-    given = headers.get("Authorization", "").encode(errors="surrogateescape")
-    return not keys or any(hmac.compare_digest(given, f"Bearer {k}".encode()) for k in keys)
+    scheme, _, given = headers.get("Authorization", "").partition(" ")
+    token = given.encode(errors="surrogateescape")
+    known = [hmac.compare_digest(token, key.encode()) for key in keys]
+    return not keys or (scheme.lower() == "bearer" and any(known))
 
 
 def _answer_alike(app: Any, unhandled: type[Exception], handled: type[Exception]) -> None:

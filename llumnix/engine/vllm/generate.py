@@ -76,9 +76,12 @@ async def generate(llm: AsyncLLM, generation: Generation) -> AsyncGenerator[list
     Raises BadRequest, Failed.
     """
     request_id = f"generate-{uuid.uuid4().hex}"
+    texts = [generation.prompt] * generation.params.n
     try:
         async for output in llm.generate(generation.prompt, generation.params, request_id):
-            yield [generation.prompt + choice.text for choice in output.outputs]
+            for choice in output.outputs:  # of a stream, those that have gone on
+                texts[choice.index] = generation.prompt + choice.text
+            yield list(texts)
     except CLIENT_ERRORS as error:  # such as a prompt that is too long
         raise BadRequest(str(error)) from error
     except SERVER_ERROR as error:

@@ -36,8 +36,9 @@ def with_generated(request: EngineCoreRequest, generated: Sequence[int]) -> Engi
     params = copy(request.sampling_params)
     params.extra_args = {**(params.extra_args or {}), _KEY: list(generated)}
     for name in _OF_THE_PROMPT:
-        if hasattr(params, name):
+        if getattr(params, name, None) is not None:
             setattr(params, name, None)
+            params.skip_reading_prefix_cache = False  # which only that had asked for
     resumed: EngineCoreRequest = msgspec.structs.replace(request, sampling_params=params)
     return resumed
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from llumnix.engine.vllm.frontend import Frontend
 from llumnix.entrypoints.server import asgi
@@ -117,13 +118,14 @@ def make_app(
     generate: Handler,
     peer: tuple[str, Handler],
     max_body_bytes: int,
+    origins: Middleware,
 ) -> web.Application:
     """The application, with every route in its place."""
 
     def guard(handler: Handler) -> Handler:
         return admission.guard(priorities.guard(handler))
 
-    app = web.Application(client_max_size=max_body_bytes, middlewares=[openai_errors])
+    app = web.Application(client_max_size=max_body_bytes, middlewares=[origins, openai_errors])
     app.router.add_get(*peer)
     looks = {
         "/livez": admin.livez,

@@ -5,6 +5,7 @@ vLLM's handlers work in tasks of their own, which only the message of a disconne
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +21,8 @@ AsgiApp = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 # aiohttp frames the body itself.
 _NOT_COPIED = frozenset({b"transfer-encoding", b"connection"})
+
+logger = logging.getLogger(__name__)
 
 LAST_SECONDS = 2.0  # for an application to end once it was told that its client is gone
 
@@ -38,6 +41,11 @@ async def serve(
         for task in ended:
             task.cancelled() or task.exception()  # whatever it was, nobody waits for it
         raise
+    except Exception:
+        if not isinstance(exchange.response, web.Response):
+            raise
+        # The application has worded its answer before it let us know of its bug.
+        logger.exception("%s %s failed", request.method, request.path)
     finally:
         answering.cancel()
     if exchange.response is None:
@@ -56,7 +64,7 @@ def scope_of(request: web.Request) -> dict[str, Any]:
         "scheme": request.scheme,
         "path": request.path,
         "raw_path": request.raw_path.partition("?")[0].encode(),
-        "query_string": request.query_string.encode(),
+        "query_string": request.rel_url.raw_query_string.encode(),
         "root_path": "",
         "headers": [(name.lower(), value) for name, value in request.raw_headers],
         "client": tuple(peer[:2]) if peer else None,

@@ -10,6 +10,8 @@ from llumnix.config import ConfigError
 
 ACCESS_FORMAT = '%a "%r" %s %b %Tfs'
 
+BACKLOG = 2048  # connections that may wait to be accepted, as at vLLM's server
+
 access_log = logging.getLogger("llumnix.access")
 
 
@@ -18,6 +20,7 @@ class Listener:
 
     def __init__(self, app: web.Application, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
+        longest = arguments.h11_max_incomplete_event_size  # bytes; vLLM's limit of all headers
         quiet = getattr(arguments, "disable_uvicorn_access_log", False)
         self._runner = web.AppRunner(
             app,
@@ -25,6 +28,9 @@ class Listener:
             access_log=None if quiet else access_log,
             access_log_format=ACCESS_FORMAT,
             shutdown_timeout=2.0,
+            max_line_size=longest,
+            max_field_size=longest,
+            max_headers=arguments.h11_max_header_count,
         )
 
     async def open(self) -> None:
@@ -34,9 +40,10 @@ class Listener:
         context = _server_ssl(arguments)
         site: web.BaseSite
         if getattr(arguments, "uds", None):
-            site = web.UnixSite(self._runner, arguments.uds, ssl_context=context)
+            site = web.UnixSite(self._runner, arguments.uds, ssl_context=context, backlog=BACKLOG)
         else:
-            site = web.TCPSite(self._runner, arguments.host, arguments.port, ssl_context=context)
+            address = (arguments.host, arguments.port)
+            site = web.TCPSite(self._runner, *address, ssl_context=context, backlog=BACKLOG)
         await site.start()
 
     async def refuse_new(self) -> None:
