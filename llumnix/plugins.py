@@ -19,6 +19,7 @@ from llumnix.policy.dispatch import Candidate, Policy, Request, Score
 from llumnix.policy.dispatchers import POLICIES
 from llumnix.policy.planners import PLANNERS
 from llumnix.policy.rebalance import Allowed, Pair, Planner
+from llumnix.policy.select import RULES
 from llumnix.policy.terms import Terms
 
 logger = logging.getLogger(__name__)
@@ -68,12 +69,21 @@ def _guarded_planner(name: str, planner: Planner) -> Planner:
 
     def call(view: ClusterView, terms: Terms, allowed: Allowed) -> list[Pair]:
         try:
-            return [pair for pair in planner(view, terms, allowed) if isinstance(pair, Pair)]
+            return [_checked(pair) for pair in planner(view, terms, allowed)]
         except Exception:
             _tell_once(name)
             return []
 
     return call
+
+
+def _checked(pair: Pair) -> Pair:
+    """Raises TypeError, ValueError for one that nothing can be done with."""
+    if not isinstance(pair, Pair):
+        raise TypeError(f"a rule of rescheduling names a {type(pair).__name__}, and no Pair")
+    if pair.source == pair.destination or pair.rule not in ("", *RULES):
+        raise ValueError(f"nothing can be moved by {pair}; rules are {', '.join(RULES)}")
+    return pair
 
 
 @functools.cache

@@ -38,6 +38,18 @@ def failing(*facts: object) -> list[Pair]:
     raise KeyError("a")
 
 
+def unknown(*facts: object) -> list[Pair]:
+    return [Pair("a", "b", "shortest")]
+
+
+def to_itself(*facts: object) -> list[Pair]:
+    return [Pair("a", "a")]
+
+
+def none_at_all(*facts: object) -> list[Any]:
+    return [("a", "b", "")]
+
+
 KEPT = Policy(emptiest, keeps=True)
 NUMBER = 7
 
@@ -92,13 +104,14 @@ def test_a_rule_of_rescheduling_of_another_package(installed: Installed) -> None
     assert found is not None and found(ClusterView(), Terms(), lambda pair: True) == []
 
 
+@pytest.mark.parametrize("value", ["failing", "unknown", "to_itself", "none_at_all"])
 def test_a_rule_that_fails_names_nothing(
-    installed: Installed, caplog: pytest.LogCaptureFixture
+    installed: Installed, value: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    installed(plugins.RESCHEDULING, "failing", "failing")
-    found = plugins.planner("failing")
+    installed(plugins.RESCHEDULING, value, value)
+    found = plugins.planner(value)
     assert found is not None and found(ClusterView(), Terms(), lambda pair: True) == []
-    assert "the policy failing fails" in caplog.text
+    assert f"the policy {value} fails" in caplog.text
 
 
 def test_an_unknown_name_is_told_the_known_ones(installed: Installed) -> None:

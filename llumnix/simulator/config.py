@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
 import yaml
 
 from llumnix.simulator.cluster import ClusterConfig
@@ -71,9 +72,15 @@ def read_config(file: Path) -> Config:
         ConfigError: it cannot be read, or something in it is missing, unknown or wrong.
     """
     given = _load(file)
-    if isinstance(given, Mapping) and "workload" in given:
-        given = {**given, "workload": _anchored(given["workload"], file.parent)}
-    read = build(_File, given, "")
+    try:
+        if isinstance(given, Mapping) and "workload" in given:
+            given = {**given, "workload": _anchored(given["workload"], file.parent)}
+        read = build(_File, given, "")
+        orjson.dumps(given, option=orjson.OPT_NON_STR_KEYS)  # as it will be recorded
+    except RecursionError as error:
+        raise ConfigError(f"{file} has a value that contains itself") from error
+    except TypeError as error:
+        raise ConfigError(f"{file} cannot be recorded as JSON: {error}") from error
     return Config(
         workload=read.workload,
         cluster=read.cluster,
@@ -88,7 +95,7 @@ def _load(file: Path) -> Any:
         return yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # such as an impossible date
         raise ConfigError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
 
 

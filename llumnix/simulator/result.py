@@ -26,7 +26,7 @@ class Story:
     instance: InstanceId = ""  # to which it was dispatched
     times: "array[float]" = field(default_factory=lambda: array("d"))  # of each output token
     preemptions: int = 0
-    preemption_loss: float = 0.0  # seconds from being preempted to the next token, less one step
+    preemption_loss: float = 0.0  # seconds from being preempted to the step of the next token
     hops: list[Hop] = field(default_factory=list)
     preempted_at: float | None = None  # until its next token, wherever that comes
 

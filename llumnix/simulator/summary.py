@@ -24,8 +24,9 @@ class Group:
     """Requests together; times in seconds.
 
     Prefill is that of requests with a first token, decode that of ended ones with more than one
-    token, latency that of ended ones. The preemption loss is the paper's (Llumnix, OSDI'24): the
-    waits from each preemption to the next token, less one decode step, divided by all requests.
+    token, latency that of ended ones. The preemption loss is the paper's (Llumnix, OSDI'24) less
+    the recomputation: the waits from each preemption to the step that brings the next token,
+    divided by all requests.
     """
 
     requests: int

@@ -104,11 +104,14 @@ def read_columns(file: str, columns: tuple[str, ...]) -> list[tuple[int, ...]]:
 def _rows(file: str, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
     """The named columns of each row, with the number of its line."""
     reader = csv.DictReader(_lines(file))
-    missing = [column for column in columns if column not in (reader.fieldnames or ())]
-    if missing:
-        raise ConfigError(f"{file} has no column {missing[0]}")
-    for row in reader:
-        yield reader.line_num, [row[column] or "" for column in columns]
+    try:
+        missing = [column for column in columns if column not in (reader.fieldnames or ())]
+        if missing:
+            raise ConfigError(f"{file} has no column {missing[0]}")
+        for row in reader:
+            yield reader.line_num, [row[column] or "" for column in columns]
+    except csv.Error as error:
+        raise ConfigError(f"{file}, line {reader.line_num + 1} is no CSV: {error}") from error
 
 
 def _lines(file: str) -> list[str]:

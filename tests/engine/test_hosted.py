@@ -149,6 +149,9 @@ async def test_what_was_preempted_asks_for_room_again_and_before_all_others() ->
         again = kv_blocks(preempted.tokens, 16)
         assert (load.head_blocks, load.waiting_blocks) == (again, again + 2)
         assert [c.request for c in candidates(hosted.instance) if c.head] == ["r2"]
+        hosted.gate.open()
+        await soon(lambda: not hosted.instance.requests)
+        assert hosted.instance.load().preemptions == hosted.engine.model.preemptions > 0
 
 
 @on_loop

@@ -72,6 +72,12 @@ def test_one_seed_or_none(tmp_path: Path) -> None:
         ("seeds: [1, 1]\ncluster: {}" + WORKLOAD, r"seeds are \[1, 1\]"),
         ("seed: -1\ncluster: {}" + WORKLOAD, r"seeds are \[-1\]"),
         ("a: [", "run.yaml is no YAML: while parsing"),
+        ("seed: 2024-13-45", "run.yaml is no YAML: month must be in 1..12"),
+        ("cluster: {}\nworkload: &a {prompt: *a}", "run.yaml has a value that contains itself"),
+        (
+            "cluster: {scaling: {patience: 100000000000000000000}}" + WORKLOAD,
+            "run.yaml cannot be recorded as JSON: Integer exceeds 64-bit range",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_sentence(tmp_path: Path, text: str, told: str) -> None:

@@ -18,6 +18,13 @@ def test_azure() -> None:
     assert found[1][1:3] == (396, 109)
 
 
+def test_a_field_that_is_no_number_of_tokens_but_a_book(tmp_path: Path) -> None:
+    file = tmp_path / "dump.csv"
+    file.write_text("input_tokens,output_tokens\n" + "a" * 140_000 + ",1\n")
+    with pytest.raises(ConfigError, match=r"dump.csv, line 2 is no CSV: field larger than"):
+        read_lengths(str(file))
+
+
 def test_mooncake() -> None:
     found = read_mooncake(str(DATA / "mooncake.jsonl"))
     assert found[0] == Recorded(0.0, 6758, 500, tuple(range(14)), 512)

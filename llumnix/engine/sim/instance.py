@@ -9,7 +9,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine import (
+    EngineCoreEvent,
+    EngineCoreEventType,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    FinishReason,
+)
 from vllm.v1.metrics.stats import SchedulerStats
 
 from llumnix.cluster import InstanceId
@@ -44,6 +51,8 @@ class SimEngine:
         self._work = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
         self._events: EngineEvents | None = None
+        # Of preempted requests, to go out with the next output of each, as vLLM's do.
+        self._preempted: dict[str, list[EngineCoreEvent]] = {}
 
     @property
     def id(self) -> InstanceId:
@@ -95,6 +104,8 @@ class SimEngine:
     async def abort(self, request_ids: list[str]) -> None:
         """Abort requests."""
         self._model.abort(request_ids)
+        for request_id in request_ids:
+            self._preempted.pop(request_id, None)
 
     async def call(self, method: str, *args: Any) -> Any:
         """The few utility methods that make sense without a device."""
@@ -131,9 +142,15 @@ class SimEngine:
                 await self._work.wait()
             result = self._model.step()
             await self._clock.sleep(result.seconds)
+            for request_id in result.preempted:
+                event = EngineCoreEvent(EngineCoreEventType.PREEMPTED, self._clock.now())
+                self._preempted.setdefault(request_id, []).append(event)
             outputs = [
                 EngineCoreOutput(
-                    request_id, list(tokens), finish_reason=_FINISH[finish] if finish else None
+                    request_id,
+                    list(tokens),
+                    finish_reason=_FINISH[finish] if finish else None,
+                    events=self._preempted.pop(request_id, None),
                 )
                 for request_id, tokens, finish in result.outputs
             ]
