@@ -21,7 +21,8 @@ from llumnix.engine.exchange import Exchange
 from llumnix.engine.frames import HandOver, Lost, News
 from llumnix.engine.ledger import Entry, Ledger, Verdict
 from llumnix.engine.pinned import NO_RESUME, why_pinned
-from llumnix.engine.placer import CRASHES, DEATHS, TRIAL_TOKENS, Dispatch, Placer, Route
+from llumnix.engine.placer import CRASHES, DEATHS, Dispatch, Placer, Route
+from llumnix.engine.tenant import TRIAL_TOKENS
 from llumnix.engine.utilities import UtilityCalls
 
 logger = logging.getLogger(__name__)
@@ -246,8 +247,10 @@ class ClusterClient(UtilityCalls):
         move = self._moving.get(request_id)
         came = move is not None and move.epoch == epoch
         died = lost.died and not came
-        if died and entry.deaths >= DEATHS and entry.gained >= TRIAL_TOKENS:
-            entry.deaths -= 1  # it has passed a trial that took longer than others waited for it
+        if died and entry.deaths >= DEATHS and (lost.together or entry.gained >= TRIAL_TOKENS):
+            # It has passed a trial that took longer than others waited for it; or another API
+            # server's suspect was on trial there too, and it is tried once more.
+            entry.deaths -= 1
         entry.deaths += died
         entry.crashes += died
         reason = lost.reason

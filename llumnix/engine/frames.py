@@ -34,6 +34,7 @@ class Submit(Frame, array_like=True, gc=False):
     sequence: int  # number of the dispatch, see InstanceLoad.received
     request: EngineCoreRequest
     generated: list[int] = []  # outputs that it has already: it is resumed
+    suspect: bool = False  # it may be what has killed its engines
 
 
 class Cancel(Frame, array_like=True, gc=False):
@@ -78,6 +79,7 @@ class Lost(Frame, array_like=True, gc=False):
     reason: str
     retry: bool = True  # False: no other instance can run them either
     died: bool = False  # the engine has died while it had them
+    together: bool = False  # it had several suspects on trial, of which one may have done it
 
 
 class HandOver(Frame, array_like=True, gc=False):

@@ -162,7 +162,8 @@ class HostedInstance:
             epoch=frame.epoch,
             prompt=prompt,
             position=generated,
-            resumed=generated > 0,
+            brought=generated,
+            suspect=frame.suspect,
             blocks=kv_blocks(prompt + generated, self.facts.block_size),
             priority=request.priority,
             arrived=request.arrival_time,
@@ -333,9 +334,12 @@ class HostedInstance:
         tenants, self._tenants, self._names = self._tenants, {}, {}
         for request_id in set(self._expected.values()):
             self._resolve(request_id, None)
+        together = sum(tenant.on_trial for tenant in tenants.values()) > 1
         for tenant in tenants.values():
             tenant.wake()
-            self._lose(tenant.origin, tenant.epoch, tenant.request_id, reason, died=died)
+            ids = [tenant.epoch], [tenant.request_id]
+            unsure = together and tenant.on_trial
+            tenant.origin.deliver(Lost(self.id, *ids, reason, died=died, together=unsure))
 
     def _lose(
         self,
@@ -344,6 +348,5 @@ class HostedInstance:
         request_id: str,
         reason: str,
         retry: bool = True,
-        died: bool = False,
     ) -> None:
-        origin.deliver(Lost(self.id, [epoch], [request_id], reason, retry, died))
+        origin.deliver(Lost(self.id, [epoch], [request_id], reason, retry))

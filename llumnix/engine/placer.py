@@ -17,14 +17,13 @@ from llumnix.engine.exchange import Exchange
 from llumnix.engine.frames import Cancel, Submit
 from llumnix.engine.ledger import Entry, Ledger
 from llumnix.engine.suspects import Suspects
-from llumnix.engine.tenant import Origin
+from llumnix.engine.tenant import TRIAL_TOKENS, Origin
 from llumnix.engine.waiting import WaitingRoom
 
 logger = logging.getLogger(__name__)
 
 DEATHS = 2  # of its engines that a request may survive: it may be what kills them
 CRASHES = 8  # of its engines in all, however often it was found innocent in between
-TRIAL_TOKENS = 3  # that clear a suspect: what kills an engine does it in its first steps there
 TRIAL_SECONDS = 10.0  # that others wait for one suspect at most
 SHORTEST = 0.5  # seconds of --failover-timeout, for one try at least
 POLL_SECONDS = 0.02  # between looks at a request on trial
@@ -118,7 +117,8 @@ class Placer:
         if not self._stands(request_id, entry, epoch):
             return None
         tokens = list(entry.tokens)
-        frame = Submit(route.instance, epoch, route.sequence, entry.request, tokens)
+        suspect = entry.deaths >= DEATHS
+        frame = Submit(route.instance, epoch, route.sequence, entry.request, tokens, suspect)
         try:
             await self._exchange.submit(route.node, self._home, frame)
         except EngineError as error:

@@ -9,6 +9,8 @@ from vllm.v1.metrics.stats import SchedulerStats
 from llumnix.cluster import NodeId
 from llumnix.engine.frames import News
 
+TRIAL_TOKENS = 3  # that clear a suspect
+
 
 class Origin(Protocol):
     """An API server that has requests here: this node's own, or one behind a peer link."""
@@ -35,10 +37,21 @@ class Tenant:
     priority: int  # vLLM's: the lower, the sooner
     arrived: float  # at its API server, in seconds since the epoch
     pinned: str | None  # why it can't move once it has outputs
-    resumed: bool  # whether it came with outputs
+    brought: int  # outputs that it came with
+    suspect: bool = False  # it may be what has killed its engines
     started: bool = False
     leaving: bool = False  # a migration of it is under way
     watcher: asyncio.Future[None] | None = None  # done at its next output, or its end
+
+    @property
+    def resumed(self) -> bool:
+        """Whether it came with outputs."""
+        return self.brought > 0
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether it may still kill this engine: what does, does it in its first steps there."""
+        return self.suspect and self.position - self.brought < TRIAL_TOKENS
 
     def urgency(self) -> tuple[int, float, str]:
         """Its place in a queue that goes by priority, as vLLM sorts it."""

@@ -18,7 +18,8 @@ from llumnix.engine.base import EngineDead
 from llumnix.engine.client import ClusterClient
 from llumnix.engine.frames import Cancel, Lost, Outputs, Submit
 from llumnix.engine.pinned import NO_RESUME
-from llumnix.engine.placer import DEATHS, TRIAL_TOKENS, Route
+from llumnix.engine.placer import DEATHS, Route
+from llumnix.engine.tenant import TRIAL_TOKENS
 from tests.kit.loop import on_loop, soon
 from tests.kit.requests import core_request
 
@@ -183,6 +184,23 @@ async def test_a_suspect_that_went_on_generating_is_cleared_however_late() -> No
     entry = client.ledger.get("r")
     assert entry is not None and (entry.deaths, entry.crashes) == (DEATHS, DEATHS + 1)
     client.shutdown()
+
+
+@on_loop
+async def test_suspects_of_two_servers_that_die_together_are_tried_again() -> None:
+    """Each server tries one at a time, but the other one's may be at the same instance."""
+    exchange = HeldExchange()
+    client = make(exchange, *((f"x-{n}", "x") for n in range(DEATHS + 3)))
+    failures: list[str] = []
+    client.on_failure = lambda request_id, reason, status: failures.append(reason)
+    await client.add_request_async(core_request("r", [1]))
+    for number in range(DEATHS + 2):
+        await soon(lambda number=number: len(exchange.submitted) == number + 1)
+        instance, epoch = exchange.submitted[-1]
+        together = number == DEATHS
+        lost = Lost(instance, [epoch], ["r"], "it died", died=True, together=together)
+        client.deliver(lost)
+    assert len(failures) == 1 and "as 4 engines died" in failures[0], "the last time it was alone"
 
 
 class DyingExchange(HeldExchange):

@@ -20,6 +20,7 @@ from llumnix.engine.frames import Lost, Outputs, Submit
 from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.pinned import NO_RESUME
 from llumnix.engine.sim.instance import SimEngine
+from llumnix.engine.tenant import TRIAL_TOKENS
 from llumnix.entrypoints.candidates import candidates
 from tests.kit.engines import IdleEngine
 from tests.kit.loop import on_loop, soon
@@ -304,6 +305,22 @@ async def test_an_engine_that_cannot_resume_is_given_nothing_that_has_begun() ->
         (lost,) = hosted.home.lost
         assert lost.request_ids == ["r1"] and lost.retry and NO_RESUME in lost.reason
         assert hosted.instance.requests == 0
+
+
+@pytest.mark.parametrize("steps", [0, TRIAL_TOKENS])
+@on_loop
+async def test_suspects_that_are_on_trial_together_are_told_so(steps: int) -> None:
+    """After a few tokens none of them is on trial any more."""
+    async with Hosted() as hosted:
+        for origin, name in ((hosted.home, "h"), (hosted.away, "f")):
+            request = core_request(name, [1, 2], 20)
+            await hosted.instance.submit(origin, Submit("a-0", 3, 1, request, [11], suspect=True))
+        await hosted.instance.submit(hosted.away, submit("innocent", [3, 4], 20))
+        await hosted.steps(steps)
+        hosted.engine.die("a-0 died")
+        (home,), (away, innocent) = hosted.home.lost, hosted.away.lost
+        assert home.died and away.died and innocent.died
+        assert (home.together, away.together, innocent.together) == (not steps, not steps, False)
 
 
 @on_loop

@@ -16,8 +16,9 @@ from llumnix.engine.frames import HandOver, Lost
 from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.ledger import Verdict
 from llumnix.engine.pinned import why_pinned
-from llumnix.engine.placer import DEATHS, TRIAL_TOKENS, NoInstance, Route
+from llumnix.engine.placer import DEATHS, NoInstance, Route
 from llumnix.engine.sim.instance import SimEngine
+from llumnix.engine.tenant import TRIAL_TOKENS
 from tests.kit.loop import on_loop, soon
 from tests.kit.mesh import SMALL, Gate, MeshNode, Stream, mesh
 from tests.kit.requests import answer, core_request
