@@ -68,11 +68,16 @@ def _guarded_planner(name: str, planner: Planner) -> Planner:
     """A rule of another package; it names nothing when it fails."""
 
     def call(view: ClusterView, terms: Terms, allowed: Allowed) -> list[Pair]:
+        good = []
         try:
-            return [_checked(pair) for pair in planner(view, terms, allowed)]
+            for pair in planner(view, terms, allowed):
+                try:
+                    good.append(_checked(pair))
+                except (TypeError, ValueError):
+                    _tell_once(name)
         except Exception:
             _tell_once(name)
-            return []
+        return good
 
     return call
 

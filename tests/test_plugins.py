@@ -46,6 +46,10 @@ def to_itself(*facts: object) -> list[Pair]:
     return [Pair("a", "a")]
 
 
+def partly(*facts: object) -> list[Pair]:
+    return [Pair("a", "b"), Pair("c", "c"), Pair("c", "d")]
+
+
 def none_at_all(*facts: object) -> list[Any]:
     return [("a", "b", "")]
 
@@ -112,6 +116,13 @@ def test_a_rule_that_fails_names_nothing(
     found = plugins.planner(value)
     assert found is not None and found(ClusterView(), Terms(), lambda pair: True) == []
     assert f"the policy {value} fails" in caplog.text
+
+
+def test_the_other_pairs_of_a_round_are_kept(installed: Installed) -> None:
+    installed(plugins.RESCHEDULING, "partly", "partly")
+    found = plugins.planner("partly")
+    assert found is not None
+    assert found(ClusterView(), Terms(), lambda pair: True) == [Pair("a", "b"), Pair("c", "d")]
 
 
 def test_an_unknown_name_is_told_the_known_ones(installed: Installed) -> None:

@@ -29,6 +29,7 @@ if os.getppid() != int(sys.argv[1]):
 os.execv(sys.argv[2], sys.argv[2:])
 """
 LONGEST_PAUSE = 10.0  # seconds until an etcd that has ended is started again
+CALM = 60.0  # seconds after which it is started again at once
 _LOCK_WAIT = 2.0  # seconds; an etcd whose node was killed takes a moment to be gone
 
 
@@ -145,15 +146,20 @@ class EmbeddedEtcd:
             try:
                 process = self._spawn(command)
             except OSError as error:
-                if self._started.is_set():
-                    log.error("The embedded etcd can't be started again: %s", error)
-                self._failure = error
-                self._started.set()
-                return
+                if not self._started.is_set():
+                    self._failure = error
+                    self._started.set()
+                    return
+                log.error("The embedded etcd can't be started again: %s", error)
+                self._stopping.wait(backoff.delay())
+                continue
             if process is None:
                 return
             self._started.set()
+            began = time.monotonic()
             code = process.wait()
+            if time.monotonic() - began > CALM:
+                backoff.reset()
             if not self._endpoints:  # it has been stopped, or has never answered
                 return
             log.error(

@@ -84,7 +84,7 @@ class Registry:
         return self._watch.wait_listed(within)
 
     def stop(self) -> None:
-        """Ends the threads; no subscriber is called once this has returned."""
+        """Ends the threads; once this has returned, only announcements call subscribers."""
         self._publisher.stop()
         self._watch.stop()
 

@@ -16,6 +16,7 @@ from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutp
 from llumnix.cluster import InstanceId, InstanceLoad, NodeId, kv_blocks
 from llumnix.engine.base import Engine, EngineDead, EngineError, EngineEvents, EngineFacts
 from llumnix.engine.frames import HandOver, Lost, Outputs, Submit
+from llumnix.engine.order import Order
 from llumnix.engine.pinned import NO_RESUME, why_pinned
 from llumnix.engine.tenant import Origin, Tenant
 
@@ -32,7 +33,7 @@ class HostedInstance:
         self.slot = slot  # 0, 1, … on this node; the `engine` label of vLLM's own metrics
         self.facts: EngineFacts | None = None
         self.life = uuid.uuid4().hex[:8]  # of this engine; another one has the id after a restart
-        self.by_priority = False  # whether the engine's queue is ordered by priority first
+        self.order = Order()  # in which they run, and wait
         self.on_load: Callable[[], None] = lambda: None
         self.on_death: Callable[[str], None] = lambda reason: None
         self._home = home  # the API server of this node: it gets the engine's statistics
@@ -40,7 +41,6 @@ class HostedInstance:
         self._names: dict[str, str] = {}  # request id → that id
         self._received: dict[Origin, int] = {}  # the highest sequence number of each
         self._expected: dict[asyncio.Future[Tenant | None], str] = {}  # who waits for a request
-        self._running = 0
         self._usage = 0.0
         self._preemptions = 0
         self._dead: str | None = None
@@ -64,34 +64,6 @@ class HostedInstance:
     def tenants(self) -> list[Tenant]:
         """The requests it has, in the order in which they came."""
         return list(self._tenants.values())
-
-    @property
-    def queue(self) -> list[Tenant]:
-        """Those that wait, in the order in which they are to run.
-
-        The engine says how many it runs, and not which. Of those without an output here it has
-        taken the first; if more wait than there are of these, it has preempted others, of those
-        that have begun the last.
-        """
-        begun = [tenant for tenant in self._tenants.values() if tenant.started]
-        # Who has come with outputs goes before all that is queued already, as the scheduler has it.
-        resumed = [t for t in self._tenants.values() if t.resumed and not t.started][::-1]
-        fresh = [t for t in self._tenants.values() if not t.resumed and not t.started]
-        if self.by_priority:
-            begun.sort(key=Tenant.urgency)
-            fresh = sorted(resumed + fresh, key=Tenant.urgency)
-            resumed = []
-        preempted = begun[len(begun) - max(self._waiting - len(resumed) - len(fresh), 0) :]
-        if self.by_priority:
-            queue = sorted(preempted + fresh, key=Tenant.urgency)
-        else:
-            queue = resumed + preempted + fresh
-        return queue[len(queue) - self._waiting :]
-
-    @property
-    def _waiting(self) -> int:
-        """How many wait, the preempted ones included."""
-        return max(len(self._tenants) - self._running, 0)
 
     def find(self, request_id: str) -> Tenant | None:
         """The request of that id, if it is here."""
@@ -134,10 +106,12 @@ class HostedInstance:
         name = request_id if frame.epoch <= 1 else f"{request_id}~{frame.epoch}"
         self._names[request_id] = name
         self._tenants[name] = tenant = self._tenant(name, origin, frame)
+        self.order.add(tenant)
         self._resolve(request_id, tenant)
         try:
             if former is not None:
-                self._tenants.pop(former).wake()
+                if (old := self._take_out(former)) is not None:
+                    old.wake()
                 await self.engine.abort([former])
             request = msgspec.structs.replace(frame.request, request_id=name)
             await self.engine.add(request, frame.generated)
@@ -198,7 +172,8 @@ class HostedInstance:
         """
         if self._tenants.get(tenant.name) is not tenant:
             return False
-        del self._tenants[tenant.name], self._names[tenant.request_id]
+        self._take_out(tenant.name)
+        del self._names[tenant.request_id]
         tenant.wake()
         frame = HandOver(self.id, tenant.epoch, tenant.request_id, destination, node)
         tenant.origin.deliver(frame)
@@ -220,7 +195,8 @@ class HostedInstance:
                 self._resolve(request_id, None)
         known = [name for i in request_ids if (name := self._names.pop(i, None)) is not None]
         for name in known:
-            self._tenants.pop(name).wake()
+            if (tenant := self._take_out(name)) is not None:
+                tenant.wake()
         if known and self._dead is None:
             await self.engine.abort(known)
         self.on_load()
@@ -232,7 +208,7 @@ class HostedInstance:
 
     def load(self) -> InstanceLoad:
         """The load as of the last step, with every request that has arrived since as queued."""
-        queue = self.queue
+        queue = self.order.queue
         prefill = 0
         priorities: dict[int, int] = {}
         for tenant in self._tenants.values():
@@ -247,8 +223,8 @@ class HostedInstance:
             received[origin.node] = max(sequence, received.get(origin.node, 0))
         return InstanceLoad(
             self.id,
-            running=min(self._running, len(self._tenants)),
-            waiting=self._waiting,
+            running=len(self._tenants) - len(queue),
+            waiting=len(queue),
             used_blocks=round(self._usage * total) if busy else 0,
             waiting_blocks=sum(map(self._asks, queue)),
             head_blocks=self._asks(queue[0]) if queue else 0,
@@ -271,6 +247,7 @@ class HostedInstance:
         """Split one step by origin and send each its part in one frame."""
         frames: dict[Origin, Outputs] = {}
         awakened: list[Tenant] = []
+        going_on: list[Tenant] = []
         tenants = self._tenants
         for output in step.outputs:
             name = output.request_id
@@ -290,27 +267,32 @@ class HostedInstance:
                 awakened.append(tenant)
             if output.events is not None:
                 self._take_events(tenant, output)
-            if output.finish_reason is not None:
-                del tenants[name], self._names[tenant.request_id]
+            if output.finish_reason is None:
+                going_on.append(tenant)
+            else:
+                self._take_out(name)
+                del self._names[tenant.request_id]
+        if step.scheduler_stats is not None:
+            self.order.step(step.scheduler_stats.num_running_reqs, going_on)
         self._deliver(frames, step)
         for tenant in awakened:
             tenant.wake()
 
     def _take_events(self, tenant: Tenant, output: EngineCoreOutput) -> None:
-        """Count preemptions; for a request that has moved here, the frontend gets only those.
+        """Count preemptions. A request that has moved here was queued first elsewhere.
 
-        It was queued and scheduled first elsewhere, which is what vLLM's metrics go by.
+        vLLM's metrics take the last time they hear of as the beginning of its wait, which is over.
         """
         assert output.events is not None
-        preempted = [e for e in output.events if e.type is EngineCoreEventType.PREEMPTED]
-        self._preemptions += len(preempted)
-        if tenant.resumed:
-            output.events = preempted or None
+        kinds = [event.type for event in output.events]
+        self._preemptions += kinds.count(EngineCoreEventType.PREEMPTED)
+        if tenant.resumed and EngineCoreEventType.QUEUED in kinds:
+            output.events = [e for e in output.events if e.type != EngineCoreEventType.QUEUED]
 
     def _deliver(self, frames: dict[Origin, Outputs], step: EngineCoreOutputs) -> None:
         stats = step.scheduler_stats
         if stats is not None:
-            self._running, self._usage = stats.num_running_reqs, stats.kv_cache_usage
+            self._usage = stats.kv_cache_usage
             if self._home not in frames:
                 frames[self._home] = Outputs(self.id, step.timestamp, [], [], [])
         for origin, frame in frames.items():
@@ -322,9 +304,16 @@ class HostedInstance:
         self._lose_all(reason, died=True)
         self.on_death(reason)
 
+    def _take_out(self, name: str) -> Tenant | None:
+        """It is not here any more; the engine may not know yet."""
+        tenant = self._tenants.pop(name, None)
+        if tenant is not None:
+            self.order.remove(tenant)
+        return tenant
+
     def _refuse(self, name: str, reason: str, retry: bool) -> None:
         """The engine has not taken a request; one that has ended meanwhile needs no answer."""
-        tenant = self._tenants.pop(name, None)
+        tenant = self._take_out(name)
         if tenant is not None:
             del self._names[tenant.request_id]
             tenant.wake()
@@ -332,6 +321,7 @@ class HostedInstance:
 
     def _lose_all(self, reason: str, died: bool = False) -> None:
         tenants, self._tenants, self._names = self._tenants, {}, {}
+        self.order.clear()
         for request_id in set(self._expected.values()):
             self._resolve(request_id, None)
         together = sum(tenant.on_trial for tenant in tenants.values()) > 1

@@ -85,12 +85,19 @@ class UtilityCalls(EngineCoreClient):
         self, node: NodeId, instance: InstanceId, method: str, args: tuple[Any, ...]
     ) -> Any:
         within = None if method in PATIENT else CALL_SECONDS
-        give_up = time.monotonic() + HELD_SECONDS
+        give_up = None
         while True:
             try:
                 return await self._exchange.call(node, instance, method, args, within)
             except EngineError as error:
-                if BLOCKS_HELD not in str(error) or time.monotonic() >= give_up:
+                if method not in PATIENT or BLOCKS_HELD not in str(error):
+                    raise
+                if give_up is None:
+                    logger.info(
+                        "%s at %s waits for a migration that holds blocks", method, instance
+                    )
+                    give_up = time.monotonic() + HELD_SECONDS
+                if time.monotonic() >= give_up:
                     raise
             await asyncio.sleep(POLL)
 

@@ -8,7 +8,7 @@ from llumnix.policy.select import Candidate
 def candidates(hosted: HostedInstance) -> list[Candidate]:
     """Those that may leave it, in the order in which they came."""
     size = hosted.facts.block_size if hosted.facts else 1
-    queue = hosted.queue
+    queue = hosted.order.queue
     waiting = frozenset(tenant.request_id for tenant in queue if not tenant.started)
     head = queue[0].request_id if queue else None  # which may be one that was preempted
     return [

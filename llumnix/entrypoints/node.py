@@ -127,7 +127,8 @@ class Node:
                 deadline = self._loop.time() + self._config.drain_timeout
                 if self._busy():  # any node may lead, and this one can't be dialled soon
                     others = self.view.nodes.keys() - {self._config.node}
-                    await self._exchange.reach(others, LINK_SECONDS)
+                    within = min(LINK_SECONDS, self._config.drain_timeout)
+                    await self._exchange.reach(others, within)
                 await self._listener.refuse_new()
                 await self._asked("leave")
                 await self._drained(deadline)
@@ -252,7 +253,7 @@ class Node:
     def _host(self, instance: InstanceId, slot: int) -> HostedInstance:
         hosted = HostedInstance(self._make_engine(instance, slot), slot, self._client)
         hosted.on_load = self._reporter.changed
-        hosted.by_priority = self._vllm_config.scheduler_config.policy == "priority"
+        hosted.order.by_priority = self._vllm_config.scheduler_config.policy == "priority"
         self._exchange.hosted[instance] = hosted
         return hosted
 

@@ -140,10 +140,10 @@ async def test_what_was_preempted_asks_for_room_again_and_before_all_others() ->
     async with Hosted() as hosted:
         for n in range(3):  # 21 blocks each, of 64, and then one more
             await hosted.instance.submit(hosted.home, submit(f"r{n}", [n] * 330, 100))
-        while not any(tenant.started for tenant in hosted.instance.queue):
+        while not any(tenant.started for tenant in hosted.instance.order.queue):
             await hosted.steps(1)
         await hosted.instance.submit(hosted.away, submit("r3", [3] * 20))
-        preempted, fresh = hosted.instance.queue
+        preempted, fresh = hosted.instance.order.queue
         assert (preempted.request_id, fresh.request_id) == ("r2", "r3")
         load = hosted.instance.load()
         assert (load.running, load.waiting, load.preempted) == (2, 2, 1)
@@ -166,7 +166,7 @@ async def test_who_comes_with_outputs_is_the_next_to_run() -> None:
         resumed = core_request("resumed", [3] * 400, 100)
         await hosted.instance.submit(hosted.home, Submit("a-0", 2, 1, resumed, [11] * 20))
         await hosted.steps(1)
-        assert [t.request_id for t in hosted.instance.queue] == ["resumed", "fresh"]
+        assert [t.request_id for t in hosted.instance.order.queue] == ["resumed", "fresh"]
         assert hosted.engine.model.queued() == ["resumed~2", "fresh"]
         load = hosted.instance.load()
         assert (load.running, load.waiting, load.preempted) == (2, 2, 0)
@@ -178,7 +178,7 @@ async def test_who_comes_with_outputs_is_the_next_to_run() -> None:
 async def test_a_queue_that_goes_by_priority() -> None:
     """The most urgent is the head, whether it has begun or not; who is preempted is the least."""
     async with Hosted() as hosted:
-        hosted.instance.by_priority = True
+        hosted.instance.order.by_priority = True
         for n, (name, priority) in enumerate([("batch", 2), ("usual", 0), ("other", 2)]):
             request = core_request(name, [n] * 40, 100, priority=priority)
             request.arrival_time = float(n)
@@ -188,13 +188,18 @@ async def test_a_queue_that_goes_by_priority() -> None:
             request = core_request(name, [7] * 40, 100, priority=priority)
             request.arrival_time = 9.0
             await hosted.instance.submit(hosted.home, Submit("a-0", 1, 1, request, []))
-        hosted.instance._running = 2  # as the engine would say that has preempted one
-        assert [t.request_id for t in hosted.instance.queue] == ["high", "late", "other"]
-        hosted.instance._running = 1
-        assert [t.request_id for t in hosted.instance.queue] == ["high", "late", "batch", "other"]
+        hosted.instance.order.step(2, [])  # as the engine would say that has preempted one
+        assert [t.request_id for t in hosted.instance.order.queue] == ["high", "late", "other"]
+        hosted.instance.order.step(1, [])
+        assert [t.request_id for t in hosted.instance.order.queue] == [
+            "high",
+            "late",
+            "batch",
+            "other",
+        ]
         assert [c.request for c in candidates(hosted.instance) if c.head] == ["high"]
-        hosted.instance._running = 4  # of those that have not begun, the first
-        assert [t.request_id for t in hosted.instance.queue] == ["late"]
+        hosted.instance.order.step(4, [])
+        assert [t.request_id for t in hosted.instance.order.queue] == ["other"]
 
 
 @on_loop

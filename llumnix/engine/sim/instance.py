@@ -141,10 +141,10 @@ class SimEngine:
                 self._work.clear()
                 await self._work.wait()
             result = self._model.step()
-            await self._clock.sleep(result.seconds)
             for request_id in result.preempted:
                 event = EngineCoreEvent(EngineCoreEventType.PREEMPTED, self._clock.now())
                 self._preempted.setdefault(request_id, []).append(event)
+            await self._clock.sleep(result.seconds)
             outputs = [
                 EngineCoreOutput(
                     request_id,

@@ -22,7 +22,7 @@ def allow_origins(arguments: argparse.Namespace) -> Middleware:
             headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = "*"
         else:
             headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = str(origin)
-            headers[hdrs.VARY] = hdrs.ORIGIN
+            headers.add(hdrs.VARY, hdrs.ORIGIN)
         if credentials:
             headers[hdrs.ACCESS_CONTROL_ALLOW_CREDENTIALS] = "true"
         return response
