@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pykka import ActorDeadError
 
 from llumnix import metrics
-from llumnix.cluster import ClusterView, InstanceId, NodeId, kv_blocks
+from llumnix.cluster import ClusterView, InstanceId, InstanceState, NodeId, kv_blocks
 from llumnix.engine.arrival import Arrivals
 from llumnix.engine.base import EngineDead, EngineError
 from llumnix.engine.departure import Departure, Ended, Groups, Limits, MigrationError
@@ -292,8 +292,11 @@ class Migrations:
     def _check(self, hosted: HostedInstance, tenant: Tenant, destination: InstanceId) -> None:
         if destination == hosted.id:
             raise MigrationError(f"request {tenant.request_id} is at {destination} already")
-        if destination not in self._view().instances:
+        info = self._view().instances.get(destination)
+        if info is None:
             raise MigrationError(f"there is no instance {destination}")
+        if info.state is InstanceState.DRAINING:
+            raise MigrationError(f"instance {destination} is about to stop")
         if tenant.leaving:
             raise MigrationError(f"request {tenant.request_id} is moving already")
         if tenant.stuck is not None:

@@ -122,6 +122,7 @@ class Cluster:
         self.lost: Counter[tuple[str, str]] = Counter()  # by whom a connection to whom
         self.stops: list[Stop] = []
         self.leader_epoch = 0
+        self.emptied: set[str] = set()  # instances that are to be stopped
         self.answers: dict[str, list[int]] = {}  # the right ones
 
     # ---- what is there ----
@@ -133,9 +134,7 @@ class Cluster:
         return ClusterView(
             nodes={name: NodeInfo(name, "", "test", 1) for name in self.sites},
             instances={
-                i: InstanceInfo(
-                    i, self.node_of(i).name, "m", InstanceState.READY, f.total_blocks, 16
-                )
+                i: InstanceInfo(i, self.node_of(i).name, "m", self._state(i), f.total_blocks, 16)
                 for i, h in hosted.items()
                 if (f := h.facts)
             },
@@ -143,6 +142,9 @@ class Cluster:
             leader="a",
             leader_epoch=self.leader_epoch,
         )
+
+    def _state(self, instance: str) -> InstanceState:
+        return InstanceState.DRAINING if instance in self.emptied else InstanceState.READY
 
     def node_of(self, instance: str) -> MeshNode:
         return self.sites[instance.partition("-")[0]].node

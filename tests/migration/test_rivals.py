@@ -72,7 +72,7 @@ async def test_it_moves_on_before_its_first_output(
         await s.ends_well()
 
 
-@pytest.mark.parametrize("to", ["itself", "nowhere"])
+@pytest.mark.parametrize("to", ["itself", "nowhere", "where all leave"])
 @on_loop
 async def test_a_move_that_makes_no_sense(
     controls: dict[str, Control], keys: Keys, to: str
@@ -81,7 +81,9 @@ async def test_a_move_that_makes_no_sense(
         there, why = {
             "itself": (s.source, f"is at {s.source} already"),
             "nowhere": ("z-9", "there is no instance z-9"),
+            "where all leave": (s.destination, f"instance {s.destination} is about to stop"),
         }[to]
+        s.cluster.emptied.add(s.destination)
         assert why in await s.cluster.move(NAME, s.source, there)
         await s.ends_well()
 
