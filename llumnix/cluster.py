@@ -56,6 +56,7 @@ class InstanceInfo:
     total_blocks: int  # KV blocks in all; 0 until the engine is up
     block_size: int  # tokens in a KV block
     role: str = "any"  # any | prefill | decode
+    failed_starts: int = 0  # of its engine in a row, since it was up the last time
 
 
 @dataclass(frozen=True, slots=True)

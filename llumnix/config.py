@@ -66,13 +66,17 @@ class Config:
     sim_profile: str = _knob("instant", "step times of --engine sim")
     initial_instances: int = _knob(1, "instances that this node starts with")
     max_instances: int = _knob(8, "most instances on this node, whatever is desired in etcd")
-    start_timeout: float = _knob(600.0, "seconds within which an instance must be up")
+    start_timeout: float = _knob(
+        600.0,
+        "seconds within which an instance must be up, and for which a request waits for one that is "
+        "starting when none is ready",
+    )
     hang_timeout: float = _knob(
         3.0, "seconds for which an engine may be silent while its processes do nothing at all"
     )
     step_timeout: float = _knob(300.0, "seconds that an engine may compute without an answer")
     failover_timeout: float = _knob(
-        30.0, "seconds that a request waits for an instance when it has lost its own"
+        30.0, "seconds that a request waits for an instance while none is ready, nor starting"
     )
     dispatch_policy: str = _knob(
         "load",

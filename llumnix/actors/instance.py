@@ -47,6 +47,7 @@ class Report(NamedTuple):
     life: Life
     facts: EngineFacts | None
     reason: str = ""
+    failed_starts: int = 0  # in a row, since the engine was up the last time
 
     @property
     def state(self) -> InstanceState:
@@ -82,7 +83,8 @@ class InstanceActor(Actor):
         self._reason = ""
         self._facts: EngineFacts | None = None
         self._hosted: HostedInstance | None = None
-        self._failures = 0
+        self._failures = 0  # deaths and failed starts, for the back-off
+        self._failed_starts = 0  # in a row
         self._up_since = 0.0  # monotonic
         self._draining = _Drain()
         self._begun = 0  # starts so far; what a former engine reports late is ignored
@@ -123,7 +125,8 @@ class InstanceActor(Actor):
 
     def report(self) -> None:
         """Tell what the last change was, once more if need be."""
-        self._tell(Report(self._instance, self._life, self._facts, self._reason))
+        facts, failed = self._facts, self._failed_starts
+        self._tell(Report(self._instance, self._life, facts, self._reason, failed))
 
     # ---- what the loop tells this actor ----
 
@@ -131,6 +134,7 @@ class InstanceActor(Actor):
         """The engine is up."""
         if start == self._begun and self._life is Life.STARTING:
             self._hosted, self._up_since = hosted, time.monotonic()
+            self._failed_starts = 0
             self._become(Life.READY, facts)
 
     def went_down(self, start: int, reason: str) -> None:
@@ -145,6 +149,7 @@ class InstanceActor(Actor):
         doublings = min(self._failures, BACKOFF_DOUBLINGS)
         delay = min(BACKOFF_FIRST * 2**doublings, BACKOFF_LONGEST)
         self._failures += 1
+        self._failed_starts += not was_up
         logger.error("%s; next start in %.0f s", reason, delay)
         self._become(Life.BACKING_OFF, None, reason)
         self._send(self._later(delay))

@@ -132,10 +132,10 @@ class NodeActor(Actor):
             self._announce(slot.report)
 
     def leave(self) -> None:
-        """The node is about to stop: no instance gets new requests any more."""
+        """The node is about to stop: no instance gets new requests, and none is waited for."""
         self._roster.leaving = True
         for slot in self._roster.slots.values():
-            if slot.report.life is Life.READY:
+            if slot.report.life in (Life.READY, Life.STARTING, Life.BACKING_OFF):
                 self._announce(slot.report)
 
     def halt(self) -> int:
@@ -231,7 +231,7 @@ class NodeActor(Actor):
     def _announce(self, report: Report) -> None:
         facts = report.facts
         state = report.state
-        if self._roster.leaving and state is InstanceState.READY:
+        if self._roster.leaving:
             state = InstanceState.DRAINING
         self._around.announce(
             InstanceInfo(
@@ -241,5 +241,6 @@ class NodeActor(Actor):
                 state,
                 facts.total_blocks if facts else 0,
                 facts.block_size if facts else 0,
+                failed_starts=report.failed_starts,
             )
         )

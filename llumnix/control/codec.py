@@ -46,6 +46,7 @@ def encode_instance(instance: InstanceInfo) -> bytes:
             "state": instance.state.value,
             "total_blocks": instance.total_blocks,
             "block_size": instance.block_size,
+            "failed_starts": instance.failed_starts,
         }
     )
 
@@ -60,6 +61,7 @@ def decode_instance(instance: InstanceId, value: bytes) -> InstanceInfo:
         total_blocks=_count(data, "total_blocks"),
         block_size=_count(data, "block_size"),
         role=_text(data, "role", "any"),
+        failed_starts=_count(data, "failed_starts", 0),
     )
 
 

@@ -24,10 +24,9 @@ from llumnix.engine.pinned import NO_RESUME, why_pinned
 from llumnix.engine.placer import CRASHES, DEATHS, Dispatch, Placer, Route
 from llumnix.engine.tenant import TRIAL_TOKENS
 from llumnix.engine.utilities import UtilityCalls
+from llumnix.engine.waiting import WaitLimits
 
 logger = logging.getLogger(__name__)
-
-FAILOVER_SECONDS = 30.0  # that a request waits for an instance
 
 # What becomes of outputs behind which a request runs that has another owner, or none.
 _DISOWNED = (Verdict.STALE, Verdict.UNKNOWN)
@@ -55,7 +54,7 @@ class ClusterClient(UtilityCalls):
         exchange: Exchange,
         dispatch: Dispatch,
         slots: int,
-        failover_timeout: float = FAILOVER_SECONDS,
+        limits: WaitLimits | None = None,
         resumes: bool = True,  # whether the engines can go on with a request that has begun
     ) -> None:
         super().__init__(exchange)
@@ -65,7 +64,7 @@ class ClusterClient(UtilityCalls):
         self.ledger = Ledger()
         self._elsewhere = slots
         self._resumes = resumes
-        self.placer = Placer(self.ledger, exchange, dispatch, self, failover_timeout)
+        self.placer = Placer(self.ledger, exchange, dispatch, self, limits or WaitLimits())
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         # Called for a request that has to end: its id, one sentence, and the status that fits, 400

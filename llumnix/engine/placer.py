@@ -1,6 +1,7 @@
 """Gets requests to instances: the first time, and again whenever one has lost its instance.
 
-It tries until an instance has taken the request, or for --failover-timeout while there is none.
+It tries until an instance has taken the request. While there is none it waits: for an instance that
+starts, or else for --failover-timeout.
 """
 
 import asyncio
@@ -18,14 +19,13 @@ from llumnix.engine.frames import Cancel, Submit
 from llumnix.engine.ledger import Entry, Ledger
 from llumnix.engine.suspects import Suspects
 from llumnix.engine.tenant import TRIAL_TOKENS, Origin
-from llumnix.engine.waiting import WaitingRoom
+from llumnix.engine.waiting import WaitingRoom, WaitLimits
 
 logger = logging.getLogger(__name__)
 
 DEATHS = 2  # of its engines that a request may survive: it may be what kills them
 CRASHES = 8  # of its engines in all, however often it was found innocent in between
 TRIAL_SECONDS = 10.0  # that others wait for one suspect at most
-SHORTEST = 0.5  # seconds of --failover-timeout, for one try at least
 POLL_SECONDS = 0.02  # between looks at a request on trial
 
 
@@ -56,13 +56,13 @@ class Placer:
         exchange: Exchange,
         dispatch: Dispatch,
         home: Origin,
-        failover_timeout: float,
+        limits: WaitLimits,
     ) -> None:
         self._ledger = ledger
         self._exchange = exchange
         self._dispatch = dispatch
         self._home = home
-        self._failover_timeout = max(failover_timeout, SHORTEST)  # seconds
+        self._limits = limits
         self._suspects = Suspects()
         self._waiting = WaitingRoom()
         self._trials = asyncio.Lock()
@@ -70,6 +70,8 @@ class Placer:
         self.nodes: dict[InstanceId, NodeId] = {}  # of every instance that was ever tried
         self.dispatched: Counter[InstanceId] = Counter()
         self.instances: Callable[[], Mapping[InstanceId, NodeId]] = dict
+        # Whether an instance is starting that will take requests when it is up.
+        self.awaited: Callable[[], bool] = lambda: False
         # Called for a dispatch that came to nothing.
         self.on_undelivered: Callable[[Route], None] = lambda route: None
 
@@ -154,7 +156,7 @@ class Placer:
         return [instance for instance, where in known.items() if where == node]
 
     async def _settle(self, request_id: str, entry: Entry, reason: str) -> str | None:
-        deadline = self.homeless.get(request_id, time.monotonic()) + self._failover_timeout
+        wait = self._limits.begin(self.homeless.get(request_id, time.monotonic()))
         waited = False
         while self._ledger.get(request_id) is entry:
             epoch = entry.epoch
@@ -163,12 +165,14 @@ class Placer:
                 if route is not None:
                     self.on_undelivered(route)
                 return None
-            if time.monotonic() >= deadline:
+            if route is None and self.awaited():
+                wait.go_on(time.monotonic())
+            left = wait.left(time.monotonic())
+            if left <= 0:
                 if route is not None:
                     self.on_undelivered(route)
-                return self._too_long(reason)
+                return f"{wait.sentence}; {reason}" if reason else wait.sentence
             if route is None:
-                left = deadline - time.monotonic()
                 await self._waiting.wait(entry.request.priority, entry.request.arrival_time, left)
                 waited = True
                 continue
@@ -198,10 +202,6 @@ class Placer:
             with contextlib.suppress(NoInstance):
                 return await self._dispatch(tokens, entry.request.priority, avoid)
         return None
-
-    def _too_long(self, reason: str) -> str:
-        sentence = f"no instance was ready within {self._failover_timeout:g} s (--failover-timeout)"
-        return f"{sentence}; {reason}" if reason else sentence
 
     async def _passes(self, request_id: str, entry: Entry) -> bool:
         """Whether a request on trial generates some tokens, or ends, without its engine dying."""

@@ -1,12 +1,61 @@
-"""Requests that wait for an instance: who looks again first when one may have come."""
+"""Requests that wait for an instance: how long, and who looks first when one may have come."""
 
 import asyncio
 import contextlib
 import itertools
 import random
+from dataclasses import dataclass
 from typing import NamedTuple
 
 RETRY_SECONDS = 0.25, 0.75  # between looks for an instance, unless the cluster changes before
+SHORTEST = 0.5  # seconds of a wait, for one try at least
+# That a wait goes on behind the last look which saw an instance start: it is up by now, or has
+# failed. Some looks long, as the next one must find it among those that are ready.
+HOPE_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class WaitLimits:
+    """How long requests wait for an instance, in seconds."""
+
+    failover: float = 30.0  # where none is ready, and none starts
+    start: float = 600.0  # where one is starting all the time
+
+    def begin(self, since: float) -> "Wait":
+        """A wait that began at this time (monotonic)."""
+        return Wait(self, since)
+
+
+class Wait:
+    """One request's wait: when it ends, and what its client is told then."""
+
+    def __init__(self, limits: WaitLimits, since: float) -> None:
+        self._limits = limits
+        self._began = since
+        self._until = since + max(limits.failover, SHORTEST)
+        self._longest = max(self._until, since + limits.start)
+        self._longer = False
+
+    def go_on(self, now: float) -> None:
+        """An instance is starting at this moment: wait for it."""
+        until = min(now + HOPE_SECONDS, self._longest)
+        if until > self._until:
+            self._until, self._longer = until, True
+
+    def left(self, now: float) -> float:
+        """The seconds until it has been long enough; 0 or less from then on."""
+        return self._until - now
+
+    @property
+    def sentence(self) -> str:
+        """What has been waited for in vain."""
+        limits, option, end = self._limits, "--failover-timeout", ""
+        seconds = max(limits.failover, SHORTEST)
+        if self._longer:
+            seconds = round(self._until - self._began)
+            option = "--start-timeout" if self._until == self._longest else option
+            end = "" if self._until == self._longest else ", nor has one that was starting come up"
+        return f"no instance was ready within {seconds:g} s ({option}){end}"
 
 
 class _Place(NamedTuple):

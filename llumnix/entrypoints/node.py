@@ -27,6 +27,7 @@ from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.peer import PATH, Peers
 from llumnix.engine.placer import NoInstance, Route
 from llumnix.engine.vllm.frontend import authorised
+from llumnix.engine.waiting import WaitLimits
 from llumnix.entrypoints.acting import Acting
 from llumnix.entrypoints.control import ControlPlane
 from llumnix.entrypoints.engines import engine_maker, resumes
@@ -50,7 +51,7 @@ from llumnix.metrics import (
     NodeCollector,
     Snapshot,
 )
-from llumnix.policy.board import is_candidate
+from llumnix.policy.board import is_awaited, is_candidate
 from llumnix.policy.scaling import mean_freeness
 from llumnix.version import VERSION
 
@@ -119,7 +120,8 @@ class Node:
 
     async def stop(self) -> None:
         """Let what runs end, within --drain-timeout; then leave, in reverse order of start."""
-        self.standing.serving, self.standing.sentence = False, "the node is stopping"
+        self.standing.serving = self.standing.awaiting = False
+        self.standing.sentence = "the node is stopping"
         try:
             if self._serving:
                 self._serving = False
@@ -142,10 +144,12 @@ class Node:
         self._peers = Peers(config.node, VERSION, self._control.token, self._address_of, ssl)
         self._exchange = Exchange(config.node, self._peers)
         self._client = ClusterClient(
-            *(self._exchange, self._route, config.max_instances, config.failover_timeout),
+            *(self._exchange, self._route, config.max_instances),
+            limits=WaitLimits(config.failover_timeout, config.start_timeout),
             resumes=resumes(config, self._vllm_config),
         )
         self._client.placer.instances = self._ready
+        self._client.placer.awaited = self._awaited
         self._client.placer.on_undelivered = self._undo
         self._client.on_gap = MIGRATION_GAP_SECONDS.observe
         self._client.on_failover = FAILOVER_SECONDS.observe
@@ -212,7 +216,7 @@ class Node:
         self._client.placer.instances_changed()
         self._opening.look()
         if self._opening.frontend is not None:
-            self.standing.serving = bool(self._ready())
+            self.standing.serving, self.standing.awaiting = bool(self._ready()), self._awaited()
             self.standing.sentence = "no instance is ready"
 
     def _opened(self) -> None:
@@ -272,6 +276,10 @@ class Node:
     def _ready(self) -> dict[InstanceId, NodeId]:
         view = self.view
         return {i.id: i.node for i in view.instances.values() if is_candidate(view, i)}
+
+    def _awaited(self) -> bool:
+        view = self.view
+        return any(is_awaited(view, i) for i in view.instances.values())
 
     def _fault(self) -> str:
         """What has died or hangs of the parts that nothing restarts; empty if nothing."""

@@ -23,6 +23,7 @@ from llumnix.policy.load import NOTHING, InFlight
 from llumnix.policy.terms import TERMS, Terms
 
 LOAD = Policy(by_freeness, keeps=True)
+HOPELESS = 3  # failed starts in a row, from which on no request waits for an instance
 
 
 def is_candidate(view: ClusterView, info: InstanceInfo) -> bool:
@@ -30,6 +31,19 @@ def is_candidate(view: ClusterView, info: InstanceInfo) -> bool:
     return (
         info.state is InstanceState.READY
         and info.total_blocks > 0
+        and info.id not in view.draining
+        and info.node not in view.draining
+    )
+
+
+def is_awaited(view: ClusterView, info: InstanceInfo) -> bool:
+    """Whether requests may wait for an instance: it starts, and it may be hoped that it comes up.
+
+    One that has died and is to be started again counts as starting.
+    """
+    return (
+        info.state is InstanceState.STARTING
+        and info.failed_starts < HOPELESS
         and info.id not in view.draining
         and info.node not in view.draining
     )

@@ -119,6 +119,8 @@ def test_a_start_that_fails_is_tried_again_later_and_later(
     failed = supervised.reports[1]
     assert failed.reason == "instance a-0 did not start: no such model"
     assert failed.state is InstanceState.STARTING
+    failures = [r.failed_starts for r in supervised.reports if r.life is Life.BACKING_OFF]
+    assert failures[:3] == [1, 2, 3]
     said = [r for r in caplog.records if r.levelno == logging.ERROR]
     assert said[0].getMessage() == "instance a-0 did not start: no such model; next start in 0 s"
     assert "\n" not in caplog.messages[0]
@@ -138,6 +140,7 @@ def test_it_backs_off_from_the_start_again_once_it_was_up(
     reasons = [r.reason for r in idle.reports if r.life is Life.BACKING_OFF]
     assert reasons == [f"instance a-0 died: {n}" for n in range(1, 6)]
     assert all(hosted.engine.stops >= 1 for hosted in idle.made[:-1]), "dead ones are cleared away"
+    assert not any(r.failed_starts for r in idle.reports), "each start was a good one"
 
 
 def test_one_that_dies_soon_after_each_start_backs_off_longer(

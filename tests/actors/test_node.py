@@ -194,6 +194,8 @@ def test_one_that_does_not_start_leaves_the_others_alone(side: LoopThread) -> No
     node.proxy.want.defer(3)
     eventually(lambda: node.ready() == {"a-0", "a-2"})
     assert node.announced["a-1"].state is InstanceState.STARTING
+    eventually(lambda: node.announced["a-1"].failed_starts > 2)  # no request waits for it
+    assert node.announced["a-0"].failed_starts == 0
     reports = node.proxy.reports().get(timeout=5.0)
     assert [r.instance for r in reports] == ["a-0", "a-1", "a-2"]
     node.wants(0)
@@ -244,9 +246,11 @@ def test_an_instance_that_comes_up_late_is_not_offered_by_a_node_that_leaves(
     eventually(lambda: node.announced)
     node.proxy.leave.defer()
     node.proxy.ping().get(timeout=5.0)
+    assert node.announced["a-0"].state is InstanceState.DRAINING, "nor is it waited for"
     side.loop.call_soon_threadsafe(up.set)
-    eventually(lambda: len(node.history) >= 2)
-    assert [state for _, state in node.history] == [InstanceState.STARTING, InstanceState.DRAINING]
+    eventually(lambda: node.announced["a-0"].total_blocks)
+    states = [state for _, state in node.history]
+    assert states == [InstanceState.STARTING, *[InstanceState.DRAINING] * 2]
     node.proxy.halt.defer()
     eventually(lambda: not node.announced)
 

@@ -18,7 +18,7 @@ names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
 counts = st.integers(0, 2**53)
 nodes = st.builds(NodeInfo, names, names, names, counts, counts)
 instances = st.builds(
-    InstanceInfo, names, names, names, st.sampled_from(InstanceState), counts, counts, names
+    InstanceInfo, names, names, names, st.sampled_from(InstanceState), *[counts] * 2, names, counts
 )
 loads = st.builds(
     InstanceLoad,

@@ -1,4 +1,4 @@
-"""Requests that wait for an instance: who looks again first."""
+"""Requests that wait for an instance: for how long, and who looks again first."""
 
 import asyncio
 import itertools
@@ -8,9 +8,9 @@ import pytest
 
 from llumnix.engine import waiting
 from llumnix.engine.placer import NoInstance, Route
-from llumnix.engine.waiting import WaitingRoom
+from llumnix.engine.waiting import HOPE_SECONDS, WaitingRoom, WaitLimits
 from tests.kit.loop import on_loop, soon
-from tests.kit.mesh import mesh
+from tests.kit.mesh import SMALL, Gate, MeshNode, mesh
 
 _tasks: set[asyncio.Task[None]] = set()  # kept: a loop holds its tasks weakly
 
@@ -106,3 +106,92 @@ async def test_requests_come_to_a_new_instance_in_turn() -> None:
         a.client.placer.instances_changed()
         await soon(lambda: all(stream.finish for stream in streams))
         assert asked == sorted(priorities)
+
+
+# ---- for how long ----
+
+
+def test_a_wait_ends_after_the_failover_timeout_while_none_starts() -> None:
+    wait = WaitLimits(30.0, 600.0).begin(100.0)
+    assert wait.left(129.0) == 1.0 and wait.left(130.0) == 0.0
+    assert wait.sentence == "no instance was ready within 30 s (--failover-timeout)"
+
+
+def test_a_wait_goes_on_for_one_that_starts_and_ends_soon_after_it_has_failed() -> None:
+    wait = WaitLimits(30.0, 600.0).begin(100.0)
+    wait.go_on(101.0)
+    assert wait.left(101.0) == 29.0, "it is never shortened"
+    wait.go_on(160.0)
+    assert wait.left(160.0) == HOPE_SECONDS
+    assert wait.sentence == (
+        f"no instance was ready within {60 + HOPE_SECONDS:g} s (--failover-timeout), "
+        "nor has one that was starting come up"
+    )
+
+
+def test_a_wait_ends_after_the_start_timeout_whatever_starts() -> None:
+    wait = WaitLimits(30.0, 600.0).begin(100.0)
+    for now in range(100, 1000):
+        wait.go_on(float(now))
+    assert wait.left(700.0) == 0.0
+    assert wait.sentence == "no instance was ready within 600 s (--start-timeout)"
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "RETRY_SECONDS", (0.02, 0.05))
+    monkeypatch.setattr(waiting, "HOPE_SECONDS", 0.3)
+    monkeypatch.setattr(waiting, "SHORTEST", 0.1)
+
+
+def _limit(node: MeshNode, failover: float, start: float) -> None:
+    node.client.placer._limits = WaitLimits(failover, start)
+
+
+@on_loop
+async def test_a_request_whose_engine_died_waits_for_one_that_starts(hasty: None) -> None:
+    """Longer than the failover timeout; and so does one that comes meanwhile."""
+    async with mesh("a") as (a,):
+        _limit(a, 0.2, 30.0)
+        gate = Gate()
+        await a.host(clock=gate.clock())
+        right = SMALL.block_size * 2
+        begun = await a.ask("begun", [1, 2], right)
+        gate.let(5)
+        await soon(lambda: begun.tokens)
+        a.client.placer.awaited = lambda: True
+        a.target = None
+        a.engine("a-0").die("instance a-0 died")
+        came = await a.ask("came", [1, 2], right)
+        await asyncio.sleep(1.0)
+        assert not begun.ended and not came.ended
+        a.hosted.pop("a-0")
+        await a.host()  # it is up, and nobody starts any more
+        a.client.placer.awaited = lambda: False
+        a.client.placer.instances_changed()
+        await soon(lambda: begun.finish and came.finish)
+        assert len(begun.tokens) == right and begun.tokens == came.tokens
+
+
+@on_loop
+async def test_it_ends_when_what_started_does_not_come_up(hasty: None) -> None:
+    async with mesh("a") as (a,):
+        _limit(a, 0.2, 30.0)
+        a.client.placer.awaited = lambda: True
+        stream = await a.ask("r", [1, 2])
+        await asyncio.sleep(0.8)
+        assert not stream.ended
+        a.client.placer.awaited = lambda: False
+        assert await soon(lambda: stream.failure) < 2.0
+        assert stream.failure is not None
+        assert "nor has one that was starting come up" in stream.failure
+
+
+@on_loop
+async def test_it_ends_when_a_start_takes_too_long(hasty: None) -> None:
+    async with mesh("a") as (a,):
+        _limit(a, 0.2, 0.6)
+        a.client.placer.awaited = lambda: True
+        stream = await a.ask("r", [1, 2])
+        await soon(lambda: stream.failure)
+        assert stream.failure == "no instance was ready within 1 s (--start-timeout)"

@@ -21,6 +21,7 @@ from llumnix.engine.peer import PATH, Peers
 from llumnix.engine.placer import NoInstance, Route
 from llumnix.engine.sim.config import ModelConfig
 from llumnix.engine.sim.instance import Clock, SimEngine
+from llumnix.engine.waiting import WaitLimits
 from tests.kit.loop import soon
 from tests.kit.requests import core_request
 
@@ -83,7 +84,7 @@ class MeshNode:
         self.exchange = Exchange(name, self.peers)
         self.target: str | None = None  # the instance that every request is sent to
         self.dispatch: Callable[..., Awaitable[Route]] = self._dispatch
-        self.client = ClusterClient(self.exchange, self._decide, 4, FAILOVER_SECONDS)
+        self.client = ClusterClient(self.exchange, self._decide, 4, WaitLimits(FAILOVER_SECONDS))
         self.client.placer.instances = lambda: mesh.instances
         self.client.on_failure = self._failed
         self.streams: dict[str, Stream] = {}

@@ -1,6 +1,7 @@
 """The dispatch board: who is a candidate, what is in flight, and who gets the request."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
-from llumnix.policy.board import DispatchBoard
+from llumnix.policy.board import HOPELESS, DispatchBoard, is_awaited
 from llumnix.policy.dispatch import Request
 from llumnix.policy.dispatchers import POLICIES
 from llumnix.policy.load import InFlight
@@ -195,3 +196,22 @@ def test_scores_kept_are_the_scores_computed_anew(
         for _, blocks in sent[instance]:
             fresh.sent(instance, blocks, 0)
     assert made.scores == fresh.scores
+
+
+@pytest.mark.parametrize(
+    ("state", "failed", "draining", "awaited"),
+    [
+        (InstanceState.STARTING, 0, "", True),
+        (InstanceState.STARTING, HOPELESS - 1, "", True),
+        (InstanceState.STARTING, HOPELESS, "", False),
+        (InstanceState.STARTING, 0, "a", False),
+        (InstanceState.STARTING, 0, "n0", False),
+        (InstanceState.READY, 0, "", False),
+        (InstanceState.DRAINING, 0, "", False),
+    ],
+)
+def test_which_instances_are_waited_for(
+    state: InstanceState, failed: int, draining: str, awaited: bool
+) -> None:
+    seen = view(replace(info("a", state=state), failed_starts=failed))
+    assert is_awaited(replace(seen, draining=frozenset({draining})), seen.instances["a"]) is awaited

@@ -14,10 +14,17 @@ from llumnix.version import VERSION
 
 @dataclass
 class Standing:
-    """Whether this node answers requests, and the sentence that says why not."""
+    """Whether this node answers requests at once, and the sentence that says why not."""
 
     serving: bool = False
     sentence: str = "the node is starting: no instance is ready yet"
+    # Whether requests may come though none can be answered now: an instance starts that will.
+    awaiting: bool = False
+
+    @property
+    def admits(self) -> bool:
+        """Whether clients' requests are taken: to be answered at once, or to wait."""
+        return self.serving or self.awaiting
 
 
 class Admin:

@@ -42,7 +42,7 @@ class Gateway:
         """Answer one request of a client."""
         body = await request.read()
         frontend = self._frontend()
-        if frontend is None or not self._standing.serving:
+        if frontend is None or not self._standing.admits:
             return error_response(503, self._standing.sentence, RETRY_AFTER)
         if (problem := refuse(request, body)) is not None:
             return problem

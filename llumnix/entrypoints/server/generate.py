@@ -36,7 +36,7 @@ class DemoRoute:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answer one request."""
         frontend = self._frontend()
-        if frontend is None or frontend.llm is None or not self._standing.serving:
+        if frontend is None or frontend.llm is None or not self._standing.admits:
             return error_response(503, self._standing.sentence, RETRY_AFTER)
         if not frontend.authorised(request.headers):
             return error_response(401, "wrong or missing API key")

@@ -1,0 +1,50 @@
+"""When clients' requests are taken, and when they are told to come again."""
+
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from llumnix.entrypoints.server.admin import Standing
+from llumnix.entrypoints.server.app import Gateway
+from tests.kit.loop import on_loop
+
+
+class Served(Gateway):
+    """Whose frontend answers everything."""
+
+    async def _answer(self, *request: Any) -> web.StreamResponse:
+        return web.Response(text="served")
+
+
+class Post:
+    """As much of a request as is looked at before vLLM sees it."""
+
+    method, content_type, path = "POST", "application/json", "/v1/completions"
+
+    async def read(self) -> bytes:
+        return b"{}"
+
+
+@pytest.mark.parametrize(
+    ("frontend", "standing", "status"),
+    [
+        (True, Standing(True, ""), 200),
+        (True, Standing(False, "no instance is ready"), 503),
+        (True, Standing(False, "no instance is ready", awaiting=True), 200),
+        (False, Standing(False, "the node is starting", awaiting=True), 503),
+    ],
+    ids=["ready", "none starts", "one starts", "never served"],
+)
+def test_requests_wait_while_an_instance_starts(
+    frontend: bool, standing: Standing, status: int
+) -> None:
+    gateway = Served(lambda: object() if frontend else None, standing, 1.0)  # type: ignore[arg-type]
+
+    @on_loop
+    async def check() -> None:
+        answer = await gateway.handle(Post())  # type: ignore[arg-type]
+        assert answer.status == status
+        assert ("Retry-After" in answer.headers) is (status == 503)
+
+    check()
