@@ -30,7 +30,7 @@ from llumnix.engine.client import ClusterClient
 from llumnix.engine.departure import Limits
 from llumnix.engine.exchange import Exchange
 from llumnix.engine.hosted import HostedInstance
-from llumnix.engine.peer import Peers
+from llumnix.engine.peer import Peers, Self
 from llumnix.engine.placer import Route
 from llumnix.engine.vllm.arguments import engine_config, make_parser
 from llumnix.engine.vllm.blocks import Rendezvous
@@ -256,7 +256,7 @@ async def make_stage(model: str, extra: Sequence[str], seconds: float) -> AsyncI
         actor = MigrationActor.start(Handshake(etcd, session, keys), 4, 0)
         arguments = {"endpoints": list(embedded.endpoints), "prefix": f"{keys.prefix}{Kind.C10D}/"}
         meet = Rendezvous("llumnix.control.c10d_store.EtcdStore", arguments, "127.0.0.1")
-        exchange = Exchange(NODE, Peers(NODE, "bench", "bench", lambda node: None))
+        exchange = Exchange(NODE, Peers(Self(NODE, "", "bench"), "bench", lambda node: None))
         home = _Home()
         hosted = []
         for slot, placement in enumerate(placements(config)):

@@ -100,14 +100,15 @@ class Reply(Frame, array_like=True, gc=False):
     error: str | None = None
 
 
-# ---- to both ----
+# ---- to the node that has dialled ----
 
 
 class Hello(Frame, array_like=True, gc=False):
-    """The first frame in each direction: who speaks."""
+    """The first frame on a link, by which the node that was dialled proves to be still the same."""
 
     node: NodeId
     version: str
+    proof: str = ""
 
 
 AnyFrame = Submit | Cancel | Call | Outputs | Lost | HandOver | Reply | Hello

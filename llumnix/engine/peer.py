@@ -1,157 +1,50 @@
-"""The peer channel: one authenticated WebSocket for a pair of nodes, either of which may speak.
+"""The peer channel: authenticated WebSockets, one for a pair of nodes, in either direction.
 
-A link belongs to the node loop. Sending never waits: frames go into a bounded queue that one task
-writes out, so a stalled peer costs its own link and nothing else.
+Nothing is sent to a node, and nothing is taken from it, before it has proved itself (`greeting`).
 """
 
 import asyncio
-import contextlib
-import hmac
-import itertools
+import ipaddress
 import logging
-from collections import deque
+import secrets
+import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 from aiohttp import web
-from vllm.v1.metrics.stats import SchedulerStats
 
-from llumnix.cluster import InstanceId, NodeId
-from llumnix.engine.base import EngineDead, EngineError
-from llumnix.engine.frames import (
-    AnyFrame,
-    Call,
-    Codec,
-    Frame,
-    FrameError,
-    Hello,
-    News,
-    Reply,
+from llumnix.cluster import NodeId
+from llumnix.engine.base import EngineDead
+from llumnix.engine.frames import AnyFrame, Codec, FrameError, Hello
+from llumnix.engine.greeting import (
+    PROOF,
+    Door,
+    GreetingError,
+    Introduction,
+    Key,
+    Role,
+    answer,
+    convinced,
 )
+from llumnix.engine.link import HEARTBEAT, MAX_FRAME, Link, OnFrame
 
 logger = logging.getLogger(__name__)
 
 PATH = "/llumnix/peer"
-HEARTBEAT = 2.0  # seconds between pings; a peer that misses one answer is cut off
-QUEUE_FRAMES = 65_536  # a peer this far behind is cut off
-MAX_FRAME = 256 * 2**20  # bytes; images and embeddings travel in requests
-
-Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
-OnFrame = Callable[["Link", Frame], Awaitable[None]]
+APART = 1.0  # seconds between two warnings about strangers
+AGAIN = 60.0  # seconds until the same one is given again
 
 
-class Link:
-    """One open connection to another node; also the origin of the requests that came over it."""
+@dataclass(frozen=True, slots=True)
+class Self:
+    """What the other nodes are told of this one; `life` is new with each start of its process."""
 
-    def __init__(self, socket: Socket, node: NodeId) -> None:
-        self._socket = socket
-        self._node = node
-        self._codec = Codec()
-        self._queue: deque[bytes] = deque()
-        self._wake = asyncio.Event()
-        self._calls: dict[int, asyncio.Future[Any]] = {}
-        self._ids = itertools.count(1)
-        self.closed = False
-
-    @property
-    def node(self) -> NodeId:
-        """The node at the other end."""
-        return self._node
-
-    def deliver(self, frame: News, stats: SchedulerStats | None = None) -> None:
-        """Send outputs back to where their requests came from."""
-        if self.closed:
-            return
-        try:
-            self.send(frame)
-        except EngineError as error:
-            # Positions would be missing for good: the other end has to start those requests anew.
-            logger.error("closing the connection to node %s: %s", self._node, error)
-            self.closed = True
-            self._wake.set()
-
-    def send(self, frame: Frame) -> None:
-        """Queue a frame. Raises EngineDead if the link is closed, EngineError if it can't go."""
-        if self.closed:
-            raise EngineDead(f"the connection to node {self._node} is closed")
-        try:
-            message = self._codec.encode(frame)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise EngineError(f"this cannot be sent to node {self._node}: {error}") from error
-        if len(message) >= MAX_FRAME:  # for which the other end would close the connection
-            large = f"{len(message) >> 20} MiB are too much for one message"
-            raise EngineError(f"this cannot be sent to node {self._node}: {large}")
-        if len(self._queue) >= QUEUE_FRAMES:
-            logger.error("node %s is %d frames behind; cutting it off", self._node, QUEUE_FRAMES)
-            self.closed = True
-        else:
-            self._queue.append(message)
-        self._wake.set()
-
-    async def call(self, instance: InstanceId, method: str, args: tuple[Any, ...]) -> Any:
-        """Call a utility method of an instance at the other end. Raises EngineError."""
-        number = next(self._ids)
-        future = self._calls[number] = asyncio.get_running_loop().create_future()
-        try:
-            self.send(Call(number, instance, method, list(args)))
-            return await future
-        finally:
-            del self._calls[number]
-
-    async def run(self, on_frame: OnFrame) -> None:
-        """Carry frames both ways until the connection ends, for whatever reason."""
-        writer = asyncio.create_task(self._write(), name=f"peer-writer-{self._node}")
-        try:
-            async for message in self._socket:
-                if message.type is not aiohttp.WSMsgType.BINARY:
-                    break
-                frame = self._codec.decode(message.data)
-                if isinstance(frame, Reply):
-                    self._answer(frame)
-                else:
-                    await on_frame(self, frame)
-        except FrameError as error:
-            logger.error("closing the connection to node %s: %s", self._node, error)
-        except ConnectionError as error:  # a ping is answered where the other end is gone already
-            logger.debug("the connection to node %s broke: %s", self._node, error)
-        finally:
-            await self._end(writer)
-
-    async def close(self) -> None:
-        """Close the connection; run() returns soon after."""
-        self.closed = True
-        self._wake.set()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._socket.close(), timeout=2.0)
-
-    async def _end(self, writer: "asyncio.Task[None]") -> None:
-        self.closed = True
-        self._wake.set()
-        writer.cancel()
-        with contextlib.suppress(asyncio.CancelledError, ConnectionError, aiohttp.ClientError):
-            await writer
-        for future in self._calls.values():
-            if not future.done():
-                future.set_exception(EngineDead(f"lost the connection to node {self._node}"))
-        await self.close()
-
-    async def _write(self) -> None:
-        while not self.closed:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._queue:
-                await self._socket.send_bytes(self._queue.popleft())
-        await self._socket.close()
-
-    def _answer(self, reply: Reply) -> None:
-        future = self._calls.get(reply.id)
-        if future is None or future.done():
-            return
-        if reply.error is None:
-            future.set_result(reply.result)
-        else:
-            future.set_exception(EngineError(reply.error))
+    node: NodeId
+    address: str  # at which the others dial it
+    version: str
+    life: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
 class Peers:
@@ -159,14 +52,14 @@ class Peers:
 
     def __init__(
         self,
-        node: NodeId,
-        version: str,
+        me: Self,
         token: str,
         address_of: Callable[[NodeId], str | None],
         ssl: Any = None,
     ) -> None:
-        self._hello = Hello(node, version)
-        self._token = token
+        self._me = me
+        self._key = Key(token)
+        self._door = Door(self._key, me.node, me.life, me.address)
         self._address_of = address_of
         self._ssl = ssl
         self._links: dict[NodeId, Link] = {}
@@ -175,6 +68,9 @@ class Peers:
         self._tasks: set[asyncio.Task[None]] = set()
         self._session: aiohttp.ClientSession | None = None
         self._closed = False
+        self._complaint = ""
+        self._complained = float("-inf")
+        self._readable = False  # whether it has been said that links can be read on their way
         self.on_frame: OnFrame
         self.on_close: Callable[[Link], Awaitable[None]]
         self.on_open: Callable[[NodeId], None] = lambda node: None
@@ -192,35 +88,34 @@ class Peers:
                 return link
             try:
                 async with asyncio.timeout(timeout):
-                    socket = await self._dial(node)
+                    link = await self._dial(node)
             except (aiohttp.ClientError, OSError, TimeoutError, FrameError) as error:
                 detail = str(error) or type(error).__name__
                 raise EngineDead(f"node {node} does not answer: {detail}") from error
-            link = Link(socket, node)
-            self._keep(link)
+            except GreetingError as error:
+                self._complain(f"node {node} gets nothing: {error}")
+                raise EngineDead(f"node {node} does not answer: {error}") from error
             task = asyncio.create_task(self._serve(link), name=f"peer-{node}")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             return self._links[node]  # the one that is used from now on, if both have dialled
 
     async def accept(self, request: web.Request) -> web.StreamResponse:
-        """The HTTP handler of PATH: refuse who does not know the cluster's token."""
-        given = request.headers.get("Authorization", "")
-        expected = f"Bearer {self._token}".encode()
-        if not hmac.compare_digest(given.encode(errors="surrogateescape"), expected):
-            logger.warning("refused a peer connection from %s: wrong token", request.remote)
-            raise web.HTTPUnauthorized(text="wrong or missing cluster token")
+        """The HTTP handler of PATH: a challenge first, and a link for who has answered one."""
+        try:
+            who = Introduction.read(request.headers)
+            if PROOF not in request.headers:
+                return web.Response(status=401, headers=self._door.ask(who))
+            proof = self._door.admit(who, request.headers)
+            self._has_place(who.node, who.life)
+        except GreetingError as error:
+            self._complain(f"refused a peer connection from {request.remote}: {error}")
+            raise web.HTTPUnauthorized(text="wrong or missing proof of the cluster token") from None
         socket = web.WebSocketResponse(heartbeat=HEARTBEAT, max_msg_size=MAX_FRAME, compress=False)
         await socket.prepare(request)
-        try:
-            hello = await _greeting(socket)
-        except (FrameError, TimeoutError) as error:
-            logger.warning("refused a peer connection from %s: %r", request.remote, error)
-            await socket.close()
-            return socket
-        link = Link(socket, hello.node)
-        link.send(self._hello)
-        self._keep(link)
+        link = Link(socket, who.node, who.life)
+        link.send(Hello(self._me.node, self._me.version, proof))
+        self._keep(link, request.remote or "")
         await self._serve(link)
         return socket
 
@@ -232,36 +127,68 @@ class Peers:
         if self._session is not None:
             await self._session.close()
 
-    async def _dial(self, node: NodeId) -> aiohttp.ClientWebSocketResponse:
+    async def _dial(self, node: NodeId) -> Link:
+        """A new link. Raises GreetingError if what is there is not that node, and others."""
         address = self._address_of(node)
         if address is None:
             raise EngineDead(f"node {node} has left the cluster")
         if self._closed:
             raise EngineDead("this node has left the cluster")
         if self._session is None:
-            self._session = aiohttp.ClientSession()
-        scheme = "https" if self._ssl else "http"
+            self._session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
+        me = self._me
+        who = Introduction(me.node, me.life, me.version, node, address)
+        url = f"{'https' if self._ssl else 'http'}://{address}{PATH}"
+        ssl = self._ssl or True
+        asked = self._session.get(url, headers=who.headers(), ssl=ssl, allow_redirects=False)
+        async with asked as reply:
+            challenge = convinced(self._key, who, reply.status, reply.headers)
+        headers = answer(self._key, who, challenge)
         socket = await self._session.ws_connect(
-            f"{scheme}://{address}{PATH}",
-            headers={"Authorization": f"Bearer {self._token}"},
-            heartbeat=HEARTBEAT,
-            max_msg_size=MAX_FRAME,
-            ssl=self._ssl or True,
+            url, headers=headers, heartbeat=HEARTBEAT, max_msg_size=MAX_FRAME, ssl=ssl
         )
         try:
-            await socket.send_bytes(Codec().encode(self._hello))
-            await _greeting(socket)  # the token was right and it is up
+            hello = await _hello(socket)
+            self._key.check(hello.proof, Role.OPENED, who, challenge)
+            self._has_place(node, challenge.life)
         except BaseException:
             await socket.close()
             raise
-        return socket
+        link = Link(socket, node, challenge.life)
+        self._keep(link, address.rpartition(":")[0].strip("[]"))
+        return link
 
-    def _keep(self, link: Link) -> None:
+    def _has_place(self, node: NodeId, life: str) -> None:
+        """Who has the token can't take the place of a node that is connected."""
+        if node == self._me.node:
+            raise GreetingError(f"{node} is the name of this node itself")
+        for link in self._running:
+            if link.node == node and link.life != life and not link.closed:
+                raise GreetingError(f"a node {node} is connected already, in another process")
+
+    def _keep(self, link: Link, host: str) -> None:
         self._running.add(link)
         current = self._links.get(link.node)
         if current is None or current.closed:
             self._links[link.node] = link
+        if self._ssl is None and not self._readable and not _is_here(host):
+            self._readable = True
+            logger.warning(
+                "The link to node %s at %s is not encrypted: whoever is on the way can read and "
+                "change prompts and answers (--ssl-certfile, --ssl-keyfile, --ssl-ca-certs).",
+                *(link.node, host),
+            )
         self.on_open(link.node)
+
+    def _complain(self, sentence: str) -> None:
+        """Say it, but strangers must not fill the log."""
+        now = time.monotonic()
+        pause = AGAIN if sentence == self._complaint else APART
+        if now - self._complained < pause:
+            logger.debug("%s", sentence)
+            return
+        logger.warning("%s", sentence)
+        self._complaint, self._complained = sentence, now
 
     async def _serve(self, link: Link) -> None:
         logger.info("connected to node %s", link.node)
@@ -272,15 +199,15 @@ class Peers:
             if self._links.get(link.node) is link:
                 del self._links[link.node]
             # Requests may have come over either of two links: one that ends ends both.
-            for twin in [other for other in self._running if other.node == link.node]:
+            for twin in [other for other in self._running if _same_process(other, link)]:
                 await twin.close()
             await self.on_close(link)
             logger.info("the connection to node %s ended", link.node)
 
 
-async def _greeting(socket: Socket) -> Hello:
-    """The first frame of the other end. Raises FrameError, TimeoutError."""
-    message = await socket.receive(timeout=3.0)
+async def _hello(socket: aiohttp.ClientWebSocketResponse) -> Hello:
+    """The first frame of the node that was dialled. Raises FrameError."""
+    message = await socket.receive()
     if message.type is not aiohttp.WSMsgType.BINARY:
         raise FrameError("it hung up without a greeting")
     hello = Codec().decode(message.data)
@@ -289,4 +216,16 @@ async def _greeting(socket: Socket) -> Hello:
     return hello
 
 
-__all__ = ["PATH", "AnyFrame", "Link", "Peers"]
+def _same_process(one: Link, other: Link) -> bool:
+    return (one.node, one.life) == (other.node, other.life)
+
+
+def _is_here(host: str) -> bool:
+    """Whether what goes there does not leave this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host in ("", "localhost")
+
+
+__all__ = ["PATH", "AnyFrame", "Link", "Peers", "Self"]

@@ -24,7 +24,7 @@ from llumnix.config import Config
 from llumnix.engine.client import ClusterClient
 from llumnix.engine.exchange import Exchange
 from llumnix.engine.hosted import HostedInstance
-from llumnix.engine.peer import PATH, Peers
+from llumnix.engine.peer import PATH, Peers, Self
 from llumnix.engine.placer import NoInstance, Route
 from llumnix.engine.vllm.frontend import authorised
 from llumnix.engine.waiting import WaitLimits
@@ -141,7 +141,8 @@ class Node:
         """Make the way of a request: server, frontend's client, exchange, peers."""
         config = self._config
         ssl = Listener.client_ssl(self._arguments)
-        self._peers = Peers(config.node, VERSION, self._control.token, self._address_of, ssl)
+        me = Self(config.node, config.advertise_address, VERSION)
+        self._peers = Peers(me, self._control.token, self._address_of, ssl)
         self._exchange = Exchange(config.node, self._peers)
         self._client = ClusterClient(
             *(self._exchange, self._route, config.max_instances),

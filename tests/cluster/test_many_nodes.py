@@ -129,7 +129,7 @@ def test_a_given_token_that_is_not_the_others(nodes: Nodes) -> None:
     far = nodes.start("far", "--cluster-token", "another").ready()
     eventually(lambda: near.answers("/livez") and near.instances() == ["far-0"], within=20)
     assert near.get("/readyz").status == 503
-    eventually(lambda: "wrong token" in far.said, within=10)
+    eventually(lambda: "node far gets nothing: wrong token" in near.said, within=10)
     assert "another" not in far.said and "one thing" not in near.said
 
 

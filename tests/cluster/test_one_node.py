@@ -418,3 +418,28 @@ def test_clients_must_show_a_certificate(tmp_path: Path, authority: bool) -> Non
         await listener.close()
 
     asyncio.run(check())
+
+
+def test_only_the_given_authority_vouches_for_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What else the system trusts could otherwise stand in for any node."""
+    paths = {}
+    for name in ("ours", "another"):
+        paths[name] = str(tmp_path / f"{name}.pem")
+        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj"]
+        command += [f"/CN={name}", "-keyout", str(tmp_path / name), "-out", paths[name]]
+        subprocess.run(command, check=True, capture_output=True)
+    monkeypatch.setenv("SSL_CERT_FILE", paths["another"])
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "none"))
+    files = {"ssl_certfile": paths["ours"], "ssl_keyfile": str(tmp_path / "ours")}
+
+    def trusted(authority: str | None) -> list[str]:
+        arguments = argparse.Namespace(**files, ssl_ca_certs=authority, ssl_cert_reqs=0)
+        context = Listener.client_ssl(arguments)
+        assert context is not None
+        return sorted(dict(pair[0] for pair in c["subject"])["commonName"]
+                      for c in context.get_ca_certs())  # fmt: skip
+
+    assert trusted(paths["ours"]) == ["ours"]
+    assert trusted(None) == ["another", "ours"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from vllm.lora.request import LoRARequest
 
-from llumnix.engine import peer, utilities
+from llumnix.engine import utilities
 from llumnix.engine.base import EngineError
 from llumnix.engine.frames import Lost, Outputs
 from llumnix.engine.ledger import Verdict
@@ -282,7 +282,7 @@ async def test_a_request_that_no_link_can_carry_costs_no_other(
         await b.host(clock=gate.clock())
         other = await a.ask("r1", PROMPT)
         await soon(lambda: gate.waiting)
-        monkeypatch.setattr(peer, "MAX_FRAME", 1000)
+        monkeypatch.setattr("llumnix.engine.link.MAX_FRAME", 1000)
         large = await a.ask("large", [300] * 400)
         await soon(lambda: large.ended)
         assert large.failure is not None and "too much for one message" in large.failure

@@ -1,6 +1,7 @@
 """The peer channel: who is let in, and what a peer that stalls costs the others."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -9,13 +10,17 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from llumnix.engine import link as links
 from llumnix.engine import peer
 from llumnix.engine.base import EngineDead
-from llumnix.engine.frames import Cancel, Codec, Hello, Reply
+from llumnix.engine.frames import Codec, Hello, Reply
+from llumnix.engine.greeting import CHALLENGE, PROOF
+from llumnix.engine.link import HEARTBEAT
 from llumnix.engine.peer import PATH
 from tests.kit.loop import on_loop, soon
-from tests.kit.mesh import Mesh, mesh
+from tests.kit.mesh import TOKEN, Mesh, mesh
 from tests.kit.requests import answer
+from tests.kit.strangers import Accepter, dialled, introduction, proven
 
 PROMPT = [21, 22, 23]
 
@@ -29,7 +34,7 @@ async def test_who_does_not_know_the_token_is_refused(header: str | None) -> Non
     async with mesh("b") as (b,):
         headers = {} if header is None else {"Authorization": header}
         async with aiohttp.ClientSession() as session:
-            url = f"http://{b._mesh.addresses['b']}{PATH}"
+            url = f"http://{b.address}{PATH}"
             async with session.get(url, headers=headers) as reply:
                 assert reply.status == 401
             with pytest.raises(aiohttp.WSServerHandshakeError) as refusal:
@@ -39,59 +44,178 @@ async def test_who_does_not_know_the_token_is_refused(header: str | None) -> Non
 
 
 @on_loop
-async def test_a_token_that_is_no_text_is_refused() -> None:
+async def test_a_node_of_an_older_version_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    """It shows the token itself, which nobody takes any more; the log says so."""
+    async with mesh("b") as (b,), aiohttp.ClientSession() as session:
+        with pytest.raises(aiohttp.WSServerHandshakeError) as refusal:
+            headers = {"Authorization": f"Bearer {TOKEN}"}
+            await session.ws_connect(f"http://{b.address}{PATH}", headers=headers)
+        assert refusal.value.status == 401 and "as older versions of llumnix do" in caplog.text
+
+
+@pytest.mark.parametrize("header", [b"Authorization: Bearer \xff\xfe", b"X-Llumnix-Node: \xff"])
+@on_loop
+async def test_headers_that_are_no_text_are_refused(header: bytes) -> None:
     async with mesh("b") as (b,):
-        host, port = b._mesh.addresses["b"].split(":")
+        host, port = b.address.split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(b"GET " + PATH.encode() + b" HTTP/1.1\r\nHost: b\r\n")
-        writer.write(b"Authorization: Bearer \xff\xfe\r\n\r\n")
+        writer.write(b"GET " + PATH.encode() + b" HTTP/1.1\r\nHost: b\r\n" + header + b"\r\n\r\n")
         assert b" 401 " in await reader.readline()
         writer.close()
         await writer.wait_closed()
 
 
 @on_loop
-async def test_a_node_with_another_token_gets_an_error() -> None:
+async def test_a_node_with_another_token_gets_an_error(caplog: pytest.LogCaptureFixture) -> None:
     ours, theirs = Mesh(), Mesh("another secret")
     a, b = await ours.node("a"), await theirs.node("b")
     ours.addresses |= theirs.addresses
-    with pytest.raises(EngineDead, match=r"node b does not answer: .*401"):
+    with pytest.raises(EngineDead, match=r"node b does not answer: wrong token: .*401"):
         await a.peers.link("b")
+    assert "node b gets nothing: wrong token" in caplog.text
     await a.close()
     await b.close()
 
 
-@asynccontextmanager
-async def dialled(b: Any) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
-    """A connection to b by hand, with the right token."""
-    async with (
-        aiohttp.ClientSession() as session,
-        session.ws_connect(
-            f"http://{b._mesh.addresses['b']}{PATH}", headers={"Authorization": "Bearer secret"}
-        ) as socket,
-    ):
-        yield socket
+# ---- who may link ----
+
+
+@on_loop
+async def test_a_forged_entry_in_etcd_gets_neither_token_nor_prompt() -> None:
+    """What stands at the address hears a name and a nonce, and no more, whatever it answers."""
+    heard: list[str] = []
+
+    async def listen(request: web.Request) -> web.StreamResponse:
+        heard.append(f"{request.method} {request.path} {dict(request.headers)}")
+        made_up = {CHALLENGE: "1-2-3", "X-Llumnix-Life-There": "1", PROOF: "0" * 64}
+        return web.Response(status=401, headers=made_up)
+
+    async with mesh("a") as (a,), strange_node(a._mesh, "evil", listen):
+        a.target = "evil-0"
+        stream = await a.ask("r1", PROMPT)
+        await soon(lambda: stream.ended)
+        assert stream.failure is not None and "node evil does not answer" in stream.failure
+        assert heard and not any(TOKEN in each or PROOF in each for each in heard)
+
+
+@on_loop
+async def test_a_real_node_proves_nothing_for_an_address_that_is_not_its_own() -> None:
+    """Who puts itself between two nodes by a forged address gets no proof to pass on."""
+    async with mesh("a", "b") as (a, b), aiohttp.ClientSession() as session:
+        passed: list[int] = []
+
+        async def relay(request: web.Request) -> web.StreamResponse:
+            url = f"http://{b.address}{PATH}"
+            headers = {k: v for k, v in request.headers.items() if k.startswith("X-")}
+            for more in ({}, {"X-Llumnix-Address": b.address}, {"X-Llumnix-To": "c"}):
+                async with session.get(url, headers=headers | more) as reply:
+                    passed.append(reply.status)
+                    if CHALLENGE in reply.headers:
+                        break
+            return web.Response(status=reply.status, headers=dict(reply.headers))
+
+        async with strange_node(a._mesh, "b", relay):
+            with pytest.raises(EngineDead, match="wrong token"):
+                await a.peers.link("b")
+        assert passed == [401, 401] and b.peers.open == 0
+
+
+@on_loop
+async def test_an_answer_is_good_once() -> None:
+    async with mesh("b") as (b,), aiohttp.ClientSession() as session:
+        url = f"http://{b.address}{PATH}"
+        headers = await proven(session, b, introduction(b))
+        async with session.ws_connect(url, headers=headers) as socket:
+            await socket.receive_bytes()
+            with pytest.raises(aiohttp.WSServerHandshakeError) as refusal:
+                await session.ws_connect(url, headers=headers)
+            assert refusal.value.status == 401 and b.peers.open == 1
+
+
+@on_loop
+async def test_the_token_does_not_give_the_place_of_a_node_that_is_connected() -> None:
+    async with mesh("a", "b") as (a, b):
+        await b.host()
+        assert await a.answered("r1", PROMPT) == answer(PROMPT, 8)
+        link = await a.peers.link("b")
+        with pytest.raises(aiohttp.WSServerHandshakeError) as refusal:
+            async with dialled(a, "b", "another life"):
+                pass
+        assert refusal.value.status == 401
+        with pytest.raises(aiohttp.WSServerHandshakeError):
+            async with dialled(a, "a", "another life"):
+                pass
+        assert await a.peers.link("b") is link and not link.closed
+        async with dialled(a, "c", "one life") as socket:  # a name that nobody has
+            await socket.receive_bytes()
+            await soon(lambda: a.peers.open == 2)
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["another process", "the same"])
+@on_loop
+async def test_the_first_frame_must_prove_that_the_accepter_is_still_the_same(late: bool) -> None:
+    real = Accepter()
+
+    async def accept(request: web.Request) -> web.StreamResponse:
+        if late and PROOF in request.headers:
+            socket = web.WebSocketResponse()
+            await socket.prepare(request)
+            await socket.send_bytes(Codec().encode(Hello("b", "test", request.headers[PROOF])))
+            return socket
+        return await real.accept(request)
+
+    async with mesh("a") as (a,), strange_node(a._mesh, "b", accept):
+        if late:
+            with pytest.raises(EngineDead, match="wrong token"):
+                await a.peers.link("b")
+            assert a.peers.open == 0
+        else:
+            assert (await a.peers.link("b")).life == "life-b"
+
+
+@pytest.mark.parametrize("stage", ["head", "pongs"])
+@on_loop
+async def test_a_greeting_has_a_deadline_that_nothing_restarts(stage: str) -> None:
+    async def slow(request: web.Request) -> web.StreamResponse:
+        if PROOF not in request.headers and stage == "pongs":
+            return await real.accept(request)
+        if stage == "pongs":
+            socket = web.WebSocketResponse()
+            await socket.prepare(request)
+            while True:
+                await socket.pong()
+                await asyncio.sleep(0.02)
+        assert request.transport is not None
+        request.transport.write(b"HTTP/1.1 401 Unauthorized\r\n")
+        while True:
+            request.transport.write(b"X-Some: 1\r\n")
+            await asyncio.sleep(0.02)
+
+    real = Accepter()
+    async with mesh("a") as (a,), strange_node(a._mesh, "b", slow):
+        began = time.monotonic()
+        with pytest.raises(EngineDead, match="node b does not answer: TimeoutError"):
+            await a.peers.link("b", timeout=0.3)
+        assert time.monotonic() - began < 1.5 and a.peers.open == 0
 
 
 @pytest.mark.parametrize(
-    "greeting",
-    [b"junk", Codec().encode(Cancel("b-0", ["r"])), "text", None],
-    ids=["junk", "another frame", "text", "goodbye"],
+    ("host", "readable"),
+    [("10.1.2.3", True), ("node-7", True), ("::1", False), ("127.0.0.9", False)],
 )
 @on_loop
-async def test_a_greeting_that_is_none(greeting: bytes | str | None) -> None:
+async def test_a_link_that_can_be_read_on_its_way_is_told(
+    host: str, readable: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     async with mesh("b") as (b,):
-        await b.host()
-        async with dialled(b) as socket:
-            match greeting:
-                case bytes():
-                    await socket.send_bytes(greeting)
-                case str():
-                    await socket.send_str(greeting)
-            if greeting is not None:
-                assert (await socket.receive()).type is not aiohttp.WSMsgType.BINARY
-        assert b.peers.open == 0
-        assert await b.answered("r1", PROMPT) == answer(PROMPT, 8)
+        for _ in range(2):
+            b.peers._keep(peer.Link(GoneSocket(), "c"), host)  # type: ignore[arg-type]
+        b.peers._links.clear()
+        b.peers._running.clear()
+        assert caplog.text.count("is not encrypted") == readable
+
+
+# ---- what comes over a link ----
 
 
 @pytest.mark.parametrize("junk", [b"", b"junk", b"\xff" * 64, Codec().encode(Reply(1))[:-1]])
@@ -101,8 +225,8 @@ async def test_junk_ends_only_its_own_link(junk: bytes) -> None:
         await b.host()
         assert await a.answered("r1", PROMPT) == answer(PROMPT, 8)
         async with dialled(b) as socket:
-            await socket.send_bytes(Codec().encode(Hello("c", "test")))
-            assert Codec().decode(await socket.receive_bytes()) == Hello("b", "test")
+            hello = Codec().decode(await socket.receive_bytes())
+            assert isinstance(hello, Hello) and (hello.node, hello.version) == ("b", "test")
             assert b.peers.open == 2
             await socket.send_bytes(junk)
             assert (await socket.receive()).type is not aiohttp.WSMsgType.BINARY
@@ -115,7 +239,6 @@ async def test_a_reply_that_nobody_waits_for_is_ignored() -> None:
     async with mesh("b") as (b,):
         await b.host()
         async with dialled(b) as socket:
-            await socket.send_bytes(Codec().encode(Hello("c", "test")))
             await socket.receive_bytes()
             await socket.send_bytes(Codec().encode(Reply(17, "what?")))
             await socket.send_bytes(Codec().encode(Hello("c", "again")))
@@ -189,12 +312,12 @@ class Stalled:
 
     def __init__(self) -> None:
         self.ended = asyncio.Event()
+        self._accepter = Accepter()
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        socket = web.WebSocketResponse(autoping=False)
-        await socket.prepare(request)
-        await socket.receive_bytes()
-        await socket.send_bytes(Codec().encode(Hello("b", "test")))
+        socket = await self._accepter.accept(request, autoping=False)
+        if not isinstance(socket, web.WebSocketResponse):
+            return socket
         assert request.transport is not None
         request.transport.pause_reading()  # type: ignore[attr-defined]
         await self.ended.wait()
@@ -215,7 +338,7 @@ async def test_a_stalled_node_costs_the_others_nothing() -> None:
         await soon(lambda: (e := a.client.ledger.get("stuck")) is not None and e.epoch == 1)
         a.target = instance
         # Its heartbeats stay unanswered; then the request goes elsewhere.
-        await soon(lambda: stuck.ended, within=3 * peer.HEARTBEAT)
+        await soon(lambda: stuck.ended, within=3 * HEARTBEAT)
         assert stuck.tokens == answer(PROMPT, 8)
         assert link.closed and a.peers.open == 1
         stalled.ended.set()
@@ -224,7 +347,7 @@ async def test_a_stalled_node_costs_the_others_nothing() -> None:
 @on_loop
 async def test_a_node_that_is_too_far_behind_is_cut_off() -> None:
     stalled = Stalled()
-    limit, peer.QUEUE_FRAMES = peer.QUEUE_FRAMES, 50
+    limit, links.QUEUE_FRAMES = links.QUEUE_FRAMES, 50
     try:
         async with mesh("a") as (a,), strange_node(a._mesh, "b", stalled.handle):
             link = await a.peers.link("b")
@@ -236,10 +359,10 @@ async def test_a_node_that_is_too_far_behind_is_cut_off() -> None:
                 assert sent < 1000, "frames pile up without end"
             with pytest.raises(EngineDead, match="closed"):
                 link.send(Reply(1))
-            await soon(lambda: a.peers.open == 0, within=3 * peer.HEARTBEAT)
+            await soon(lambda: a.peers.open == 0, within=3 * HEARTBEAT)
             stalled.ended.set()
     finally:
-        peer.QUEUE_FRAMES = limit
+        links.QUEUE_FRAMES = limit
 
 
 @on_loop

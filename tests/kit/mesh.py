@@ -5,6 +5,7 @@ What is left out is what decides (actors, etcd, HTTP API): a test says where a r
 
 import asyncio
 import itertools
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -17,7 +18,7 @@ from vllm.v1.engine import EngineCoreOutput
 from llumnix.engine.client import ClusterClient
 from llumnix.engine.exchange import Exchange
 from llumnix.engine.hosted import HostedInstance
-from llumnix.engine.peer import PATH, Peers
+from llumnix.engine.peer import PATH, Peers, Self
 from llumnix.engine.placer import NoInstance, Route
 from llumnix.engine.sim.config import ModelConfig
 from llumnix.engine.sim.instance import Clock, SimEngine
@@ -80,7 +81,10 @@ class MeshNode:
     def __init__(self, name: str, mesh: "Mesh") -> None:
         self.name = name
         self._mesh = mesh
-        self.peers = Peers(name, "test", mesh.token, mesh.addresses.get)
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
+        self.me = Self(name, self.address, "test")
+        self.peers = Peers(self.me, mesh.token, mesh.addresses.get)
         self.exchange = Exchange(name, self.peers)
         self.target: str | None = None  # the instance that every request is sent to
         self.dispatch: Callable[..., Awaitable[Route]] = self._dispatch
@@ -104,9 +108,8 @@ class MeshNode:
 
     async def open(self) -> None:
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
-        self._mesh.addresses[self.name] = f"127.0.0.1:{self._runner.addresses[0][1]}"
+        await web.SockSite(self._runner, self._socket).start()
+        self._mesh.addresses[self.name] = self.address
         self._reader = asyncio.create_task(self._read(), name=f"reader-{self.name}")
 
     async def host(

@@ -60,9 +60,10 @@ class Listener:
         """How this node's peers are to be verified; None without TLS."""
         if not arguments.ssl_certfile:
             return None
-        context = ssl.create_default_context()
-        context.load_default_certs()
-        _trust(context, arguments)
+        # Given an authority, no other one that the system knows may vouch for a node.
+        context = ssl.create_default_context(cafile=arguments.ssl_ca_certs)
+        if not arguments.ssl_ca_certs:
+            _trust(context, arguments)
         if _client_certificates(arguments) != ssl.CERT_NONE:
             context.load_cert_chain(arguments.ssl_certfile, arguments.ssl_keyfile)
         return context
