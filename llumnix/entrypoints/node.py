@@ -37,6 +37,7 @@ from llumnix.entrypoints.policies import read_policies
 from llumnix.entrypoints.server.admin import Admin, Standing
 from llumnix.entrypoints.server.admission import Admission
 from llumnix.entrypoints.server.app import Gateway, make_app
+from llumnix.entrypoints.server.connection import Limits
 from llumnix.entrypoints.server.cors import allow_origins
 from llumnix.entrypoints.server.drains import Drains
 from llumnix.entrypoints.server.generate import DemoRoute
@@ -163,7 +164,7 @@ class Node:
         )
         self._opening.on_try = lambda: self._acting.supervise.notify("announce_all")
         self._opening.on_open = self._opened
-        self._gateway = Gateway(lambda: self._opening.frontend, self.standing, config.send_timeout)
+        self._gateway = Gateway(lambda: self._opening.frontend, self.standing)
         root = self._arguments.root_path or ""
         admission = Admission(config.max_requests, config.max_prompt_tokens, root)
         priorities = Priorities(self._policies.terms.classes)
@@ -173,18 +174,13 @@ class Node:
         may = partial(authorised, self._arguments)
         moves = Moves(lambda: self._acting.migrations, may)
         drains = Drains(lambda: self._control.registry, lambda: self._acting.migrations, may)
-        demo = DemoRoute(
-            lambda: self._opening.frontend,
-            self.standing,
-            config.send_timeout,
-            self._gateway.answering,
-        )
+        demo = DemoRoute(lambda: self._opening.frontend, self.standing, self._gateway.answering)
         peer = (PATH, self._peers.accept)
         app = make_app(
             *(self._gateway, admin, moves, drains, admission, priorities, demo.handle),
             *(peer, config.max_body_bytes, allow_origins(self._arguments)),
         )
-        self._listener = Listener(app, self._arguments)
+        self._listener = Listener(app, self._arguments, Limits(send_timeout=config.send_timeout))
 
     def _start_actors(self) -> None:
         around = Surroundings(

@@ -25,12 +25,9 @@ logger = logging.getLogger(__name__)
 class Gateway:
     """Takes what is not the node's own business to vLLM's application."""
 
-    def __init__(
-        self, frontend: Callable[[], Frontend | None], standing: Standing, send_timeout: float
-    ) -> None:
+    def __init__(self, frontend: Callable[[], Frontend | None], standing: Standing) -> None:
         self._frontend = frontend
         self._standing = standing
-        self._send_timeout = send_timeout
         self._running: set[asyncio.Task[Any]] = set()
 
     @property
@@ -67,16 +64,14 @@ class Gateway:
         if frontend.streams is not None:
             events = await frontend.streams.open(scope, body)
             if events is not None:
-                return await stream(request, events, self._send_timeout)
-        return await asgi.serve(frontend.app, scope, request, body, self._send_timeout)
+                return await stream(request, events)
+        return await asgi.serve(frontend.app, scope, request, body)
 
 
-async def stream(
-    request: web.Request, events: AsyncGenerator[str, None], send_timeout: float
-) -> web.StreamResponse:
+async def stream(request: web.Request, events: AsyncGenerator[str, None]) -> web.StreamResponse:
     """Send server-sent events as they come."""
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
-    outlet = Outlet(request, response, send_timeout)
+    outlet = Outlet(request, response)
     async with contextlib.aclosing(events):
         await outlet.open()
         async for event in events:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from llumnix.entrypoints.server.outlet import ClientStuck, Outlet
+from llumnix.entrypoints.server.outlet import Outlet
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -28,10 +28,10 @@ LAST_SECONDS = 2.0  # for an application to end once it was told that its client
 
 
 async def serve(
-    app: AsgiApp, scope: dict[str, Any], request: web.Request, body: bytes, send_timeout: float
+    app: AsgiApp, scope: dict[str, Any], request: web.Request, body: bytes
 ) -> web.StreamResponse:
     """Have the application answer a request whose body has been read."""
-    exchange = _Exchange(request, body, send_timeout)
+    exchange = _Exchange(request, body)
     answering = asyncio.ensure_future(app(scope, exchange.receive, exchange.send))
     try:
         await asyncio.shield(answering)
@@ -87,26 +87,44 @@ def _server(request: web.Request) -> tuple[str, int | None] | None:
 class _Exchange:
     """One request and its response."""
 
-    def __init__(self, request: web.Request, body: bytes, send_timeout: float) -> None:
+    def __init__(self, request: web.Request, body: bytes) -> None:
         self._request = request
         self._body: bytes | None = body
-        self._send_timeout = send_timeout
         self._status = 200
         self._headers: list[tuple[bytes, bytes]] = []
         self.response: web.StreamResponse | None = None
         self._outlet: Outlet | None = None
         self.gone = asyncio.Event()  # when the client is
+        self._idle = asyncio.Event()  # while no message is on its way to the client
+        self._idle.set()
 
     async def receive(self) -> Message:
         if self._body is None:
             await self.gone.wait()
+            # An application that learns of it cancels what sends. That is to find its generator of
+            # tokens waiting for the next one, and not half-way out of here: only then it is closed.
+            await self._idle.wait()
             return {"type": "http.disconnect"}
         body, self._body = self._body, None
         return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(self, message: Message) -> None:
+        """Pass a message on; for a client that is gone, nothing happens.
+
+        An error would leave the application's generator of tokens behind, and its request running:
+        the message of a disconnect is what ends it.
+        """
         if self.gone.is_set():
             return
+        self._idle.clear()
+        try:
+            await self._send(message)
+        except OSError:
+            self.gone.set()
+        finally:
+            self._idle.set()
+
+    async def _send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._status, self._headers = message["status"], list(message.get("headers", ()))
             return
@@ -116,15 +134,12 @@ class _Exchange:
                 self.response = self._prepared(web.Response(body=body, status=self._status))
                 return
             self.response = self._prepared(web.StreamResponse(status=self._status))
-            self._outlet = Outlet(self._request, self.response, self._send_timeout)
+            self._outlet = Outlet(self._request, self.response)
             await self._outlet.open()
-        try:
-            if body:
-                await self._outlet.write(body)
-            if not more:
-                await self._outlet.close()
-        except ClientStuck:
-            self.gone.set()
+        if body:
+            await self._outlet.write(body)
+        if not more:
+            await self._outlet.close()
 
     def _prepared(self, response: web.StreamResponse) -> Any:
         for name, value in self._headers:

@@ -24,13 +24,11 @@ class DemoRoute:
         self,
         frontend: Callable[[], Frontend | None],
         standing: Standing,
-        send_timeout: float,
         answering: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """`answering`: the context in which a request counts as one that is being answered."""
         self._frontend = frontend
         self._standing = standing
-        self._send_timeout = send_timeout
         self._answering = answering
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -56,7 +54,7 @@ class DemoRoute:
     ) -> web.StreamResponse:
         async with contextlib.aclosing(generate(llm, generation)) as texts:
             if generation.stream:
-                return await _stream(request, texts, self._send_timeout)
+                return await _stream(request, texts)
             whole = [text async for text in texts][-1]
             return web.Response(body=_line(whole), content_type="application/json")
 
@@ -69,12 +67,12 @@ def _read(body: bytes) -> Any:
 
 
 async def _stream(
-    request: web.Request, texts: AsyncGenerator[list[str], None], send_timeout: float
+    request: web.Request, texts: AsyncGenerator[list[str], None]
 ) -> web.StreamResponse:
     # The first text before the headers: a bad request is found out by then.
     first = await anext(texts)
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
-    outlet = Outlet(request, response, send_timeout)
+    outlet = Outlet(request, response)
     await outlet.open()
     await outlet.write(_line(first))
     async for text in texts:

@@ -7,6 +7,7 @@ import ssl
 from aiohttp import web
 
 from llumnix.config import ConfigError
+from llumnix.entrypoints.server.connection import Doors, Limits
 
 ACCESS_FORMAT = '%a "%r" %s %b %Tfs'
 
@@ -18,23 +19,29 @@ access_log = logging.getLogger("llumnix.access")
 class Listener:
     """Runs the application on --host and --port (or --uds)."""
 
-    def __init__(self, app: web.Application, arguments: argparse.Namespace) -> None:
+    def __init__(
+        self, app: web.Application, arguments: argparse.Namespace, limits: Limits | None = None
+    ) -> None:
+        self._app = web.AppRunner(app)
         self._arguments = arguments
+        self._limits = limits or Limits()
         longest = arguments.h11_max_incomplete_event_size  # bytes; vLLM's limit of all headers
         quiet = getattr(arguments, "disable_uvicorn_access_log", False)
-        self._runner = web.AppRunner(
-            app,
-            handler_cancellation=True,  # a client that goes away ends its request
-            access_log=None if quiet else access_log,
-            access_log_format=ACCESS_FORMAT,
-            shutdown_timeout=2.0,
-            max_line_size=longest,
-            max_field_size=longest,
-            max_headers=arguments.h11_max_header_count,
-        )
+        self._options = {
+            "access_log": None if quiet else access_log,
+            "access_log_format": ACCESS_FORMAT,
+            "max_line_size": longest,
+            "max_field_size": longest,
+            "max_headers": arguments.h11_max_header_count,
+        }
+        self._runner: web.ServerRunner | None = None
 
     async def open(self) -> None:
         """Begin to listen. Raises OSError if the address is taken."""
+        await self._app.setup()
+        assert self._app.server is not None
+        doors = Doors(self._app.server, self._limits, **self._options)
+        self._runner = web.ServerRunner(doors, shutdown_timeout=2.0)
         await self._runner.setup()
         arguments = self._arguments
         context = _server_ssl(arguments)
@@ -48,12 +55,14 @@ class Listener:
 
     async def refuse_new(self) -> None:
         """Close the listening socket; open connections go on."""
-        for site in list(self._runner.sites):
+        for site in list(self._runner.sites if self._runner else ()):
             await site.stop()
 
     async def close(self) -> None:
         """Close everything."""
-        await self._runner.cleanup()
+        if self._runner is not None:
+            await self._runner.cleanup()
+        await self._app.cleanup()
 
     @staticmethod
     def client_ssl(arguments: argparse.Namespace) -> ssl.SSLContext | None:

@@ -1,0 +1,90 @@
+"""Clients that leave: what they have asked for ends, whatever way and moment they choose."""
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.kit.leaving import SMALL, WAYS, Client, post
+from tests.kit.node import Node
+from tests.kit.wait import eventually
+
+CROWD, TURNS = 100, 3
+PROMPT: dict[str, Any] = {"model": "small", "prompt": "Hello", "max_tokens": 2000}
+CHAT = {"model": "small", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2000}
+DEMO = {"prompt": "Hello", "max_tokens": 2000}
+# vLLM's middleware has to answer those with an Origin, so they take the way of all other routes.
+ORIGIN = {"Origin": "http://elsewhere"}
+ROUTES: list[tuple[str, dict[str, Any], dict[str, str]]] = [
+    ("/v1/completions", PROMPT, {}),
+    ("/v1/completions", PROMPT | {"n": 2}, ORIGIN),
+    ("/v1/chat/completions", CHAT, {}),
+    ("/v1/chat/completions", CHAT, ORIGIN),
+    ("/invocations", PROMPT, {}),
+    ("/generate", DEMO, {}),
+]
+
+
+def requests() -> Iterator[bytes]:
+    """Requests that run for seconds: of all routes, streamed and whole."""
+    for stream, (path, body, headers) in itertools.cycle(itertools.product((True, False), ROUTES)):
+        yield post(path, body | {"ignore_eos": True, "stream": stream}, headers)
+
+
+@contextlib.contextmanager
+def crowd(node: Node, size: int) -> Iterator[list[Client]]:
+    """Clients that have asked, and read nothing."""
+    clients: list[Client] = []
+    try:
+        for request in itertools.islice(requests(), size):
+            clients.append(Client(node.port, SMALL).send(request))
+        yield clients
+    finally:
+        for client in clients:
+            client.close()
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("moment", ("before", "running", "mixed"))
+def test_a_crowd_leaves_nothing(one: Node, moment: str) -> None:
+    descriptors = one.descriptors()
+    for turn in range(TURNS):
+        with crowd(one, CROWD) as clients:
+            if moment == "running":
+                eventually(lambda: one.metric("llumnix_open_requests") >= CROWD)
+            elif moment == "mixed":
+                time.sleep(0.1 * turn)  # some wait for an instance, some in its queue
+            for number, client in enumerate(clients):
+                client.leave(WAYS[number % len(WAYS)])
+            took = eventually(one.idle, within=3)  # they would run for ten seconds
+            eventually(lambda: one.descriptors() <= descriptors + 2)
+        print(f"{moment}: {took:.2f} s")
+
+
+@pytest.mark.cluster
+def test_a_client_without_room_that_closes_its_side(one: Node) -> None:
+    """Its connection ends, though the kernel of the client says for ever that it has no room."""
+    with crowd(one, 1) as (client,):
+        eventually(lambda: one.metric("llumnix_instance_running") == 1)
+        client.leave("half")
+        eventually(one.idle, within=3)
+        client.socket.settimeout(5)
+        client.rest()
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("path", ("/v1/completions", "/generate"))
+def test_an_old_client_hears_the_end_of_a_stream(one: Node, path: str) -> None:
+    """HTTP/1.0 knows no other end of an answer without a length."""
+    body = {"prompt": "Hello", "max_tokens": 5, "stream": True}
+    body |= {"model": "small"} if path.startswith("/v1") else {}
+    old = post(path, body, {"Connection": "keep-alive"}).replace(b"HTTP/1.1", b"HTTP/1.0", 1)
+    client = Client(one.port).send(old)
+    client.socket.settimeout(5)
+    answer = client.rest()
+    client.close()
+    assert b" 200 OK" in answer and b"keep-alive" not in answer.partition(b"\r\n\r\n")[0].lower()
+    assert answer.endswith(b"data: [DONE]\n\n" if path.startswith("/v1") else b"\n")
