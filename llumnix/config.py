@@ -42,7 +42,8 @@ class Config:
     )
     etcd_endpoints: Sequence[str] | None = _knob(
         None,
-        "etcd members as host:port; without any, the node starts an etcd of its own",
+        "etcd members as host:port, or unix:///path for the one that another node of this machine "
+        "has started; without any, the node starts an etcd of its own",
         nargs="+",
     )
     etcd_user: str = _knob("", "etcd user")
@@ -68,8 +69,8 @@ class Config:
     max_instances: int = _knob(8, "most instances on this node, whatever is desired in etcd")
     start_timeout: float = _knob(
         600.0,
-        "seconds within which an instance must be up, and for which a request waits for one that is "
-        "starting when none is ready",
+        "seconds within which an instance must be up, and for which a request waits for one that "
+        "is starting when none is ready",
     )
     hang_timeout: float = _knob(
         3.0, "seconds for which an engine may be silent while its processes do nothing at all"
@@ -265,10 +266,12 @@ class Config:
 
     def _check_addresses(self) -> None:
         for endpoint in self.etcd_endpoints or ():
+            if endpoint.startswith("unix:///"):  # that of another node's embedded etcd
+                continue
             if not _is_address(re.sub("^https?://", "", endpoint).removesuffix("/")):
                 raise ConfigError(
-                    "--etcd-endpoints must be host:port, http://host:port or https://host:port, "
-                    f"not {endpoint!r}"
+                    "--etcd-endpoints must be host:port, http://host:port, https://host:port or "
+                    f"unix:///path, not {endpoint!r}"
                 )
         if self.advertise_address and not _is_address(self.advertise_address):
             raise ConfigError(

@@ -1,11 +1,10 @@
-"""An etcd of this node's own: one member on the loopback interface, for use on one machine."""
+"""An etcd of this node's own: one member behind a socket file, for use on one machine."""
 
 import fcntl
 import importlib.util
 import logging
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from typing import IO
 from llumnix.control.backoff import Backoff
 from llumnix.control.errors import EmbeddedEtcdError, EtcdError
 from llumnix.control.etcd import Etcd
+from llumnix.control.private import private_folder, socket_folder
 
 log = logging.getLogger(__name__)
 
@@ -30,21 +30,25 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 LONGEST_PAUSE = 10.0  # seconds until an etcd that has ended is started again
 CALM = 60.0  # seconds after which it is started again at once
+# etcd's sockets, in the folder that it runs in; it takes no path, and wants what looks like a port.
+# There is no other member to use the second one, but etcd wants it.
+CLIENT, PEER = "client:0", "peer:0"
 _LOCK_WAIT = 2.0  # seconds; an etcd whose node was killed takes a moment to be gone
 
 
 class EmbeddedEtcd:
-    """Starts etcd on `data_dir`, which may be that of an earlier run, on free ports of `host`.
+    """Starts etcd on `data_dir`, which may be that of an earlier run.
+
+    It asks nobody who he is, so it listens on no port, but on socket files in a folder that only
+    this user (and root) can enter: the data directory, unless its name is too long for a socket.
 
     It ends with this process, whatever ends it; if it ends alone, it is started again. Its log goes
     to etcd.log in the data directory.
     """
 
-    def __init__(
-        self, data_dir: str | Path, *, host: str = "127.0.0.1", binary: str | None = None
-    ) -> None:
-        self._dir = Path(data_dir)
-        self._host = host
+    def __init__(self, data_dir: str | Path, *, binary: str | None = None) -> None:
+        self._dir = Path(data_dir).absolute()
+        self._sockets = self._dir
         self._binary = binary
         self._endpoints: tuple[str, ...] = ()
         self._lock_file: IO[str] | None = None
@@ -69,17 +73,18 @@ class EmbeddedEtcd:
         """Returns once etcd answers. Raises EmbeddedEtcdError if it doesn't in `within` seconds."""
         deadline = time.monotonic() + within
         binary = self._binary or find_etcd()
-        self._dir.mkdir(parents=True, exist_ok=True)
+        private_folder(self._dir)
+        self._sockets = socket_folder(self._dir, CLIENT)
         self._take_lock(min(deadline, time.monotonic() + _LOCK_WAIT))
-        client, peer = (f"http://{self._host}:{port}" for port in _free_ports(self._host, 2))
-        self._launch([binary, *self._flags(client, peer)])
+        client = f"unix://{self._sockets / CLIENT}"
+        self._launch([binary, *self._flags(f"unix://{CLIENT}", f"unix://{PEER}")])
         try:
             self._wait_ready(client, deadline)
         except EmbeddedEtcdError:
             self.stop()
             raise
         self._endpoints = (client,)
-        log.info("An embedded etcd answers at %s and keeps its data in %s.", client, self._dir)
+        log.info("An embedded etcd answers this user alone, at %s.", client)
 
     def stop(self, within: float = 5.0) -> None:
         """Ends etcd: asks it to, and kills it if it is still there after `within` seconds."""
@@ -110,6 +115,7 @@ class EmbeddedEtcd:
             f"--listen-peer-urls={peer}",
             f"--initial-advertise-peer-urls={peer}",
             f"--initial-cluster=llumnix={peer}",
+            "--enable-grpc-gateway=false",  # it does not find its own etcd behind a socket
             "--auto-compaction-mode=revision",
             "--auto-compaction-retention=10000",
         ]
@@ -179,6 +185,7 @@ class EmbeddedEtcd:
             self._process = subprocess.Popen(
                 die_with_parent(command),
                 env=env,
+                cwd=self._sockets,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -269,14 +276,3 @@ def _free(database: Path) -> bool:
         return True
     with file:
         return _lockable(file)
-
-
-def _free_ports(host: str, count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind((host, 0))
-        return [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()

@@ -32,11 +32,11 @@ _MAX_TRIES = 3  # members asked by one call, however many there are
 class Etcd:
     """A client of an etcd cluster, usable from any thread.
 
-    `endpoints` are host:port, http://host:port or https://host:port; `ca`, `cert` and `key` are
-    paths of PEM files. A call waits `call_timeout` seconds for each member and asks at most three,
-    each once. It raises EtcdUnavailable when none answered, EtcdOutcomeUnknown when a write may
-    nevertheless have happened, and EtcdRefused when etcd said no. Nothing is connected before the
-    first call.
+    `endpoints` are host:port, http://host:port, https://host:port or unix:///path; `ca`, `cert` and
+    `key` are paths of PEM files. A call waits `call_timeout` seconds for each member and asks at
+    most three, each once. It raises EtcdUnavailable when none answered, EtcdOutcomeUnknown when a
+    write may nevertheless have happened, and EtcdRefused when etcd said no. Nothing is connected
+    before the first call.
     """
 
     def __init__(

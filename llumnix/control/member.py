@@ -173,10 +173,12 @@ class WatchStream:
 
 
 def open_member(endpoint: str, tls: Any | None) -> Member:
-    """A member by its address: host:port, or an http or https URL. Raises ValueError."""
+    """A member by its address: host:port, or an http, https or unix URL. Raises ValueError."""
     scheme, _, address = endpoint.rpartition("://")
-    if scheme not in ("", "http", "https"):
+    if scheme not in ("", "http", "https", "unix"):
         raise ValueError(f"{endpoint} is no etcd endpoint: it must be host:port or a http(s) URL")
+    if scheme == "unix":
+        return Member(f"unix:{address}", None)
     if scheme == "https" and tls is None:
         tls = grpc.ssl_channel_credentials()
     return Member(address.rstrip("/"), None if scheme == "http" else tls)

@@ -63,7 +63,7 @@ class Reader(threading.Thread):
 
 def test_an_embedded_etcd_lives_and_ends_with_its_node(nodes: Nodes) -> None:
     node = nodes.start("a", endpoints=[]).ready()
-    assert "An embedded etcd answers at" in node.said
+    assert "An embedded etcd answers this user alone, at unix://" in node.said
     family = descendants(node.pid)
     assert family, "etcd is a child"
     with node.stream(COMPLETIONS, LONG) as stream:

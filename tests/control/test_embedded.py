@@ -1,17 +1,21 @@
 """The etcd that a node starts for itself."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from llumnix.config import Config, ConfigError
 from llumnix.control import embedded
-from llumnix.control.embedded import EmbeddedEtcd
+from llumnix.control.embedded import EmbeddedEtcd, find_etcd
 from llumnix.control.errors import EmbeddedEtcdError, EtcdError
 from llumnix.control.etcd import Etcd
+from llumnix.control.private import private_folder
 from tests.kit.wait import eventually
 
 
@@ -110,3 +114,85 @@ def test_says_why_it_did_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(embedded, "_carried_etcd", lambda: None)
     with pytest.raises(EmbeddedEtcdError, match="there is no etcd to start"):
         EmbeddedEtcd(tmp_path / "data").start()
+
+
+# ---- who gets in ----
+
+NOBODY = 65534
+
+# Run as another user: what a connection to each of the sockets comes to, and what can be read.
+INTRUDE = """
+import os, socket, sys
+uid = int(sys.argv[1])
+os.setgroups([]), os.setgid(uid), os.setuid(uid)
+for path in sys.argv[2:]:
+    try:
+        if path.endswith("log"):
+            open(path).read()
+        else:
+            socket.socket(socket.AF_UNIX).connect(path)
+        print("in")
+    except OSError as error:
+        print(type(error).__name__)
+"""
+
+
+def _listening(pid: int) -> list[str]:
+    """The TCP ports on which a process listens."""
+    inodes = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            inodes.add(os.readlink(fd))
+    lines = [line.split() for family in ("tcp", "tcp6")
+             for line in Path(f"/proc/net/{family}").read_text().splitlines()[1:]]  # fmt: skip
+    return [line[1] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in inodes]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("long", [False, True], ids=["", "long path"])
+def test_no_other_user_gets_in(tmp_path: Path, long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as runtime:
+        os.chmod(runtime, 0o777)
+        monkeypatch.setenv("XDG_RUNTIME_DIR", runtime)
+        # Beside one that everybody may enter, so that it is the folder itself that is closed.
+        data = Path(runtime) / ("x" * 120 if long else "data")
+        data.mkdir(mode=0o755)  # as an earlier version has left it
+        server = EmbeddedEtcd(data)
+        server.start()
+        try:
+            assert server.pid is not None and _listening(server.pid) == []
+            sockets = Path(server.endpoints[0].removeprefix("unix://")).parent
+            assert (sockets == data) is not long
+            doors = [str(sockets / name) for name in ("client:0", "peer:0")]
+            assert all(Path(door).is_socket() for door in doors)
+            command = [sys.executable, "-S", "-c", INTRUDE, str(NOBODY), *doors]
+            command.append(str(data / "etcd.log"))
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            assert said.split() == ["PermissionError"] * 3
+            etcdctl = str(Path(find_etcd()).parent / "etcdctl")
+            command = [etcdctl, "--endpoints", server.endpoints[0], "put", "/a", "1"]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            assert said == "OK\n"
+        finally:
+            server.stop()
+
+
+def test_a_folder_of_somebody_else_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who made it could put another socket into it."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "file").touch()
+    for name in ("link", "file"):
+        with pytest.raises(EmbeddedEtcdError):
+            private_folder(tmp_path / name)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(EmbeddedEtcdError, match="not a folder of this user's own"):
+        private_folder(tmp_path)
+
+
+def test_its_socket_is_an_endpoint_for_other_nodes() -> None:
+    config = Config(etcd_endpoints=["unix:///home/u/.local/state/llumnix/etcd/default/client:0"])
+    assert config.resolved("127.0.0.1", 1).etcd_endpoints == config.etcd_endpoints
+    with pytest.raises(ConfigError, match="unix:///path"):
+        Config(etcd_endpoints=["unix://client"]).resolved("127.0.0.1", 1)
