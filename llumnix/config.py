@@ -81,7 +81,8 @@ class Config:
     )
     dispatch_policy: str = _knob(
         "load",
-        "which instance gets a request: load (freeness), slo (the targets of its class), "
+        "which instance gets a request: load (freeness while there is room, else what is lacking), "
+        "freeness (the paper's formula), slo (the targets of its class), "
         "interference (long prompts where few run), memory "
         "(free blocks), queue (fewest waiting), balanced (fewest dispatched), rr, random, artifact "
         "(as the paper's evaluation ran), or the name of an entry point in llumnix.dispatch",

@@ -40,9 +40,9 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
         "rr": System("round-robin", "rr", "none"),
         "queue": System("queue size", "queue", "none"),
         # The artifact ran it with Llumnix's own dispatch, which counts queued demand as well.
-        "infaas": System("INFaaS++", "load", "none"),
-        "llumnix": System("Llumnix", "load", "llumnix"),
-        "artifact": System("Llumnix-artifact", "load", "artifact", "LCR"),
+        "infaas": System("INFaaS++", "freeness", "none"),
+        "llumnix": System("Llumnix", "freeness", "llumnix"),
+        "artifact": System("Llumnix-artifact", "freeness", "artifact", "LCR"),
         "ours": System("ours", "interference", "lookahead"),
     }
 )
@@ -51,6 +51,6 @@ EVERY: Mapping[str, System] = MappingProxyType(
     {
         **SYSTEMS,
         "dispatch": System("ours, dispatch only", "interference", "llumnix"),
-        "rescheduling": System("ours, rescheduling only", "load", "lookahead"),
+        "rescheduling": System("ours, rescheduling only", "freeness", "lookahead"),
     }
 )

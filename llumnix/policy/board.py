@@ -18,11 +18,11 @@ from llumnix.cluster import (
     InstanceState,
     NodeId,
 )
-from llumnix.policy.dispatch import Candidate, Policy, Request, by_freeness, choose
+from llumnix.policy.dispatch import Candidate, Policy, Request, by_load, choose
 from llumnix.policy.load import NOTHING, InFlight
 from llumnix.policy.terms import TERMS, Terms
 
-LOAD = Policy(by_freeness, keeps=True)
+LOAD = Policy(by_load, keeps=True)
 HOPELESS = 3  # failed starts in a row, from which on no request waits for an instance
 
 

@@ -2,6 +2,10 @@
 
 A policy is one function from a candidate and a request to a score (greater is better), and one
 line in `dispatchers.POLICIES`. Equal scores are settled at random by `choose`.
+
+A score must not rise when an instance gets one request more, however full it is: whoever has too
+much would get the next one too. Only `freeness` and `artifact`, which are there to compare with,
+do not keep to that.
 """
 
 from collections.abc import Callable, Mapping
@@ -52,11 +56,30 @@ class Policy(NamedTuple):
     keeps: bool = False
 
 
+def by_load(candidate: Candidate, request: Request, terms: Terms) -> float:
+    """The instance with the most room for each request, and without any the least over-full one.
+
+    While there is room that is `by_freeness`. Where more is asked for than there is memory, what
+    is lacking counts, as a share of all memory: a queue is worked off as requests end and give
+    blocks back, and of two instances the larger one gets back more in the same time. To divide
+    what is lacking by the number of requests, as freeness does, would make the longer queue look
+    better.
+    """
+    left = unclaimed(candidate.info, candidate.load, candidate.sent)
+    left -= kept_from(candidate, request, terms)
+    if left < 0:
+        return left / max(candidate.info.total_blocks, 1)
+    return by_freeness(candidate, request, terms)
+
+
 def by_freeness(candidate: Candidate, request: Request, terms: Terms) -> float:
-    """The instance with the most room (`dispatch_freeness`, blocks a request).
+    """The instance with the most room (`dispatch_freeness`, blocks a request): the paper's formula.
 
     Instances without any request come first, and of these the one with the most free blocks.
     Headroom keeps away all requests but those of the class that it is kept for.
+
+    Under overload it goes the wrong way. It is negative there, and another request, by which the
+    same lack is divided, brings it nearer to zero.
     """
     info, load = candidate.info, candidate.load
     free = dispatch_freeness(info, load, candidate.sent, kept_from(candidate, request, terms))

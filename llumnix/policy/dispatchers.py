@@ -9,6 +9,7 @@ from llumnix.policy.dispatch import (
     by_chance,
     by_count,
     by_freeness,
+    by_load,
     by_memory,
     by_queue,
     by_turn,
@@ -18,7 +19,8 @@ from llumnix.policy.slo import by_slo
 
 POLICIES: Mapping[str, Policy] = MappingProxyType(
     {
-        "load": Policy(by_freeness, keeps=True),
+        "load": Policy(by_load, keeps=True),
+        "freeness": Policy(by_freeness, keeps=True),
         "memory": Policy(by_memory, keeps=True),
         "queue": Policy(by_queue, keeps=True),
         "balanced": Policy(by_count, keeps=True),

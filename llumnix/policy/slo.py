@@ -2,16 +2,19 @@
 
 Both are predicted for each instance from the latency profile and its last report, the way a step is
 made up: what is queued there is prefilled first, then this request; after that it decodes in a
-batch of one more. What counts is how many requests would miss a target of their class: the newcomer
-itself, and those that are there already, which it slows down as much as they do it. So requests
-without targets gather where few have any. Where nothing is missed, the instance with the most room
-is taken.
+batch of one more. What counts is how many requests miss a target of their class with it there: the
+newcomer itself, and those that are there already, which it slows down as much as they do it. So
+requests without targets gather where few have any. Where nothing is missed, the instance with the
+most room is taken.
+
+Those who would miss theirs without the newcomer count as well. To count only those who miss it
+because of the newcomer sends everyone to where all is lost already, and that never ends.
 """
 
 from math import inf
 
 from llumnix.cluster import InstanceInfo, InstanceLoad
-from llumnix.policy.dispatch import Candidate, Request, by_freeness
+from llumnix.policy.dispatch import Candidate, Request, by_load
 from llumnix.policy.load import InFlight, dispatch_usage, unclaimed
 from llumnix.policy.terms import Terms
 
@@ -28,9 +31,8 @@ def expected_ttft(
     """Seconds until the first token of a request that is sent there now.
 
     The step under way ends, half of it on average; then all prompts before it are prefilled, and
-    its own. Memory that is short must first be released by others: each block that is missing takes
-    as long as one block of the batch takes to come free, if requests hold `used / running` blocks
-    and go on for as many steps as those hold tokens.
+    its own. Memory that is short must first be released by others: all of it changes hands in the
+    time in which a request like this one generates as many tokens as it has.
     """
     decode = step_seconds(info, load, sent, terms)
     seconds = decode / 2 + terms.latency.step_seconds(
@@ -41,9 +43,9 @@ def expected_ttft(
         request.tokens**2,
     )
     missing = request.blocks - unclaimed(info, load, sent)
-    if missing > 0 and load.used_blocks:
-        lasts = decode * info.block_size * load.used_blocks / max(load.running, 1)
-        seconds += lasts * missing / load.used_blocks
+    if missing > 0:
+        lasts = decode * info.block_size * request.blocks
+        seconds += lasts * missing / info.total_blocks
     return seconds
 
 
@@ -59,7 +61,7 @@ def step_seconds(
 def by_slo(candidate: Candidate, request: Request, terms: Terms) -> float:
     """The instance where the fewest requests miss the targets of their classes for this one."""
     missed = _own(candidate, request, terms) + _others(candidate, request, terms)
-    return by_freeness(candidate, request, terms) - _WEIGHT * missed
+    return by_load(candidate, request, terms) - _WEIGHT * missed
 
 
 def _own(candidate: Candidate, request: Request, terms: Terms) -> float:
@@ -81,16 +83,15 @@ def _own(candidate: Candidate, request: Request, terms: Terms) -> float:
 
 
 def _others(candidate: Candidate, request: Request, terms: Terms) -> float:
-    """How many of the requests that are there would miss their time per token besides."""
+    """How many of the requests that are there miss their time per token, with one more there."""
     info, load, sent = candidate.info, candidate.load, candidate.sent
-    before = step_seconds(info, load, sent, terms)
-    after = step_seconds(info, load, sent, terms, more=request.tokens)
+    step = step_seconds(info, load, sent, terms, more=request.tokens)
     missed = 0.0
     for present in (load.priorities, sent.priorities, _unnamed(load, sent)):
         for priority, count in present.items():
             tpot = terms.classes.of(priority).tpot
             if tpot < inf:
-                missed += count * (_miss(after, tpot) - _miss(before, tpot))
+                missed += count * _miss(step, tpot)
     return missed
 
 

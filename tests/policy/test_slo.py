@@ -56,14 +56,14 @@ def test_who_has_no_target_goes_where_few_would_miss_theirs_for_it() -> None:
     for running, used, goes_to_chats in (
         (2, 30, True),  # they have time to spare
         (6, 60, False),  # they would miss it
-        (20, 300, True),  # they miss it anyway
+        (20, 300, False),  # they miss it already, and would go on to
     ):
         chats = InstanceLoad("i", running=running, used_blocks=used, priorities={-1: running})
         assert (score(chats, BATCH) > score(others, BATCH)) is goes_to_chats
 
 
 def test_who_has_no_target_does_not_wait_for_memory_on_that_account() -> None:
-    chats = InstanceLoad("i", running=4, used_blocks=60, priorities={-1: 4})
+    chats = InstanceLoad("i", running=2, used_blocks=60, priorities={-1: 2})
     full = InstanceLoad("i", running=20, used_blocks=995)
     assert score(chats, BATCH) > score(full, BATCH)
 
