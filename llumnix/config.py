@@ -169,7 +169,11 @@ class Config:
     send_timeout: float = _knob(
         300.0, "seconds after which a client that reads nothing of its stream is cut off; 0: never"
     )
-    max_body_bytes: int = _knob(64 * 2**20, "largest request body, in bytes; beyond it: 413")
+    max_body_bytes: int = _knob(
+        0,
+        "largest request body, in bytes; beyond it: 413; 0: 4 MiB, or 26 MiB where prompts may "
+        "hold images and sounds, or 16 bytes for each token of the model's context if that is more",
+    )
 
     def resolved(self, host: str | None, port: int) -> "Config":
         """This configuration with every default that depends on the machine filled in.

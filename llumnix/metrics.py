@@ -17,7 +17,7 @@ DISPATCH_SECONDS = Histogram(
     "Time from a request's arrival at the dispatcher to its decision",
     buckets=(1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2, 0.1, 1.0),
 )
-REFUSALS = Counter("llumnix_refusals", "Requests answered with 429", ["limit"])
+REFUSALS = Counter("llumnix_refusals", "Requests refused by a limit", ["limit"])
 MIGRATIONS = Counter(
     "llumnix_migrations", "Migrations by this node's instances", ["reason", "outcome", "stages"]
 )

@@ -38,9 +38,11 @@ from llumnix.entrypoints.server.admin import Admin, Standing
 from llumnix.entrypoints.server.admission import Admission
 from llumnix.entrypoints.server.app import Gateway, make_app
 from llumnix.entrypoints.server.connection import Limits
+from llumnix.entrypoints.server.contents import Contents
 from llumnix.entrypoints.server.cors import allow_origins
 from llumnix.entrypoints.server.drains import Drains
 from llumnix.entrypoints.server.generate import DemoRoute
+from llumnix.entrypoints.server.limits import body_limits
 from llumnix.entrypoints.server.listener import Listener
 from llumnix.entrypoints.server.moves import Moves
 from llumnix.entrypoints.server.priority import Priorities
@@ -176,9 +178,13 @@ class Node:
         drains = Drains(lambda: self._control.registry, lambda: self._acting.migrations, may)
         demo = DemoRoute(lambda: self._opening.frontend, self.standing, self._gateway.answering)
         peer = (PATH, self._peers.accept)
+        model = self._vllm_config.model_config
+        contents = Contents(
+            body_limits(config.max_body_bytes, model.max_model_len, model.is_multimodal_model)
+        )
         app = make_app(
-            *(self._gateway, admin, moves, drains, admission, priorities, demo.handle),
-            *(peer, config.max_body_bytes, allow_origins(self._arguments)),
+            *(self._gateway, admin, moves, drains, admission, contents, priorities, demo.handle),
+            *(peer, allow_origins(self._arguments)),
         )
         self._listener = Listener(app, self._arguments, Limits(send_timeout=config.send_timeout))
 

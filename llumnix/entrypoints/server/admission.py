@@ -8,19 +8,21 @@ from dataclasses import dataclass
 from aiohttp import web
 from vllm.v1.engine import EngineCoreRequest
 
+from llumnix.entrypoints.server.contents import asked
 from llumnix.entrypoints.server.errors import Handler, error_response
 from llumnix.metrics import REFUSALS
 
 RETRY_SOON = {"Retry-After": "1"}  # seconds: room comes with every request that ends
 BYTES_PER_TOKEN = 4  # of a body whose prompt has not been tokenised yet
 
-# Routes behind which an engine computes; all others always answer.
+# Routes behind which an engine or the tokenizer computes; all others always answer.
 GENERATING = frozenset(
     {
         *("/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch"),
         *("/v1/responses", "/v1/messages", "/cohere/v2/chat", "/v1/systemone"),
         *("/v1/audio/transcriptions", "/v1/audio/translations"),
         *("/generate", "/inference/v1/generate", "/invocations", "/generative_scoring"),
+        *("/tokenize", "/detokenize"),  # which wait for the one tokenizer, as prompts do
         *("/v1/embeddings", "/v2/embed", "/pooling", "/classify"),
         *("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
     }
@@ -31,10 +33,12 @@ GENERATING = frozenset(
 class Slot:
     """What one HTTP request has open."""
 
-    requests: int = 1
+    requests: int = 0
     tokens: int = 0  # of prompts
-    # Whether one of the requests is none that an engine has: before the first, and after the last.
-    spare: bool = True
+    # How many of the requests, and of the tokens, no engine has yet: those that the body asks for,
+    # and one after the last.
+    spare: int = 0
+    guess: int = 0
     over: bool = False
 
 
@@ -45,9 +49,9 @@ _slot: ContextVar[Slot | None] = ContextVar("slot", default=None)
 class Admission:
     """Counts open requests and the tokens of their prompts against two limits; 0 is no limit.
 
-    An HTTP request is one until its prompts are tokenised, and then as many as engines have of it
-    (prompts, choices, beams), with the tokens of each, but one at least. It is admitted whole, and
-    gives everything back when its handler ends, however it ends.
+    An HTTP request is as many as its body asks for (prompts, times choices or beams), and, once
+    they are tokenised, as engines have of it, with the tokens of each, but one at least. It is
+    admitted whole, and gives everything back when its handler ends, however it ends.
     """
 
     def __init__(self, max_requests: int, max_prompt_tokens: int, root_path: str = "") -> None:
@@ -63,18 +67,26 @@ class Admission:
         """The handler, with 429 in its place for what is beyond the limits."""
 
         async def admit(request: web.Request) -> web.StreamResponse:
-            path = request.path.removeprefix(self._root)
-            if request.method != "POST" or path not in GENERATING:
+            if not self._limits(request):
                 return await handler(request)
-            if (refusal := self._refuse()) is not None:
-                return refusal  # before its body, which may be large
             size = len(await request.read())
-            if (refusal := self._refuse()) is not None:
+            requests = asked.get()
+            if (refusal := self._refuse(requests)) is not None:
                 return refusal
-            with self._taken(size // BYTES_PER_TOKEN):
+            with self._taken(size // BYTES_PER_TOKEN, requests):
                 return await handler(request)
 
         return admit
+
+    def door(self, handler: Handler) -> Handler:
+        """The handler, with 429 in its place while nothing is admitted: before bodies are read."""
+
+        async def look(request: web.Request) -> web.StreamResponse:
+            if self._limits(request) and (refusal := self._refuse(1)) is not None:
+                return refusal
+            return await handler(request)
+
+        return look
 
     def enter(self, request: EngineCoreRequest) -> None:
         """Count a tokenised request of the handler that this is called from."""
@@ -83,11 +95,12 @@ class Admission:
             return
         tokens = len(request.prompt_token_ids or ())
         self._open[request.request_id] = slot, tokens
+        self._add(slot, 0, tokens - slot.guess)
+        slot.guess = 0
         if slot.spare:
-            slot.spare = False
-            self._add(slot, 0, tokens - slot.tokens)
+            slot.spare -= 1
         else:
-            self._add(slot, 1, tokens)
+            self._add(slot, 1, 0)
 
     def leave(self, request_id: str) -> None:
         """A request that had been entered has ended; its handler may go on, with others."""
@@ -97,10 +110,20 @@ class Admission:
         if slot.requests > 1:
             self._add(slot, -1, -tokens)
         else:
-            slot.spare = True
+            slot.spare, slot.guess = 1, tokens
 
-    def _refuse(self) -> web.Response | None:
-        if 0 < self._max_requests <= self.requests:
+    def _limits(self, request: web.Request) -> bool:
+        path = request.path.removeprefix(self._root)
+        return request.method == "POST" and path in GENERATING
+
+    def _refuse(self, requests: int) -> web.Response | None:
+        if 0 < self._max_requests < requests:
+            sentence = (
+                f"{requests} requests in one (prompts, times choices) are more than this server "
+                f"has open at once, {self._max_requests}"
+            )
+            return error_response(400, sentence)
+        if 0 < self._max_requests < self.requests + requests:
             limit, text = "requests", f"{self._max_requests} requests"
         elif 0 < self._max_prompt_tokens <= self.prompt_tokens:
             limit, text = "prompt_tokens", f"prompts of {self._max_prompt_tokens} tokens"
@@ -110,9 +133,9 @@ class Admission:
         return error_response(429, f"{text} are open at this server; try again soon", RETRY_SOON)
 
     @contextlib.contextmanager
-    def _taken(self, tokens: int) -> Iterator[None]:
-        slot = Slot(requests=0)
-        self._add(slot, 1, tokens)
+    def _taken(self, tokens: int, requests: int = 1) -> Iterator[None]:
+        slot = Slot(spare=requests, guess=tokens)
+        self._add(slot, requests, tokens)
         _slot.set(slot)
         try:
             yield

@@ -13,6 +13,7 @@ from llumnix.engine.vllm.frontend import Frontend
 from llumnix.entrypoints.server import asgi
 from llumnix.entrypoints.server.admin import Admin, Standing
 from llumnix.entrypoints.server.admission import Admission
+from llumnix.entrypoints.server.contents import Contents
 from llumnix.entrypoints.server.drains import Drains
 from llumnix.entrypoints.server.errors import RETRY_AFTER, Handler, error_response, openai_errors
 from llumnix.entrypoints.server.moves import Moves
@@ -109,18 +110,19 @@ def make_app(
     moves: Moves,
     drains: Drains,
     admission: Admission,
+    contents: Contents,
     priorities: Priorities,
     generate: Handler,
     peer: tuple[str, Handler],
-    max_body_bytes: int,
     origins: Middleware,
 ) -> web.Application:
     """The application, with every route in its place."""
 
     def guard(handler: Handler) -> Handler:
-        return admission.guard(priorities.guard(handler))
+        inner = admission.guard(priorities.guard(handler))
+        return admission.door(contents.guard(inner))
 
-    app = web.Application(client_max_size=max_body_bytes, middlewares=[origins, openai_errors])
+    app = web.Application(client_max_size=contents.body_bytes, middlewares=[origins, openai_errors])
     app.router.add_get(*peer)
     looks = {
         "/livez": admin.livez,

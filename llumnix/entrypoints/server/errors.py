@@ -15,12 +15,15 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def error_response(
-    status: int, message: str, headers: dict[str, str] | None = None
+    status: int, message: str, headers: dict[str, str] | None = None, param: str | None = None
 ) -> web.Response:
-    """One clear sentence, the right status, and the body that OpenAI clients expect."""
+    """One clear sentence, the right status, and the body that OpenAI clients expect.
+
+    `param` is the field of the request's body that is at fault, if it is one.
+    """
     kind = "".join(word.capitalize() for word in HTTPStatus(status).phrase.split())
     kind = kind if kind.endswith("Error") else f"{kind}Error"
-    error = {"message": message, "type": kind, "param": None, "code": status}
+    error = {"message": message, "type": kind, "param": param, "code": status}
     return web.Response(
         body=orjson.dumps({"error": error}),
         status=status,

@@ -1,0 +1,172 @@
+"""What a body asks for, looked at before vLLM parses it: how many requests, how much of what."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from llumnix.entrypoints.server import limits
+from llumnix.entrypoints.server.errors import Handler, error_response
+from llumnix.entrypoints.server.limits import BodyLimits
+from llumnix.entrypoints.server.scan import TooMuch, scan
+from llumnix.metrics import REFUSALS
+
+# How many requests for engines an HTTP request will be; set in its handler's task.
+asked: ContextVar[int] = ContextVar("asked", default=1)
+
+# Objects of a body in which some routes have the parameters of sampling.
+_INNER = ("sampling_params", "parameters")
+_PROMPTS = ("prompt", "input")
+_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+
+
+class BadContent(Exception):
+    """A body that asks for too much; the message says what, `field` where."""
+
+    def __init__(self, message: str, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class Contents:
+    """Refuses bodies that would cost too much, on all routes."""
+
+    def __init__(self, within: BodyLimits) -> None:
+        self._within = within
+
+    @property
+    def body_bytes(self) -> int:
+        """The largest body, in bytes."""
+        return self._within.body_bytes
+
+    def guard(self, handler: Handler) -> Handler:
+        """The handler, with 400 in its place for a body that holds too much."""
+
+        async def look(request: web.Request) -> web.StreamResponse:
+            if not request.can_read_body:
+                return await handler(request)
+            body = await request.read()
+            try:
+                asked.set(self._weigh(request.content_type, body))
+            except TooMuch as error:
+                REFUSALS.labels("content").inc()
+                return error_response(400, str(error))
+            except BadContent as error:
+                REFUSALS.labels("content").inc()
+                return error_response(400, str(error), param=error.field)
+            try:
+                return await handler(request)
+            finally:
+                asked.set(1)  # the next request of this connection has the same task
+
+        return look
+
+    def _weigh(self, content_type: str, body: bytes) -> int:
+        if content_type in _FORMS:
+            check_form(body)
+            return 1
+        scan(body, self._within.values)
+        return weigh(read(body))
+
+
+def read(body: bytes) -> Any:
+    """A body's content; None if it is no JSON, which the application words better."""
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        pass  # it may still be what Python's parser takes: NaN, half a surrogate, large numbers
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def weigh(content: Any) -> int:
+    """How many requests for engines a body is: prompts, times choices or beams; 1 at least.
+
+    Raises BadContent for what is too much.
+    """
+    if not isinstance(content, dict):
+        return 1
+    for part in _parts(content):
+        _check(part)
+    prompts = max(_prompts(name, content.get(name)) for name in _PROMPTS)
+    choices = max(_whole(part.get(name)) for part in _parts(content) for name in limits.LARGEST)
+    batched = content.get("messages")
+    if isinstance(batched, list) and batched and isinstance(batched[0], list):
+        prompts = _at_most("messages", len(batched), limits.PROMPTS)  # conversations
+    return prompts * choices
+
+
+def _parts(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield content
+    for name in _INNER:
+        if isinstance(inner := content.get(name), dict):
+            yield inner
+
+
+def _check(part: Mapping[str, Any]) -> None:
+    for name, largest in limits.LARGEST.items():
+        if _whole(part.get(name)) > largest:
+            raise BadContent(f"{name} must be at most {largest}", name)
+    if part.get("use_beam_search") and _whole(part.get("n")) > limits.BEAMS:
+        raise BadContent(f"n must be at most {limits.BEAMS} with use_beam_search", "n")
+    for name, items in limits.ITEMS.items():
+        value = part.get(name)
+        if isinstance(value, list | dict):
+            _at_most(name, len(value), items)
+    for name, size in limits.STRING_BYTES.items():
+        value = part.get(name)
+        strings = value if isinstance(value, list) else [value]
+        if sum(len(s) for s in strings if isinstance(s, str)) > size:
+            raise BadContent(f"{name} must have at most {size} characters", name)
+
+
+def _prompts(name: str, value: Any) -> int:
+    """Of how many prompts a field is; a list of numbers is one."""
+    if not isinstance(value, list) or not value or isinstance(value[0], int | float):
+        return 1
+    if name == "input" and isinstance(value[0], dict):
+        return _at_most(name, len(value), limits.ITEMS["messages"]) and 1  # items of one answer
+    return _at_most(name, len(value), limits.PROMPTS)
+
+
+def _at_most(name: str, number: int, most: int) -> int:
+    if number > most:
+        raise BadContent(f"{name} must have at most {most} items, not {number}", name)
+    return number
+
+
+def _whole(value: Any) -> int:
+    """A number of choices, as vLLM would read it; 1 for what is none."""
+    if isinstance(value, str) and len(value) < 20:
+        try:
+            value = float(value)
+        except ValueError:
+            return 1
+    if not isinstance(value, int | float) or value != value:
+        return 1
+    return int(min(max(value, 1), 2**31))
+
+
+def check_form(body: bytes) -> None:
+    """Raise TooMuch for a form of many parts, which is read sign by sign."""
+    if body[:2] != b"--":
+        if len(body) > limits.FORM_HEAD_BYTES or body.count(b"&") >= limits.FORM_PARTS:
+            raise TooMuch(
+                f"a form must have at most {limits.FORM_PARTS} fields in "
+                f"{limits.FORM_HEAD_BYTES} bytes; send files as multipart/form-data"
+            )
+        return
+    boundary = body[: body.find(b"\r\n")] if b"\r\n" in body[:256] else body[:256]
+    parts = body.split(boundary, limits.FORM_PARTS + 2)
+    if len(parts) > limits.FORM_PARTS + 2:
+        raise TooMuch(f"a form must have at most {limits.FORM_PARTS} parts")
+    heads = sum(len(part.partition(b"\r\n\r\n")[0]) for part in parts)
+    if heads > limits.FORM_HEAD_BYTES:
+        raise TooMuch(
+            f"the parts of a form must have at most {limits.FORM_HEAD_BYTES} bytes of headers"
+        )

@@ -1,0 +1,73 @@
+"""What one request may hold at most, in one place: whatever is beyond is refused before it costs.
+
+The numbers were chosen by measuring what a parser takes for them on one core of a small machine:
+together they keep one body's parsing and validation below some 30 ms, in which no other stream of
+the node gets a token.
+"""
+
+from dataclasses import dataclass
+
+TEXT_BODY_BYTES = 4 * 2**20  # where prompts are text
+MEDIA_BODY_BYTES = 26 * 2**20  # where they may hold images and sounds; vLLM takes 25 MB of these
+BODY_BYTES_PER_TOKEN = 16  # of the context, if that is more: text, JSON's escapes, token ids
+
+NESTING = 128  # levels of objects and arrays; vLLM takes 64 in a schema, which has others around it
+CONTAINERS = 50_000  # objects, arrays, and the keys of objects
+VALUES = 100_000  # items of arrays and objects; or two for each token of the context
+VALUE_BYTES = 24  # of a value that is no string, on average: a number, a name
+FORM_PARTS = 64  # of a multipart form
+FORM_HEAD_BYTES = 16 * 1024  # of all that is no content in it
+
+# A field of a body, and how much it may be, or how many items it may have.
+LARGEST = {
+    "n": 128,
+    "best_of": 128,
+}
+BEAMS = 64  # n, where use_beam_search is set: each beam is a request in every step
+ITEMS = {
+    "messages": 4096,
+    "tools": 512,
+    "functions": 512,
+    "documents": 2048,
+    "queries": 2048,
+    "texts": 2048,
+    "inputs": 2048,
+    "conversations": 128,
+    "stop": 64,
+    "stop_sequences": 64,
+    "stop_token_ids": 1024,
+    "logit_bias": 1024,
+    "bad_words": 256,
+    "logprob_token_ids": 1024,
+    "include": 64,
+}
+PROMPTS = 1024  # of one completion or embedding
+STRING_BYTES = {  # of the strings of these fields together
+    "stop": 16 * 1024,
+    "stop_sequences": 16 * 1024,
+    "bad_words": 16 * 1024,
+    "cache_salt": 1024,
+    "request_id": 1024,
+    "session_id": 1024,
+    "user": 1024,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """The limits that depend on the model which is served."""
+
+    body_bytes: int = TEXT_BODY_BYTES
+    values: int = VALUES
+
+
+def body_limits(asked_bytes: int, context: int, media: bool) -> BodyLimits:
+    """The limits for a model of so long a context, which takes images or sounds or does not.
+
+    `asked_bytes` is what an operator wants as the largest body; 0: what the model makes sensible.
+    """
+    least = MEDIA_BODY_BYTES if media else TEXT_BODY_BYTES
+    return BodyLimits(
+        body_bytes=asked_bytes or max(least, BODY_BYTES_PER_TOKEN * context),
+        values=max(VALUES, 2 * context),
+    )

@@ -1,0 +1,216 @@
+"""What is refused before a parser sees it, and what a body counts for."""
+
+import json
+import time
+from typing import Any
+
+import orjson
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llumnix.entrypoints.server import limits
+from llumnix.entrypoints.server.admission import Admission
+from llumnix.entrypoints.server.contents import BadContent, Contents, check_form, weigh
+from llumnix.entrypoints.server.limits import BodyLimits, body_limits
+from llumnix.entrypoints.server.scan import TooMuch, _depth, _outside, scan
+from tests.kit.loop import on_loop
+
+MILLIONS = b'{"prompt":"x","a":[' + b",".join([b'{"a":{}}'] * 400_000) + b"]}"
+
+TOO_MUCH = {
+    "tiny objects": MILLIONS,
+    "values": b'{"prompt":[' + b"1," * limits.VALUES + b"1,1]}",
+    "keys": b"{" + b",".join(b'"%d":1' % n for n in range(limits.CONTAINERS + 1)) + b"}",
+    "strings": b'{"a":' + b'""' * 400_000 + b"}",
+    "levels": b"[" * (limits.NESTING + 1) + b"]" * (limits.NESTING + 1),
+    "levels that never end": b'{"a":' * 1000,
+    "long numbers": b'{"prompt":[' + b",".join([b"1" * 4000] * 300) + b"]}",
+    "hidden behind escapes": b'{"a":"\\\\\\\\","b":' + b"[" * 300 + b'"\\""' + b"]" * 300 + b"}",
+    "UTF-16": json.dumps({"prompt": "\u2200", "a": [{}] * 100_000}).encode("utf-16-le"),
+}
+
+
+@pytest.mark.parametrize("name", TOO_MUCH)
+def test_what_no_parser_sees(name: str) -> None:
+    began = time.perf_counter()
+    with pytest.raises(TooMuch):
+        scan(TOO_MUCH[name])
+    assert time.perf_counter() - began < 0.5  # 10 ms, on a machine of one's own
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"prompt": "[{,:" * 500_000},
+        {"prompt": 'say "[[[" \\ ' * 100_000},
+        {"prompt": "\\" * 300_001 + '"' + "[" * 200},
+        {"prompt": [12345] * 90_000},
+        {"prompt": "x" * 3_000_000, "stop": ["\n"]},
+        {"messages": [{"role": "user", "content": "x"}] * 4096},
+    ],
+)
+def test_long_text_is_none_of_it(content: Any) -> None:
+    scan(orjson.dumps(content))
+    scan(json.dumps(content, indent=2).encode())
+    assert weigh(content) == 1
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(alphabet='"\\[]{},:aé'),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(alphabet='"\\[{,:a'), inner),
+    max_leaves=25,
+)
+
+
+def measured(value: Any) -> tuple[int, int, int]:
+    """The objects and arrays, the keys, and the levels of a value."""
+    if not isinstance(value, list | dict):
+        return 0, 0, 0
+    inner = [measured(v) for v in (value.values() if isinstance(value, dict) else value)]
+    keys = len(value) if isinstance(value, dict) else 0
+    return (
+        1 + sum(opened for opened, _, _ in inner),
+        keys + sum(k for _, k, _ in inner),
+        1 + max((depth for _, _, depth in inner), default=0),
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(JSON, st.booleans(), st.sampled_from([None, 1]))
+def test_it_counts_what_a_parser_would(value: Any, ascii_only: bool, indent: int | None) -> None:
+    outside = _outside(json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode(), 10**6)
+    opened, keys, depth = measured(value)
+    assert outside.count(b"[") + outside.count(b"{") == opened
+    assert outside.count(b":") == keys
+    assert _depth(outside) == depth
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary() | st.text(alphabet='"\\[]{},:1 \n').map(str.encode))
+def test_any_bytes_are_read_or_refused(body: bytes) -> None:
+    try:
+        scan(body)
+    except TooMuch as error:
+        assert "\n" not in str(error) and len(str(error)) < 200
+    check = b"--" + body
+    for form in (body, check, check * 70):
+        try:
+            check_form(form)
+        except TooMuch as error:
+            assert "form" in str(error)
+
+
+FIELDS = (
+    *limits.LARGEST,
+    *limits.ITEMS,
+    *limits.STRING_BYTES,
+    "prompt",
+    "input",
+    "use_beam_search",
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.sampled_from((*FIELDS, "sampling_params")), JSON, max_size=4))
+def test_any_fields_weigh_something(content: dict[str, Any]) -> None:
+    try:
+        assert 1 <= weigh(content) <= limits.PROMPTS * max(limits.LARGEST.values())
+    except BadContent as error:
+        assert error.field in str(error)
+
+
+@pytest.mark.parametrize(
+    ("content", "requests"),
+    [
+        ({"prompt": "x"}, 1),
+        ({"prompt": "x", "n": 4}, 4),
+        ({"prompt": "x", "n": "4"}, 4),
+        ({"prompt": "x", "n": 4, "use_beam_search": True}, 4),
+        ({"prompt": ["x", "y", "z"], "n": 2}, 6),
+        ({"prompt": [1, 2, 3], "n": 2}, 2),
+        ({"prompt": [[1, 2], [3]], "n": 2}, 4),
+        ({"input": ["x", "y"]}, 2),
+        ({"token_ids": [1], "sampling_params": {"n": 3}}, 3),
+        ({"messages": [[{"role": "user"}], [{"role": "user"}]], "n": 2}, 4),
+        ([], 1),
+        (None, 1),
+    ],
+)
+def test_what_a_body_counts_for(content: Any, requests: int) -> None:
+    assert weigh(content) == requests
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"n": 129},
+        {"n": 1e300},
+        {"n": "16384"},
+        {"best_of": 16384},
+        {"n": 65, "use_beam_search": True},
+        {"sampling_params": {"n": 129}},
+        {"prompt": ["x"] * 1025},
+        {"stop": ["x"] * 65},
+        {"stop": "x" * 20_000},
+        {"logit_bias": {str(n): 1 for n in range(1025)}},
+        {"bad_words": ["x"] * 257},
+        {"messages": [{}] * 4097},
+        {"tools": [{}] * 513},
+    ],
+)
+def test_what_is_too_much_of_a_field(content: Any) -> None:
+    with pytest.raises(BadContent) as caught:
+        weigh(content)
+    assert caught.value.field in str(caught.value)
+
+
+def test_forms() -> None:
+    part = b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\n'
+    check_form(part + b"x" * 10**6 + b"\r\n--b--\r\n")
+    check_form(b"model=m&language=en")
+    for form in (part * 100, b"--b\r\nX: " + b"y" * 10**6, b"a=1&" * 100, b"a=" + b"x" * 10**6):
+        with pytest.raises(TooMuch):
+            check_form(form)
+
+
+def test_limits_of_a_model() -> None:
+    assert body_limits(0, 4096, False) == BodyLimits(limits.TEXT_BODY_BYTES, limits.VALUES)
+    assert body_limits(0, 4096, True).body_bytes == limits.MEDIA_BODY_BYTES
+    assert body_limits(0, 2**20, False) == BodyLimits(2**24, 2**21)
+    assert body_limits(7, 2**20, True).body_bytes == 7
+
+
+@on_loop
+async def test_refusals_over_http() -> None:
+    admission, contents = Admission(8, 0), Contents(BodyLimits())
+    seen: list[int] = []
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        seen.append(admission.requests)
+        return web.Response()
+
+    app = web.Application(client_max_size=contents.body_bytes)
+    app.router.add_post("/v1/completions", contents.guard(admission.guard(answer)))
+    async with TestClient(TestServer(app)) as client:
+
+        async def post(body: bytes) -> tuple[int, Any]:
+            headers = {"Content-Type": "application/json"}
+            async with client.post("/v1/completions", data=body, headers=headers) as response:
+                return response.status, await response.read()
+
+        assert (await post(b'{"prompt": ["x", "y"], "n": 3}'))[0] == 200
+        assert (await post(b'{"prompt": "x"}'))[0] == 200
+        assert (await post(b"no json"))[0] == 200, "the application says it better"
+        assert seen == [6, 1, 1] and admission.requests == 0
+        status, body = await post(b'{"prompt": "x", "n": 9}')
+        assert status == 400 and b"more than this server has open" in body
+        status, body = await post(b'{"prompt": "x", "n": 16384}')
+        assert status == 400 and orjson.loads(body)["error"]["param"] == "n"
+        status, body = await post(MILLIONS)
+        assert status == 400 and b"more than" in body
+        assert len(seen) == 3
+        admission.requests = 3
+        assert (await post(b'{"prompt": "x", "n": 6}'))[0] == 429
