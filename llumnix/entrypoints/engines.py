@@ -13,6 +13,7 @@ from llumnix.engine.sim.instance import SimEngine
 from llumnix.engine.vllm import scheduler
 from llumnix.engine.vllm.blocks import Rendezvous
 from llumnix.engine.vllm.instance import Patience, VllmEngine
+from llumnix.engine.vllm.machine import Machine
 from llumnix.engine.vllm.placement import place
 from llumnix.latency import PROFILES
 
@@ -36,12 +37,15 @@ def engine_maker(
         return lambda instance, slot: SimEngine(instance, model)
 
     logs = Path(config.state_dir) / "logs"
+    machine = Machine()
     patience = Patience(config.start_timeout, config.hang_timeout, config.step_timeout)
 
     def make(instance: InstanceId, slot: int) -> Engine:
         placement = place(vllm_config, slot, config.initial_instances)
         log_file = logs / f"{instance}.log"
-        return VllmEngine(instance, vllm_config, placement, log_file, patience, rendezvous())
+        return VllmEngine(
+            *(instance, vllm_config, placement, log_file, patience, rendezvous(), machine)
+        )
 
     return make
 

@@ -81,7 +81,7 @@ def test_a_killed_nodes_etcd_ends_too(nodes: Nodes) -> None:
     node = nodes.start("a", endpoints=[]).ready()
     family = descendants(node.pid)
     node.kill()
-    eventually(lambda: not alive(family))
+    eventually(lambda: not alive(family), within=1.0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,6 +1,8 @@
 """A vLLM engine's process and its outputs, where no engine is needed to see what happens."""
 
 import asyncio
+import os
+import stat
 import threading
 from argparse import Namespace
 from pathlib import Path
@@ -15,9 +17,17 @@ from llumnix.engine.vllm import compat
 from llumnix.engine.vllm import instance as module
 from llumnix.engine.vllm.blocks import Rendezvous
 from llumnix.engine.vllm.instance import Patience, VllmEngine
-from llumnix.engine.vllm.launcher import EngineProcess, Placement, _last_error, _rotate
+from llumnix.engine.vllm.launcher import EngineProcess, Placement
+from llumnix.engine.vllm.log import last_error, open_log, rotate
+from llumnix.engine.vllm.scratch import scratch
 from tests.kit.loop import on_loop, soon
 from tests.kit.requests import core_request
+
+
+@pytest.fixture(autouse=True, scope="module")
+def folder_of_sockets() -> None:
+    """Kept until this process ends, so it is no descriptor that a test has left."""
+    scratch()
 
 
 def engine(tmp_path: Path) -> VllmEngine:
@@ -170,12 +180,30 @@ class Slow:
 
 def test_a_start_begins_a_new_log_and_keeps_the_last(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "a-0.log"
-    _rotate(log)
+    rotate(log)
     for text in ("first", "second"):
         log.write_text(text)
-        _rotate(log)
+        rotate(log)
     assert not log.exists()
     assert log.with_name("a-0.log.1").read_text() == "second"
+
+
+def test_a_log_is_for_its_user_alone(tmp_path: Path) -> None:
+    """Also where an earlier version has made its folder, and whatever the umask is."""
+    log = tmp_path / "state" / "logs" / "a-0.log"
+    former = os.umask(0)
+    try:
+        rotate(log)
+        os.close(open_log(str(log)))
+        modes = [
+            stat.S_IMODE(path.stat().st_mode) for path in (log, log.parent, tmp_path / "state")
+        ]
+        assert modes == [0o600, 0o700, 0o700]
+        log.parent.chmod(0o755)
+        rotate(log)
+        assert stat.S_IMODE(log.parent.stat().st_mode) == 0o700
+    finally:
+        os.umask(former)
 
 
 @pytest.mark.parametrize(
@@ -184,4 +212,4 @@ def test_a_start_begins_a_new_log_and_keeps_the_last(tmp_path: Path) -> None:
 def test_only_the_tail_of_a_log_is_searched(tmp_path: Path, fill: int, found: str | None) -> None:
     log = tmp_path / "a-0.log"
     log.write_text("OSError: early\n" + "x" * fill + "\n")
-    assert _last_error(log) == found
+    assert last_error(log) == found

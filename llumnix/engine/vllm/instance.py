@@ -4,9 +4,10 @@ import asyncio
 import contextlib
 import copy
 import logging
+import os
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,14 +24,20 @@ from vllm.v1.executor import Executor
 from llumnix.cluster import InstanceId
 from llumnix.engine.base import EngineDead, EngineError, EngineEvents, EngineFacts
 from llumnix.engine.vllm import scheduler
+from llumnix.engine.vllm.activity import Activity, activity
 from llumnix.engine.vllm.blocks import Rendezvous, VllmBlocks
 from llumnix.engine.vllm.launcher import EngineProcess, Placement
+from llumnix.engine.vllm.machine import Machine
 from llumnix.engine.vllm.resume import with_generated
-from llumnix.engine.vllm.watchdog import Activity, Watchdog, activity
+from llumnix.engine.vllm.scratch import scratch
+from llumnix.engine.vllm.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+BASE_PATH = "VLLM_RPC_BASE_PATH"
+CLOSE_SECONDS = 10.0  # for the threads behind closed sockets to end
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,15 @@ class _Client(AsyncMPClient):
         outputs.outputs = []
         outputs.scheduler_stats = None
 
+    def end(self) -> None:
+        """End what is behind the sockets, after a shutdown; blocks until its threads have ended.
+
+        vLLM leaves it to the garbage collector, which does not find what something still refers to:
+        the threads and descriptors of each engine that had hung stayed.
+        """
+        # The one that owns it: a shadow of it, which the sockets are of, would leave it dangling.
+        self.resources.ctx.term()
+
 
 class VllmEngine:
     """One vLLM EngineCore in processes of its own."""
@@ -73,19 +89,24 @@ class VllmEngine:
         log_file: Path,
         patience: Patience,
         rendezvous: Rendezvous,
+        machine: Machine | None = None,  # what it shares with the other engines of its node
     ) -> None:
         self._id = instance
         # The client writes what the engine found out (blocks, lengths) into its configuration.
         self._config = copy.deepcopy(config)
-        self._placement = placement
         self._patience = patience
         self._process = EngineProcess(instance, log_file)
-        self._sockets = tempfile.TemporaryDirectory(prefix="llumnix-")  # short: ipc paths are
+        self._sockets = tempfile.TemporaryDirectory(dir=scratch(), prefix="")
+        # vLLM's own sockets, between an engine core and its workers, lie beside ours.
+        folder = os.environ.get(BASE_PATH, self._sockets.name)
+        environment = {BASE_PATH: folder} | placement.environment
+        self._placement = replace(placement, environment=environment)
         workers = config.parallel_config.world_size
         self.blocks = VllmBlocks(self.call, workers, rendezvous)
         self._client: _Client | None = None
         self._watchdog = Watchdog(
-            self._ping, self._activity, self._hangs, patience.hang, patience.step
+            *(instance, self._ping, self._activity, self._hangs, patience.hang, patience.step),
+            machine or Machine(),
         )
         self._events: EngineEvents | None = None  # from when it is up until it has died
         self._watching: int | None = None
@@ -168,12 +189,21 @@ class VllmEngine:
         self._watchdog.stop()
         if self._ended is not None and not self._ended.done():
             self._ended.set_result(None)  # a start under way ends here
-        if self._client is not None:
-            self._client.shutdown()
-            self._client = None
+        client, self._client = self._client, None
+        if client is not None:
+            client.shutdown()
         self.blocks.close()
         await asyncio.to_thread(self._process.stop, timeout)
+        if client is not None:
+            await self._closed(client)
         self._sockets.cleanup()
+
+    async def _closed(self, client: _Client) -> None:
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await asyncio.to_thread(client.end)
+        except TimeoutError:
+            logger.error("the sockets of instance %s could not be closed", self._id)
 
     def _require(self) -> _Client:
         if self._client is None:

@@ -8,10 +8,10 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -19,11 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from llumnix.engine.vllm import plugin
+from llumnix.engine.vllm.log import last_error, open_log, rotate
+from llumnix.engine.vllm.mortal import PARENT, end_with_node
+from llumnix.engine.vllm.scratch import hold_sockets
 
 logger = logging.getLogger(__name__)
 
 # What an EngineCore and its worker import; whatever is missing in a version is imported later.
 _PRELOAD = [
+    "llumnix.engine.vllm.forked",
     "vllm.v1.engine.core",
     "vllm.v1.executor.multiproc_executor",
     "vllm.v1.executor.uniproc_executor",
@@ -32,12 +36,9 @@ _PRELOAD = [
     "llumnix.engine.vllm.transfer",
 ]
 
-# An exception's own line at the end of a traceback in an engine's log.
-_ERROR_LINE = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception)): (.+)$")
-# Exceptions that only say that another one happened elsewhere.
-_SECONDARY = ("See stack trace", "See root cause", "initialization failed")
-
-_LOG_TAIL = 64 * 1024  # bytes that are searched for why an engine ended
+# The thread that starts the fork server: to the kernel it is the parent, so it lives as long as
+# this process.
+_keeper = ThreadPoolExecutor(1, "fork server")
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,17 @@ def start_fork_server() -> ForkServerContext:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    forkserver.ensure_running()
+    _keeper.submit(_run_fork_server).result()
     return context
+
+
+def _run_fork_server() -> None:
+    hold_sockets()
+    os.environ[PARENT] = str(os.getpid())
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ[PARENT]
 
 
 class EngineProcess:
@@ -77,7 +87,7 @@ class EngineProcess:
         with self._lock:
             if self._stopped:
                 return
-            _rotate(self.log_file)
+            rotate(self.log_file)
             context = start_fork_server()
             arguments = (str(self.log_file), placement, kwargs)
             process = context.Process(target=_engine_core, args=arguments, name=self.name)
@@ -104,7 +114,7 @@ class EngineProcess:
         """One line that tells why the process ended, from its log if that says anything."""
         code = self._process.exitcode if self._process else None
         status = f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"exit {code}"
-        return f"{_last_error(self.log_file) or 'the engine process ended'} ({status})"
+        return f"{last_error(self.log_file) or 'the engine process ended'} ({status})"
 
     def stop(self, timeout: float) -> None:
         """SIGTERM, then SIGKILL after `timeout` seconds; blocks until the process is gone."""
@@ -130,38 +140,15 @@ class EngineProcess:
         process.close()
 
 
-def _rotate(log_file: Path) -> None:
-    """A new log for each start; the one before is kept."""
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        log_file.replace(log_file.with_name(f"{log_file.name}.1"))
-
-
-def _last_error(log_file: Path) -> str | None:
-    """The most telling exception line in the tail of an engine's log."""
-    try:
-        with log_file.open("rb") as log:
-            log.seek(max(log.seek(0, os.SEEK_END) - _LOG_TAIL, 0))
-            lines = log.read().decode(errors="replace").splitlines()[-400:]
-    except OSError:
-        return None
-    found = [m for line in lines if (m := _ERROR_LINE.search(line))]
-    primary = [m for m in found if not any(s in m[2] for s in _SECONDARY)]
-    if not found:
-        return None
-    best = (primary or found)[-1]
-    return f"{best[1]}: {best[2]}"
-
-
 def _engine_core(log_file: str, placement: Placement, kwargs: dict[str, Any]) -> None:
     """The main function of an engine process (in the child)."""
-    log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    log = open_log(log_file)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
     os.close(log)
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)  # a Ctrl-C at the terminal is the node's business
-    threading.Thread(target=_die_with_parent, name="parent-watch", daemon=True).start()
+    end_with_node()
 
     # Workers are forked from here, where vLLM is imported already. (On a GPU nothing has touched
     # the device yet; vLLM itself falls back to spawn where fork would not be safe.)
@@ -189,11 +176,3 @@ def _bind_workers(cores: frozenset[int]) -> None:
 
     torch.set_num_threads(len(cores))
     os.register_at_fork(after_in_child=lambda: os.sched_setaffinity(0, cores))
-
-
-def _die_with_parent() -> None:
-    """An engine must not outlive its node: nobody would own it."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGKILL)

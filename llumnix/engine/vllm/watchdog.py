@@ -1,46 +1,70 @@
-"""Finds out that an engine hangs: it answers nothing, and its processes do nothing either.
+"""Finds out that an engine hangs: it answers nothing and does nothing, though it could.
 
-A step may take long, and an engine answers nothing meanwhile; but it computes. So an engine hangs
-when it is silent and none of its processes has used the CPU, or one of them is stopped, for
-`hang_timeout`; and, whatever it computes, when it is silent for `step_timeout` (a device that hangs
-keeps its process spinning).
+A step may take long, and an engine answers nothing meanwhile; but it computes. And a machine that
+is short of CPU or memory makes everybody slow. So an engine hangs when for `hang_timeout` it has
+been silent and none of its processes has used the CPU, while the machine had time to give; or when
+one of them is stopped; and, whatever it does, when it is silent for `step_timeout` (a device that
+hangs keeps its process spinning).
 """
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
+
+from llumnix.cluster import InstanceId
+from llumnix.engine.vllm.activity import Activity
+from llumnix.engine.vllm.machine import Machine
 
 logger = logging.getLogger(__name__)
 
 QUIET_SECONDS = 1.0  # without any output, after which an engine is asked for a sign of life
 LOOK_SECONDS = 0.5  # between looks at a silent engine's processes
-PAUSE_SECONDS = 2.5  # between two looks, from which on it was this process that did nothing
+SLACK_SECONDS = 0.1  # by which a look may be late without the node's having been short of time
+PAGING = 0.1  # share of the time in which something waited for memory or a disk: a shortage
 
 
-@dataclass(frozen=True, slots=True)
-class Activity:
-    """What the kernel says of an engine's processes."""
+class Look(NamedTuple):
+    """What is seen of a silent engine, and around it, at one moment."""
 
-    cpu: int  # nanoseconds on a CPU, of all threads together
-    stopped: bool  # one of the processes is (SIGSTOP, a debugger)
+    seconds: float  # since the look before
+    activity: Activity
+    paging: bool | None = None  # whether the machine waited for memory or a disk; None: not known
+    others: bool = False  # whether another engine of the node makes progress
 
 
-def activity(pid: int) -> Activity:
-    """Of a process and all its descendants; of those that have ended meanwhile: nothing."""
-    cpu, stopped, left = 0, False, [pid]
-    while left:
-        process = Path(f"/proc/{left.pop()}")
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            stopped |= (process / "stat").read_text().rpartition(")")[2].split()[0] in "Tt"
-            for task in (process / "task").iterdir():
-                with contextlib.suppress(OSError, ValueError, IndexError):
-                    cpu += int((task / "schedstat").read_text().split()[0])
-                    left += map(int, (task / "children").read_text().split())
-    return Activity(cpu, stopped)
+class Case:
+    """What speaks for it that a silent engine hangs, gathered from look to look."""
+
+    def __init__(self, first: Activity) -> None:
+        self._last = first
+        self.idle = 0.0  # seconds for which it has done nothing though it could
+        self.waited = 0.0  # seconds for which this node has looked
+
+    def add(self, look: Look) -> None:
+        """Take in one more look."""
+        seen, before = look.activity, self._last
+        self._last = seen
+        # More than that has passed only if this node itself was stopped, or had no time.
+        there = min(look.seconds, LOOK_SECONDS)
+        late = max(look.seconds - LOOK_SECONDS - SLACK_SECONDS, 0.0)
+        self.waited += there
+        if seen.stopped:
+            self.idle += there
+        elif seen.cpu != before.cpu:
+            self.idle = 0.0
+        elif seen.wants_cpu or (seen.in_kernel and look.paging is not False):
+            return  # it would go on if the machine let it
+        elif look.others:
+            self.idle += there
+        elif not look.paging:
+            self.idle += max(there - late, 0.0)
+
+    @property
+    def doing(self) -> str:
+        """What it does while it is idle."""
+        return "one of its processes is stopped" if self._last.stopped else "it does nothing"
 
 
 class Watchdog:
@@ -49,21 +73,26 @@ class Watchdog:
 
     `ping` asks the engine for a sign of life and returns with its answer, whatever it is.
     `look` tells the activity of its processes. `on_hang` is called once, with what it does.
+    `machine` is what it has in common with the other engines of its node.
     """
 
     def __init__(
         self,
+        instance: InstanceId,
         ping: Callable[[], Awaitable[object]],
         look: Callable[[], Activity],
         on_hang: Callable[[str], None],
         hang_timeout: float,
         step_timeout: float,
+        machine: Machine,
     ) -> None:
+        self._instance = instance
         self._ping = ping
         self._look = look
         self._on_hang = on_hang
         self._hang_timeout = hang_timeout
         self._step_timeout = step_timeout
+        self._machine = machine
         self._heard = time.monotonic()
         self._task: asyncio.Task[None] | None = None
 
@@ -80,6 +109,7 @@ class Watchdog:
     def heard(self) -> None:
         """The engine has said something; called for each of its steps."""
         self._heard = time.monotonic()
+        self._machine.heard(self._instance, self._heard)
 
     async def _watch(self) -> None:
         while True:
@@ -99,22 +129,25 @@ class Watchdog:
 
     async def _wait_for_sign(self, ping: "asyncio.Future[object]") -> str | None:
         """Wait until a silent engine says something; else what makes it certain that it hangs."""
-        began = asked = moved = looked = time.monotonic()
-        last = self._look()
+        began = looked = time.monotonic()
+        case, stalled = Case(self._look()), self._machine.stalled()
         while True:
             await asyncio.wait([ping], timeout=LOOK_SECONDS)
             now = time.monotonic()
             if ping.done() or self._heard > began:
                 return None
-            if now - looked > PAUSE_SECONDS:  # this node has been stopped itself
-                asked = moved = now
-            looked = now
-            seen = self._look()
-            if seen.cpu != last.cpu and not seen.stopped:
-                moved = now
-            last = seen
-            if now - moved >= self._hang_timeout:
-                doing = "one of its processes is stopped" if seen.stopped else "it does nothing"
-                return f"it has not answered for {now - self._heard:.1f} s, and {doing}"
-            if now - asked >= self._step_timeout:
-                return f"it has not answered for {now - self._heard:.0f} s, the longest for a step"
+            seconds, looked = now - looked, now
+            stalled, before = self._machine.stalled(), stalled
+            others = self._machine.others_progress(self._instance)
+            case.add(Look(seconds, self._look(), _paging(before, stalled, seconds), others))
+            silent = now - self._heard
+            if case.idle >= self._hang_timeout:
+                return f"it has not answered for {silent:.1f} s, and {case.doing}"
+            if case.waited >= self._step_timeout:
+                return f"it has not answered for {silent:.0f} s, the longest for a step"
+
+
+def _paging(before: float | None, now: float | None, seconds: float) -> bool | None:
+    if before is None or now is None:
+        return None
+    return now - before >= PAGING * seconds

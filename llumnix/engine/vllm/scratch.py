@@ -1,0 +1,97 @@
+"""Where a node's sockets lie: a folder of its own, which does not stay when the node is killed.
+
+The folders of all nodes of a user lie side by side in the temporary folder, as the path of a socket
+must be short. Each is locked by its node, so one without a lock has lost it: whoever comes next
+removes it. A lock ends with its process, whatever ends that.
+"""
+
+import contextlib
+import fcntl
+import logging
+import multiprocessing
+import os
+import shutil
+import stat
+import tempfile
+from multiprocessing import util
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "llumnix-"
+
+_folders: dict[int, tuple[Path, int]] = {}  # by process, as a fork has none yet: with its lock
+
+
+def scratch() -> Path:
+    """This process's folder, made and locked on the first call; removed when the process ends."""
+    if (found := _folders.get(os.getpid())) is not None:
+        return found[0]
+    home = _home()
+    if home is None:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+        lock = _lock(folder)
+    else:
+        # No other node may sweep between the making of a folder and its lock.
+        with contextlib.closing(_Descriptor(home)) as guard:
+            fcntl.flock(guard.number, fcntl.LOCK_EX)
+            _sweep(home)
+            folder = Path(tempfile.mkdtemp(prefix="", dir=home))
+            lock = _lock(folder)
+    assert lock is not None, "nobody else knows of it"
+    _folders[os.getpid()] = folder, lock
+    # With multiprocessing's own: those run in its children too, where atexit's do not.
+    util.Finalize(None, shutil.rmtree, (folder, True), exitpriority=-200)
+    return folder
+
+
+def hold_sockets() -> None:
+    """Have multiprocessing put its sockets there, too, in this process and those that it starts.
+
+    Its own folder would stay in the temporary one when the process is killed.
+    """
+    # It has no setting for it; the same key is read by all of Python's versions.
+    multiprocessing.current_process()._config["tempdir"] = str(scratch())  # type: ignore[attr-defined]
+
+
+class _Descriptor:
+    """An open folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+
+    def close(self) -> None:
+        os.close(self.number)
+
+
+def _home() -> Path | None:
+    """The folder of all nodes of this user; None if somebody else has it."""
+    home = Path(tempfile.gettempdir()) / f"{PREFIX}{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        home.mkdir(mode=0o700)
+    status = home.lstat()
+    private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
+    if private and status.st_uid == os.getuid():
+        return home
+    logger.warning("%s is not this user's alone, so it is not used", home)
+    return None
+
+
+def _sweep(home: Path) -> None:
+    """Remove the folders that no living process owns."""
+    for folder in home.iterdir():
+        with contextlib.suppress(OSError):
+            if (lock := _lock(folder)) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """The descriptor that holds a folder's lock; None if another process has it."""
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock

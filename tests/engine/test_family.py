@@ -1,0 +1,96 @@
+"""Nothing of a node outlives it, and nothing of it stays: real processes are killed."""
+
+import contextlib
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kit.node import alive, descendants
+from tests.kit.wait import eventually
+
+SCRATCH = """
+import sys, threading
+from llumnix.engine.vllm.scratch import scratch
+print(scratch(), flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def running(folder: Path, *command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A Python process with a temporary folder of its own, and the first line that it says."""
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        env=os.environ | {"TMPDIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        yield process, process.stdout.readline().strip()
+    finally:
+        for pid in {process.pid, *descendants(process.pid)}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.parametrize("stopped", ["nobody", "engine core", "worker", "importing"])
+def test_all_end_with_a_node_that_is_killed(tmp_path: Path, stopped: str) -> None:
+    """Also one that is stopped, and a fork server that has not imported everything yet."""
+    options = ["--import-slowly"] if stopped == "importing" else []
+    with running(tmp_path, "-m", "tests.kit.family", *options) as (node, said):
+        family = descendants(node.pid)
+        if stopped == "importing":
+            assert len(family) == 2, "the fork server, and the resource tracker"
+            eventually((tmp_path / "importing").exists)
+        else:
+            engine, worker = json.loads(said)
+            assert {engine, worker} < family and len(family) == 4
+            if stopped != "nobody":
+                os.kill(engine if stopped == "engine core" else worker, signal.SIGSTOP)
+        node.kill()
+        node.wait()
+        eventually(lambda: not alive(family), within=1.0)
+
+
+def test_the_folder_of_a_killed_node_goes_with_the_next_start(tmp_path: Path) -> None:
+    with (
+        running(tmp_path, "-c", SCRATCH) as (_, living),
+        running(tmp_path, "-c", SCRATCH) as (killed, dead),
+    ):
+        for folder in living, dead:
+            assert stat.S_IMODE(Path(folder).stat().st_mode) == 0o700
+        killed.kill()
+        killed.wait()
+        Path(dead, "socket").touch()
+        with running(tmp_path, "-c", SCRATCH) as (ends, mine):
+            assert not Path(dead).exists() and Path(living).is_dir()
+            ends.communicate("end\n")
+            assert not Path(mine).exists(), "one that ends by itself leaves nothing"
+
+
+def test_a_folder_that_others_may_enter_is_not_used(tmp_path: Path) -> None:
+    home = tmp_path / f"llumnix-{os.getuid()}"
+    home.mkdir(mode=0o777)
+    home.chmod(0o777)
+    with running(tmp_path, "-c", SCRATCH) as (_, folder):
+        assert Path(folder).parent == tmp_path and Path(folder).is_dir()
+        assert stat.S_IMODE(Path(folder).stat().st_mode) == 0o700
+    assert not list(home.iterdir())
+
+
+def test_the_sockets_of_multiprocessing_lie_there_too(tmp_path: Path) -> None:
+    with running(tmp_path, "-m", "tests.kit.family") as (_, said):
+        assert json.loads(said)
+        (own,) = (tmp_path / f"llumnix-{os.getuid()}").iterdir()
+        assert [path.name.partition("-")[0] for path in own.iterdir()] == ["listener"]
+        assert {path.name for path in tmp_path.iterdir()} == {own.parent.name, "importing"}

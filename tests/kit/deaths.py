@@ -1,0 +1,169 @@
+"""What the deaths of engines leave in their node: nothing.
+
+    python -m tests.kit.deaths --engines 50
+    python -m tests.kit.deaths --nodes 50
+
+An engine core over a modelled device is started, killed or stopped, found dead or hanging, and
+cleared away, again and again, in a process that is no node but its engines' owner. Or a node is
+killed beside one that goes on, and started again. Prints what there is before and after.
+"""
+
+import argparse
+import asyncio
+import gc
+import itertools
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llumnix.engine.base import EngineEvents
+from llumnix.engine.vllm.blocks import Rendezvous
+from llumnix.engine.vllm.instance import Patience, VllmEngine
+from llumnix.engine.vllm.launcher import Placement
+from tests.kit.etcd import EtcdCluster
+from tests.kit.node import Node, Nodes, descendants
+from tests.kit.wait import eventually
+
+DEADLINE = 120.0  # seconds for a start, on a busy machine
+HANG = 0.5  # seconds
+FATAL = (signal.SIGSTOP, signal.SIGKILL)  # the one that leaves more goes first
+
+
+class Count(NamedTuple):
+    """What can grow."""
+
+    descriptors: int
+    threads: int
+    tasks: int
+    children: int
+    files: int  # and folders, in the temporary one
+
+    @classmethod
+    def here(cls) -> "Count":
+        """Of this process."""
+        gc.collect()
+        # There are as many of asyncio's as have been needed at a time, up to a limit.
+        pool = [t for t in threading.enumerate() if t.name.startswith("asyncio_")]
+        threads = len(os.listdir("/proc/self/task")) - len(pool)
+        descriptors = len(os.listdir("/proc/self/fd"))
+        tasks = len(asyncio.all_tasks())
+        files = sum(1 for _ in Path(tempfile.gettempdir()).rglob("*"))
+        return cls(descriptors, threads, tasks, len(descendants(os.getpid())), files)
+
+    @classmethod
+    def of(cls, node: Node, folder: Path) -> "Count":
+        """Of a node whose temporary folder this is."""
+        entries = sum(1 for _ in folder.rglob("*"))
+        children = len(descendants(node.pid))
+        return cls(node.descriptors(), node.threads(), 0, children, entries)
+
+
+def engine_config(model: str) -> Any:
+    """An engine core over a modelled device."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(
+        model=model,
+        skip_tokenizer_init=True,
+        distributed_executor_backend="llumnix.engine.sim.executor.ModelledExecutor",
+        num_gpu_blocks_override=100,
+        max_model_len=512,
+    ).create_engine_config()
+
+
+async def engine_dies(config: Any, folder: Path, fatal: signal.Signals) -> str:
+    """Start an engine, end it, and clear it away; what it is said to have died of."""
+    died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    nowhere = Rendezvous("", {}, "")
+    patience = Patience(start=DEADLINE, hang=HANG)
+    engine = VllmEngine("a-0", config, Placement(), folder / "a-0.log", patience, nowhere)
+    try:
+        await engine.start(EngineEvents(lambda outputs: None, died.set_result))
+        assert engine.pid is not None
+        os.kill(engine.pid, fatal)
+        return await asyncio.wait_for(died, DEADLINE)
+    finally:
+        await engine.stop(0.0)
+
+
+async def engines_die(
+    model: str, folder: Path, deaths: int, tell: Callable[[str], None] = lambda line: None
+) -> tuple[Count, Count]:
+    """What there is after the first deaths, one of each kind, and after so many more."""
+    config = engine_config(model)
+    for fatal in FATAL:
+        await engine_dies(config, folder, fatal)
+    before = Count.here()
+    tell(f"before: {before}")
+    for number, fatal in zip(range(deaths), itertools.cycle(FATAL), strict=False):
+        tell(f"{number + 1}: {await engine_dies(config, folder, fatal)}: {Count.here()}")
+    return before, Count.here()
+
+
+def nodes_die(
+    model: str, folder: Path, deaths: int, tell: Callable[[str], None] = lambda line: None
+) -> tuple[Count, Count]:
+    """What a node has after the first death of another, and after so many more.
+
+    The other one has requests of the first one's clients each time.
+    """
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    environment = {"TMPDIR": str(temporary)}
+    with EtcdCluster(1) as etcd:
+        nodes = Nodes(folder, etcd.endpoints, "deaths", model)
+        try:
+            near = nodes.start("near", "--initial-instances", "1", environment=environment)
+            near.ready(DEADLINE)
+            port: int | None = None
+            counts: list[Count] = []
+            for number in range(deaths + 1):
+                far = nodes.start("far", port=port, environment=environment)
+                port = far.port
+                eventually(lambda: near.instances() == ["far-0", "near-0"], within=DEADLINE)
+                body = {"model": "small", "prompt": "x", "max_tokens": 500}
+                with near.stream("/v1/completions", body) as stream:
+                    next(iter(stream))
+                    far.kill()
+                    stream.text()
+                eventually(lambda: near.instances() == ["near-0"], within=DEADLINE)
+                eventually(near.idle)
+                counts.append(Count.of(near, temporary))
+                tell(f"{number}: {counts[-1]}")
+            return counts[0], counts[-1]
+        finally:
+            nodes.close()
+
+
+def main() -> int:
+    """Run one or the other; exit status 1 if anything has grown."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--engines", type=int, default=0)
+    parser.add_argument("--nodes", type=int, default=0)
+    args = parser.parse_args()
+    model = os.environ.get("LLUMNIX_TEST_MODEL") or str(
+        Path.home() / ".cache/llumnix/models/SmolLM2-135M-Instruct"
+    )
+    grown = False
+    with tempfile.TemporaryDirectory() as folder:
+        # Nobody else's files are counted.
+        os.environ["TMPDIR"] = tempfile.tempdir = f"{folder}/t"
+        os.mkdir(tempfile.tempdir)
+        if args.engines:
+            work = engines_die(model, Path(folder), args.engines, print)
+            before, after = asyncio.run(work)
+            grown |= any(b > a for a, b in zip(before, after, strict=True))
+        if args.nodes:
+            before, after = nodes_die(model, Path(folder), args.nodes, print)
+            grown |= any(b > a for a, b in zip(before, after, strict=True))
+    print("something has grown" if grown else "nothing has grown")
+    return grown
+
+
+if __name__ == "__main__":
+    sys.exit(main())
