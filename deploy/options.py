@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from llumnix.config import Config
+from llumnix.config import knobs
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "options.md"
 HEAD = """\
@@ -24,7 +24,7 @@ file. `--print-config` shows the result, `--validate-config` checks it.
 
 def page() -> str:
     """The page as it should be."""
-    return HEAD + "".join(_row(knob) for knob in dataclasses.fields(Config))
+    return HEAD + "".join(_row(knob) for knob in knobs())
 
 
 def _row(knob: dataclasses.Field[object]) -> str:

@@ -10,16 +10,16 @@ import os
 import re
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llumnix.connections import ConnectionConfig
+from llumnix.knob import ConfigError as ConfigError
+from llumnix.knob import knob as _knob
+
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
 _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\s/:@\[\]]+):(?P<port>[0-9]{1,5})")
-
-
-class ConfigError(Exception):
-    """A configuration that cannot work; the message is one sentence that names the knob."""
 
 
 def _state_dir() -> str:
@@ -27,12 +27,8 @@ def _state_dir() -> str:
     return str(Path(base) / "llumnix")
 
 
-def _knob(default: Any, text: str, **kwargs: Any) -> Any:
-    return field(default=default, metadata={"help": text, **kwargs})
-
-
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(ConnectionConfig):
     """llumnix's own configuration of one node."""
 
     cluster: str = _knob("default", "name of the cluster; etcd keys live below /llumnix/<cluster>/")
@@ -244,6 +240,7 @@ class Config:
             if getattr(self, knob) < 0:
                 raise ConfigError(f"--{knob.replace('_', '-')} must not be negative")
         self._check_scaling()
+        self.check_connections()
         self._check_addresses()
         if bool(self.etcd_cert) != bool(self.etcd_key):
             raise ConfigError("--etcd-cert and --etcd-key go together")
@@ -305,10 +302,16 @@ def _own_address() -> str:
             return "127.0.0.1"
 
 
+def knobs() -> list[dataclasses.Field[Any]]:
+    """Every knob, in the order in which a reader meets them."""
+    inherited = ConnectionConfig.__annotations__  # which dataclasses put first
+    return sorted(dataclasses.fields(Config), key=lambda knob: knob.name in inherited)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one option for each knob to a parser, in a group of their own."""
     group = parser.add_argument_group("llumnix", "One service out of many vLLM instances.")
-    for knob in dataclasses.fields(Config):
+    for knob in knobs():
         options = {k: v for k, v in knob.metadata.items() if k not in ("help", "secret")}
         if "action" not in options:
             options["type"] = type(knob.default) if knob.default is not None else str

@@ -6,7 +6,7 @@ Nothing is counted on the path of a token: a scrape reads what the objects keep 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -18,6 +18,8 @@ DISPATCH_SECONDS = Histogram(
     buckets=(1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2, 0.1, 1.0),
 )
 REFUSALS = Counter("llumnix_refusals", "Requests refused by a limit", ["limit"])
+CONNECTIONS = Gauge("llumnix_connections", "Open connections to this node's address")
+CLOSED = Counter("llumnix_connections_closed", "Connections that the node has ended", ["reason"])
 MIGRATIONS = Counter(
     "llumnix_migrations", "Migrations by this node's instances", ["reason", "outcome", "stages"]
 )

@@ -29,6 +29,7 @@ from llumnix.engine.placer import NoInstance, Route
 from llumnix.engine.vllm.frontend import authorised
 from llumnix.engine.waiting import WaitLimits
 from llumnix.entrypoints.acting import Acting
+from llumnix.entrypoints.connecting import connection_limits
 from llumnix.entrypoints.control import ControlPlane
 from llumnix.entrypoints.engines import engine_maker, resumes
 from llumnix.entrypoints.loads import LoadReporter
@@ -37,7 +38,7 @@ from llumnix.entrypoints.policies import read_policies
 from llumnix.entrypoints.server.admin import Admin, Standing
 from llumnix.entrypoints.server.admission import Admission
 from llumnix.entrypoints.server.app import Gateway, make_app
-from llumnix.entrypoints.server.connection import Limits
+from llumnix.entrypoints.server.bodies import Bodies
 from llumnix.entrypoints.server.contents import Contents
 from llumnix.entrypoints.server.cors import allow_origins
 from llumnix.entrypoints.server.drains import Drains
@@ -182,11 +183,12 @@ class Node:
         contents = Contents(
             body_limits(config.max_body_bytes, model.max_model_len, model.is_multimodal_model)
         )
+        bodies = Bodies(config.body_timeout, config.body_budget)
         app = make_app(
             *(self._gateway, admin, moves, drains, admission, contents, priorities, demo.handle),
-            *(peer, allow_origins(self._arguments)),
+            *(peer, allow_origins(self._arguments), bodies),
         )
-        self._listener = Listener(app, self._arguments, Limits(send_timeout=config.send_timeout))
+        self._listener = Listener(app, self._arguments, connection_limits(config))
 
     def _start_actors(self) -> None:
         around = Surroundings(

@@ -25,6 +25,8 @@ ROUTES: list[tuple[str, dict[str, Any], dict[str, str]]] = [
     ("/v1/chat/completions", CHAT, ORIGIN),
     ("/invocations", PROMPT, {}),
     ("/generate", DEMO, {}),
+    ("/v1/responses", {"model": "small", "input": "Hi", "max_output_tokens": 2000}, {}),
+    ("/v1/messages", CHAT, {}),
 ]
 
 

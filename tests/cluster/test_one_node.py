@@ -357,7 +357,7 @@ def test_an_application_that_answers_and_then_fails() -> None:
         raise TimeoutError
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        return await asgi.serve(application, asgi.scope_of(request), request, b"", 5.0)
+        return await asgi.serve(application, asgi.scope_of(request), request, b"")
 
     async def check() -> None:
         app = web.Application(middlewares=[openai_errors])

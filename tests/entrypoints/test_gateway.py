@@ -39,7 +39,7 @@ class Post:
 def test_requests_wait_while_an_instance_starts(
     frontend: bool, standing: Standing, status: int
 ) -> None:
-    gateway = Served(lambda: object() if frontend else None, standing, 1.0)  # type: ignore[arg-type]
+    gateway = Served(lambda: object() if frontend else None, standing)  # type: ignore[arg-type]
 
     @on_loop
     async def check() -> None:

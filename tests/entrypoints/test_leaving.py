@@ -1,10 +1,8 @@
 """Clients that leave, at a server without a node: the application hears of it, and lets go."""
 
-import argparse
 import asyncio
-import contextlib
 import gc
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -15,12 +13,10 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
 from llumnix.entrypoints.server import asgi
-from llumnix.entrypoints.server.connection import Limits
-from llumnix.entrypoints.server.errors import openai_errors
-from llumnix.entrypoints.server.listener import Listener
-from tests.kit.etcd import free_ports
+from llumnix.entrypoints.server.places import Limits
 from tests.kit.leaving import SMALL, WAYS, Client, post
 from tests.kit.loop import soon
+from tests.kit.serving import serving
 
 
 class Tokens:
@@ -47,25 +43,6 @@ class Tokens:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         return await asgi.serve(self.app, asgi.scope_of(request), request, await request.read())
-
-
-@contextlib.asynccontextmanager
-async def serving(
-    handler: Callable[[web.Request], Awaitable[web.StreamResponse]], limits: Limits | None = None
-) -> AsyncIterator[int]:
-    """The port of a server."""
-    app = web.Application(middlewares=[openai_errors])
-    app.router.add_route("*", "/{path:.*}", handler)
-    tls = dict.fromkeys(("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_ciphers", "uds"))
-    heads = {"h11_max_incomplete_event_size": 4 << 20, "h11_max_header_count": 256}
-    (port,) = free_ports(1)
-    values = {"host": "127.0.0.1", "port": port, "ssl_cert_reqs": 0} | tls | heads
-    listener = Listener(app, argparse.Namespace(**values), limits)
-    await listener.open()
-    try:
-        yield port
-    finally:
-        await listener.close()
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -9,10 +9,9 @@ from aiohttp import web
 from vllm.v1.engine import EngineCoreRequest
 
 from llumnix.entrypoints.server.contents import asked
-from llumnix.entrypoints.server.errors import Handler, error_response
+from llumnix.entrypoints.server.errors import RETRY_SOON, Handler, error_response
 from llumnix.metrics import REFUSALS
 
-RETRY_SOON = {"Retry-After": "1"}  # seconds: room comes with every request that ends
 BYTES_PER_TOKEN = 4  # of a body whose prompt has not been tokenised yet
 
 # Routes behind which an engine or the tokenizer computes; all others always answer.

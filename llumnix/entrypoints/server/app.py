@@ -13,6 +13,7 @@ from llumnix.engine.vllm.frontend import Frontend
 from llumnix.entrypoints.server import asgi
 from llumnix.entrypoints.server.admin import Admin, Standing
 from llumnix.entrypoints.server.admission import Admission
+from llumnix.entrypoints.server.bodies import Bodies
 from llumnix.entrypoints.server.contents import Contents
 from llumnix.entrypoints.server.drains import Drains
 from llumnix.entrypoints.server.errors import RETRY_AFTER, Handler, error_response, openai_errors
@@ -115,12 +116,13 @@ def make_app(
     generate: Handler,
     peer: tuple[str, Handler],
     origins: Middleware,
+    bodies: Bodies,
 ) -> web.Application:
     """The application, with every route in its place."""
 
     def guard(handler: Handler) -> Handler:
         inner = admission.guard(priorities.guard(handler))
-        return admission.door(contents.guard(inner))
+        return admission.door(bodies.guard(contents.guard(inner)))
 
     app = web.Application(client_max_size=contents.body_bytes, middlewares=[origins, openai_errors])
     app.router.add_get(*peer)
@@ -135,10 +137,10 @@ def make_app(
     for path, handler in looks.items():
         app.router.add_get(path, handler)
         app.router.add_route("*", path, _get_only)
-    app.router.add_post("/llumnix/migrate", moves.migrate)
+    app.router.add_post("/llumnix/migrate", bodies.guard(moves.migrate))
     app.router.add_route("*", "/llumnix/migrate", _post_only)
     app.router.add_get("/llumnix/drain", drains.list)
-    app.router.add_post("/llumnix/drain", drains.drain)
+    app.router.add_post("/llumnix/drain", bodies.guard(drains.drain))
     app.router.add_route("*", "/llumnix/drain", _get_or_post_only)
     app.router.add_post("/generate", guard(generate))
     app.router.add_route("*", "/generate", _post_only)

@@ -2,19 +2,18 @@
 
 import asyncio
 import logging
-from dataclasses import dataclass
 from typing import Any, cast
 
 from aiohttp import web
 
+from llumnix.entrypoints.server.errors import error_response
+from llumnix.entrypoints.server.places import Places
+from llumnix.metrics import CLOSED, REFUSALS
+
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a connection may take, in seconds."""
-
-    send_timeout: float = 300.0  # for which its client may read nothing of an answer; 0: for ever
+PIPELINED = 32  # requests behind the one that is being answered, which nobody has in earnest
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Connection(web.RequestHandler):
@@ -25,25 +24,43 @@ class Connection(web.RequestHandler):
     other kernel says that it has no room for what is in the send buffer.
     """
 
-    __slots__ = ("_limits", "_stuck", "_wire", "busy")
+    __slots__ = ("_places", "_send_timeout", "_stuck", "_wire", "asks_to_go_on", "busy")
 
-    def __init__(self, manager: web.Server, limits: Limits, **options: Any) -> None:
+    def __init__(
+        self, manager: web.Server, places: Places, send_timeout: float, **options: Any
+    ) -> None:
+        """`send_timeout`: seconds for which the client may read nothing of an answer; 0: for ever;
+        `options` are aiohttp's."""
         super().__init__(manager, **options)
-        self._limits = limits
+        self._places = places
+        self._send_timeout = send_timeout
         self._stuck: asyncio.TimerHandle | None = None
         self.busy = False  # while a request is being answered
+        self.asks_to_go_on = False  # before it sends the body
         self._wire: asyncio.Transport | None = None  # aiohttp forgets its own when it closes it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client has connected."""
         self._wire = cast(asyncio.Transport, transport)  # uvloop's are none by their class
         super().connection_made(transport)
+        self._places.enter(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """The connection is no more."""
         self._wire = None
         self._unstick()
+        self._places.leave(self)
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of a request, which may not be whole."""
+        if not self.busy:
+            self._places.stir(self)
+        super().data_received(data)
+        if len(self._messages) >= PIPELINED and self._wire is not None:
+            # aiohttp would read no more, and so not hear of it when the client leaves.
+            CLOSED.labels("pipelined").inc()
+            self._wire.abort()
 
     def eof_received(self) -> None:
         """The client has closed its side: what it has asked for ends."""
@@ -51,24 +68,69 @@ class Connection(web.RequestHandler):
             return
         if self.busy:
             self._wire.abort()
-        elif self._stuck is None:  # asyncio closes it when all has been sent
-            self._expect()
+        else:  # asyncio closes it when all has been sent
+            self.expect()
 
     def pause_writing(self) -> None:
         """The send buffer is full."""
         super().pause_writing()
-        self._expect()
+        self.expect()
 
     def resume_writing(self) -> None:
         """The client has read again."""
         super().resume_writing()
         self._unstick()
 
-    def _expect(self) -> None:
-        """Wait for the client to read."""
-        if self._limits.send_timeout:
-            within = self._limits.send_timeout
-            self._stuck = asyncio.get_running_loop().call_later(within, self._cut_off)
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """The answer to what is no HTTP, of which there may be much; a bug is aiohttp's to tell."""
+        if status >= 500 or request.writer.output_size > 0:
+            return super().handle_error(request, status, exc, message)
+        REFUSALS.labels("malformed").inc()
+        detail = (message or str(exc) or "it can't be parsed").strip().splitlines()[0].rstrip(": ")
+        response = error_response(status, f"the request is not valid HTTP: {detail}")
+        response.force_close()
+        return response
+
+    # ---- what its places and its server ask ----
+
+    def begin(self) -> None:
+        """A request has come."""
+        self.busy = True
+        self._places.begin(self)
+        if self._stuck is not None and not self.writing_paused:
+            self._unstick()
+
+    def rest(self) -> None:
+        """The request has been answered, but for what is still to be sent."""
+        self.busy = self.asks_to_go_on = False
+        self._places.rest(self)
+
+    def go_on(self) -> None:
+        """The body is wanted."""
+        if self.asks_to_go_on and self._wire is not None:
+            self._wire.write(CONTINUE)
+        self.asks_to_go_on = False
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that the client has not taken yet."""
+        return self._wire.get_write_buffer_size() if self._wire is not None else 0
+
+    def end(self) -> None:
+        """Close it."""
+        self.force_close()
+
+    def expect(self) -> None:
+        """Have the client take what is unsent, or be cut off."""
+        if self._send_timeout and self._stuck is None:
+            loop = asyncio.get_running_loop()
+            self._stuck = loop.call_later(self._send_timeout, self._cut_off)
 
     def _unstick(self) -> None:
         if self._stuck is not None:
@@ -76,37 +138,12 @@ class Connection(web.RequestHandler):
             self._stuck = None
 
     def _cut_off(self) -> None:
-        if self._wire is None:
+        self._stuck = None
+        if self._wire is None or not self.unsent:
             return
+        CLOSED.labels("stuck").inc()
         logger.info(
             "client %s is cut off: it has read nothing of its answer for %g s",
-            *(self._wire.get_extra_info("peername"), self._limits.send_timeout),
+            *(self._wire.get_extra_info("peername"), self._send_timeout),
         )
         self._wire.abort()  # close() would wait for what it does not read
-
-
-class Doors(web.Server):
-    """Makes a Connection for each client that comes."""
-
-    def __init__(self, inner: web.Server, limits: Limits, **options: Any) -> None:
-        """`inner`: an application's server, whose handler answers here; `options` are aiohttp's."""
-        super().__init__(
-            self._handle, request_factory=inner.request_factory, handler_cancellation=True
-        )
-        self._answer = inner.request_handler
-        self._limits = limits
-        self._options = options
-
-    def __call__(self) -> Connection:
-        """A connection, for the socket that has just been accepted."""
-        loop = asyncio.get_running_loop()
-        return Connection(self, self._limits, loop=loop, **self._options)
-
-    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        connection = request.protocol
-        assert isinstance(connection, Connection)
-        connection.busy = True
-        try:
-            return await self._answer(request)
-        finally:
-            connection.busy = False

@@ -10,6 +10,7 @@ from aiohttp import web
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER = {"Retry-After": "5"}  # seconds: about what a restart takes
+RETRY_SOON = {"Retry-After": "1"}  # seconds: room comes with every request that ends
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -1,17 +1,24 @@
 """The listening socket of a node: plain or TLS, by vLLM's own arguments."""
 
 import argparse
+import asyncio
 import logging
 import ssl
+from typing import Any
 
 from aiohttp import web
 
 from llumnix.config import ConfigError
-from llumnix.entrypoints.server.connection import Doors, Limits
+from llumnix.entrypoints.server.doors import Doors
+from llumnix.entrypoints.server.places import Limits
 
 ACCESS_FORMAT = '%a "%r" %s %b %Tfs'
 
 BACKLOG = 2048  # connections that may wait to be accepted, as at vLLM's server
+
+READ_AHEAD = 64 * 1024  # bytes of a body that are taken before anybody reads it
+LINGER = 2.0  # seconds in which a client may send the rest of a body that was refused
+SHUTDOWN = 2.0  # seconds for handlers to end when the node does
 
 access_log = logging.getLogger("llumnix.access")
 
@@ -33,35 +40,47 @@ class Listener:
             "max_line_size": longest,
             "max_field_size": longest,
             "max_headers": arguments.h11_max_header_count,
+            "auto_decompress": False,  # a few bytes could become any number
+            "read_bufsize": READ_AHEAD,
+            "lingering_time": LINGER,
+            "keepalive_timeout": self._limits.idle_timeout + 60.0,  # which ends them before
         }
-        self._runner: web.ServerRunner | None = None
+        self._doors: Doors | None = None
+        self._socket: asyncio.AbstractServer | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Begin to listen. Raises OSError if the address is taken."""
         await self._app.setup()
         assert self._app.server is not None
-        doors = Doors(self._app.server, self._limits, **self._options)
-        self._runner = web.ServerRunner(doors, shutdown_timeout=2.0)
-        await self._runner.setup()
+        self._doors = Doors(self._app.server, self._limits, **self._options)
+        loop = asyncio.get_running_loop()
         arguments = self._arguments
-        context = _server_ssl(arguments)
-        site: web.BaseSite
+        options: dict[str, Any] = {"ssl": _server_ssl(arguments), "backlog": BACKLOG}
+        if options["ssl"] is not None:
+            options["ssl_handshake_timeout"] = self._limits.header_timeout
         if getattr(arguments, "uds", None):
-            site = web.UnixSite(self._runner, arguments.uds, ssl_context=context, backlog=BACKLOG)
+            self._socket = await loop.create_unix_server(self._doors, arguments.uds, **options)
         else:
             address = (arguments.host, arguments.port)
-            site = web.TCPSite(self._runner, *address, ssl_context=context, backlog=BACKLOG)
-        await site.start()
+            self._socket = await loop.create_server(self._doors, *address, **options)
+        self._watching = loop.create_task(self._doors.watch(), name="connections")
 
     async def refuse_new(self) -> None:
         """Close the listening socket; open connections go on."""
-        for site in list(self._runner.sites if self._runner else ()):
-            await site.stop()
+        if self._socket is not None:
+            self._socket.close()
 
     async def close(self) -> None:
         """Close everything."""
-        if self._runner is not None:
-            await self._runner.cleanup()
+        await self.refuse_new()
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        if self._doors is not None:
+            await asyncio.sleep(0)  # for requests that have just come to have a handler
+            self._doors.pre_shutdown()
+            await self._doors.shutdown(SHUTDOWN)
         await self._app.cleanup()
 
     @staticmethod

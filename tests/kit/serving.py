@@ -1,0 +1,33 @@
+"""A node's listening socket with a small application behind it, in the test's own process."""
+
+import argparse
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from aiohttp import web
+
+from llumnix.entrypoints.server.errors import openai_errors
+from llumnix.entrypoints.server.listener import Listener
+from llumnix.entrypoints.server.places import Limits
+from tests.kit.etcd import free_ports
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    limits: Limits | None = None,
+    max_body: int = 1 << 20,
+) -> AsyncIterator[int]:
+    """The port of a server."""
+    app = web.Application(client_max_size=max_body, middlewares=[openai_errors])
+    app.router.add_route("*", "/{path:.*}", handler)
+    tls = dict.fromkeys(("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_ciphers", "uds"))
+    heads = {"h11_max_incomplete_event_size": 4 << 20, "h11_max_header_count": 256}
+    (port,) = free_ports(1)
+    values = {"host": "127.0.0.1", "port": port, "ssl_cert_reqs": 0} | tls | heads
+    listener = Listener(app, argparse.Namespace(**values), limits)
+    await listener.open()
+    try:
+        yield port
+    finally:
+        await listener.close()
