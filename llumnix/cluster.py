@@ -43,6 +43,7 @@ class NodeInfo:
     epoch: int
     max_instances: int = 0  # most that it runs, whatever is desired there; 0: not known
     initial_instances: int = 0  # that it runs while no number is desired there; 0: none, or unknown
+    token_mark: str = ""  # shows which token it has out of etcd; empty if it was given one
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,9 @@ DISPATCH_SECONDS = Histogram(
 REFUSALS = Counter("llumnix_refusals", "Requests refused by a limit", ["limit"])
 CONNECTIONS = Gauge("llumnix_connections", "Open connections to this node's address")
 CLOSED = Counter("llumnix_connections_closed", "Connections that the node has ended", ["reason"])
+KEY_FAULTS = Counter(
+    "llumnix_key_faults", "Times that a key was found as no node has written it", ["about"]
+)
 MIGRATIONS = Counter(
     "llumnix_migrations", "Migrations by this node's instances", ["reason", "outcome", "stages"]
 )

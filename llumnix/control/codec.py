@@ -21,6 +21,7 @@ def encode_node(node: NodeInfo) -> bytes:
             "epoch": node.epoch,
             "max_instances": node.max_instances,
             "initial_instances": node.initial_instances,
+            "token_mark": node.token_mark,
         }
     )
 
@@ -34,6 +35,7 @@ def decode_node(node: NodeId, value: bytes) -> NodeInfo:
         _count(data, "epoch", 0),
         _count(data, "max_instances", 0),
         _count(data, "initial_instances", 0),
+        _text(data, "token_mark", ""),
     )
 
 

@@ -6,13 +6,15 @@ import time
 from collections.abc import Callable
 
 from llumnix.cluster import ClusterView, NodeId
+from llumnix.control.alarms import Alarms, Matter
 from llumnix.control.codec import encode_leader
 from llumnix.control.errors import EtcdError
 from llumnix.control.etcd import Etcd
 from llumnix.control.keys import Keys
-from llumnix.control.kv import Compare, Delete
+from llumnix.control.kv import Compare, Delete, KeyValue
 from llumnix.control.pulse import Pulse
 from llumnix.control.session import Session
+from llumnix.control.throne import Throne
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +36,18 @@ class Election:
         on_change: Callable[[bool, int], None] | None = None,
         *,
         interval: float = 2.0,
+        patience: float = 6.0,
+        alarms: Alarms | None = None,
     ) -> None:
+        """`patience` is for how many seconds a leader may be no node before its key is deleted."""
         self._etcd = etcd
         self._session = session
         self._key = keys.leader
         self._node = node
         self._on_change = on_change
         self._interval = interval
+        self._throne = Throne(etcd, keys, patience)
+        self._alarms = alarms or Alarms()
         self.pulse = Pulse("the election")
         self._lock = threading.Lock()
         self._won: tuple[int, int] | None = None  # epoch, lease
@@ -142,7 +149,7 @@ class Election:
         lease = self._session.lease
         if not lease:
             return
-        found = self._etcd.get(self._key)
+        found = self._in_order(self._etcd.get(self._key), lease)
         if found is None and time.monotonic() >= self._stands_from:
             self.pulse.beat()
             _, found = self._etcd.put_if_absent(self._key, encode_leader(self._node), lease)
@@ -155,6 +162,20 @@ class Election:
                 return
         self.pulse.beat()
         self._give_up(found.create_revision, lease)  # won while we resigned
+
+    def _in_order(self, found: KeyValue | None, lease: int) -> KeyValue | None:
+        """The key, unless it is nobody's: then it is deleted."""
+        if found is None:
+            return None
+        if found.lease == lease:
+            fault = "" if found.value == encode_leader(self._node) else "it names another node"
+        else:
+            fault = self._throne.fault(found) or ""
+        if not fault or not self._throne.clear(found):
+            return found
+        what = f"The key {self._key} was {found.value[:80]!r}, by which nobody leads"
+        self._alarms.tell(Matter.LEADER, f"{what} ({fault}), so it was deleted.")
+        return None
 
     def _give_up(self, epoch: int, lease: int) -> None:
         """Deletes the key that was won so, unless it has gone already."""

@@ -27,3 +27,7 @@ class WatchEnded(EtcdError):
 
 class EmbeddedEtcdError(EtcdError):
     """The embedded etcd can't be started."""
+
+
+class NameTaken(EtcdError):
+    """Another process is the node that this one was to be."""

@@ -3,12 +3,14 @@
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from llumnix.control.etcd import Etcd
 from llumnix.control.kv import Compare, Delete, KeyValue
 
 log = logging.getLogger(__name__)
+
+Judge = Callable[[bytes], bool]  # whether a value is wrong, and this node's is to take its place
 
 _CALM = 1.0  # seconds between repairs done at once: two nodes of one name must not fight flat out
 
@@ -23,7 +25,8 @@ class OwnedKeys:
         self._written: dict[str, tuple[bytes, int]] = {}  # value, revision
         self._writing: tuple[str, bytes] | None = None
         self._common: dict[str, bytes] = {}  # of no lease; any node may have put them
-        self._missing: set[str] = set()  # of these
+        self._judges: dict[str, Judge] = {}  # of another value of these
+        self._strayed: dict[str, int] = {}  # of these: missing (0), or a wrong value's mod revision
         self._revision = 0  # of the last snapshot
         self._repaired = float("-inf")
 
@@ -38,9 +41,10 @@ class OwnedKeys:
                 self._written.pop(key, None)
                 self._unwanted.add(key)
 
-    def keep(self, key: str, value: bytes) -> None:
+    def keep(self, key: str, value: bytes, is_wrong: Judge) -> None:
         with self._lock:
             self._common[key] = value
+            self._judges[key] = is_wrong
 
     def forget_written(self) -> None:
         """The lease is a new one: everything must be written again."""
@@ -53,7 +57,7 @@ class OwnedKeys:
         with self._lock:
             self._writing = self._next_unwritten()
             unwanted = next(iter(self._unwanted), None)
-            missing = next(iter(self._missing), None)
+            strayed = next(iter(self._strayed.items()), None)
         if self._writing is not None:
             self._write(etcd, *self._writing, lease)
         elif unwanted is not None:
@@ -61,21 +65,27 @@ class OwnedKeys:
             etcd.txn([Compare(unwanted, "lease", lease)], [Delete(unwanted)])
             with self._lock:
                 self._unwanted.discard(unwanted)
-        elif missing is not None:
-            self._put_back(etcd, missing)
+        elif strayed is not None:
+            self._put_back(etcd, *strayed)
         else:
             return False
         return True
 
-    def _put_back(self, etcd: Etcd, key: str) -> None:
+    def _put_back(self, etcd: Etcd, key: str, revision: int) -> None:
         value = self._common[key]
-        ours, found = etcd.put_if_absent(key, value)
+        if not revision:
+            ours, found = etcd.put_if_absent(key, value)
+            if not ours and found.value != value:
+                log.warning("%s was lost, and is now another than that of this node.", key)
+        else:
+            ours, _ = etcd.compare_and_swap(key, value, revision)
         with self._lock:
-            self._missing.discard(key)
-        if ours:
+            if self._strayed.get(key) == revision:
+                del self._strayed[key]
+        if ours and revision:
+            log.warning("%s was overwritten in etcd, so it is written again.", key)
+        elif ours:
             log.info("etcd had lost %s, so it is written again.", key)
-        elif found.value != value:
-            log.warning("%s was lost, and is now another than the one that this node has.", key)
 
     def disturbed(self, items: Mapping[str, KeyValue], revision: int, lease: int) -> bool:
         """Whether a snapshot shows a key that somebody else changed and that is to be written now.
@@ -89,16 +99,26 @@ class OwnedKeys:
             else:
                 keys = [k for k in self._written if self._is_foreign(k, items, revision, lease)]
             self._revision = revision
-            self._missing = self._common.keys() - items.keys()
+            self._strayed = self._astray(items)
             for key in keys:
                 log.info("%s is not as this node wrote it, so it is written again.", key)
                 del self._written[key]
-            if self._missing:
+            if 0 in self._strayed.values():
                 return True
-            if not keys or now - self._repaired < _CALM:
+            if not (keys or self._strayed) or now - self._repaired < _CALM:
                 return False
             self._repaired = now
             return True
+
+    def _astray(self, items: Mapping[str, KeyValue]) -> dict[str, int]:
+        astray = {}
+        for key, value in self._common.items():
+            found = items.get(key)
+            if found is None:
+                astray[key] = 0
+            elif found.value != value and self._judges[key](found.value):
+                astray[key] = found.mod_revision
+        return astray
 
     def _is_foreign(
         self, key: str, items: Mapping[str, KeyValue], revision: int, lease: int

@@ -10,7 +10,7 @@ from llumnix.control.backoff import Backoff
 from llumnix.control.errors import EtcdError, EtcdUnavailable, LeaseNotFound
 from llumnix.control.etcd import Etcd
 from llumnix.control.kv import KeyValue
-from llumnix.control.owned import OwnedKeys
+from llumnix.control.owned import Judge, OwnedKeys
 from llumnix.control.pace import interval_of
 from llumnix.control.pulse import Pulse
 
@@ -84,9 +84,12 @@ class Session:
         self._owned.remove(key)
         self._wake.set()
 
-    def keep(self, key: str, value: bytes) -> None:
-        """Puts the key back, without the lease, whenever `observe` is shown that it is missing."""
-        self._owned.keep(key, value)
+    def keep(self, key: str, value: bytes, is_wrong: Judge = lambda found: False) -> None:
+        """Puts the key back, without the lease, whenever `observe` is shown that it is missing.
+
+        Also when it has another value which `is_wrong`, a function of it that is quick.
+        """
+        self._owned.keep(key, value, is_wrong)
 
     def observe(self, items: Mapping[str, KeyValue], revision: int) -> None:
         """Compares a snapshot that is complete up to `revision` with what was written.

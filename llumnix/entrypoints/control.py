@@ -16,7 +16,9 @@ from tenacity import (
 
 from llumnix.cluster import ClusterView, NodeInfo
 from llumnix.config import Config
-from llumnix.control.codec import encode_text
+from llumnix.control.alarms import Alarms
+from llumnix.control.claim import MORE, Claim
+from llumnix.control.codec import encode_node, encode_text
 from llumnix.control.election import Election
 from llumnix.control.embedded import EmbeddedEtcd
 from llumnix.control.errors import EtcdUnavailable
@@ -27,8 +29,9 @@ from llumnix.control.kv import KeyValue
 from llumnix.control.pace import fitting_timeout, interval_of
 from llumnix.control.pulse import Pulse
 from llumnix.control.registry import Registry
+from llumnix.control.sentinel import Sentinel
 from llumnix.control.session import Session
-from llumnix.control.token import cluster_token
+from llumnix.control.token import agreed_token, ensure_token, prevails, same_token, token_mark
 from llumnix.engine.vllm.blocks import Rendezvous
 from llumnix.version import VERSION
 
@@ -67,6 +70,8 @@ class ControlPlane:
         # Called for each record of a migration that this node has, or had, proposed.
         self.on_record: Callable[[MigrationRecord], None] = lambda record: None
         self._limit = config.lease_ttl
+        self.alarms = Alarms()
+        self._sentinel: Sentinel | None = None  # once this node has joined
 
     def open(self, on_view: Callable[[ClusterView], None]) -> None:
         """Join the cluster. Raises EtcdError with one sentence if that is not possible."""
@@ -88,27 +93,56 @@ class ControlPlane:
             key=config.etcd_key or None,
             call_timeout=timeout,
         )
-        keys = Keys(config.cluster)
-        self.token = _patiently(cluster_token, etcd, keys, config.cluster_token or None)
+        self._keys = keys = Keys(config.cluster)
+        self.token = config.cluster_token
+        if not self.token:
+            _patiently(ensure_token, etcd, keys)
         self.session = Session(etcd, config.lease_ttl)
-        if not config.cluster_token:
-            self.session.keep(keys.token, encode_text(self.token))
         self.registry = Registry(etcd, self.session, keys, grace=config.lease_ttl)
         self.election = Election(
-            etcd, self.session, keys, config.node, interval=interval_of(config.lease_ttl)
+            *(etcd, self.session, keys, config.node),
+            interval=interval_of(config.lease_ttl),
+            patience=config.lease_ttl,
+            alarms=self.alarms,
         )
         self.handshake = Handshake(etcd, self.session, keys)
-        self.registry.on_keys = self._look_for_records
+        self.registry.on_keys = self._look_at_keys
         self.registry.subscribe(on_view)
         self.registry.subscribe(self.election.observe)
         self.session.start()
         self.registry.start()
         self.registry.wait_view(FIRST_ANSWER)
-        # What an earlier process of this node left, if it was killed, lives until its lease ends.
-        for instance in self.registry.view.instances_of(config.node):
-            etcd.delete(keys.instance(instance.id))
+        mark = self._agree()
+        self._me = me = NodeInfo(
+            *(config.node, config.advertise_address, VERSION, time.time_ns() // 1000),
+            *(config.max_instances, config.initial_instances, mark),
+        )
+        self._claim = Claim(etcd, keys.node(me.id), me, alone=self._embedded is not None)
+        self._claim.wait(config.lease_ttl)
 
-    def _look_for_records(self, items: Mapping[str, KeyValue]) -> None:
+    def _agree(self) -> str:
+        """Have the token that the others have, and keep it in etcd; the mark that shows it."""
+        if self._config.cluster_token:
+            return ""
+        assert self._etcd is not None
+        within = self._config.lease_ttl + MORE
+        self.token = agreed_token(self._etcd, self._keys, self._marks, within)
+        mark = token_mark(self.token)
+
+        def is_wrong(found: bytes) -> bool:
+            return not same_token(found, self.token) and prevails(mark, [mark, *self._marks()])
+
+        self.session.keep(self._keys.token, encode_text(self.token), is_wrong)
+        return mark
+
+    def _marks(self) -> list[str]:
+        """Of the tokens that the other nodes have."""
+        nodes = self.registry.view.nodes.values()
+        return [node.token_mark for node in nodes if node.id != self._config.node]
+
+    def _look_at_keys(self, items: Mapping[str, KeyValue]) -> None:
+        if self._sentinel is not None:
+            self._sentinel.look(items)
         for record in self.handshake.appeared(items):
             self.on_record(record)
 
@@ -128,19 +162,15 @@ class ControlPlane:
         return Rendezvous("llumnix.control.c10d_store.EtcdStore", arguments, host)
 
     def join(self) -> None:
-        """Make this node known to the others and stand for leader."""
-        config = self._config
-        epoch = time.time_ns() // 1000
-        self.registry.announce_node(
-            NodeInfo(
-                config.node,
-                config.advertise_address,
-                VERSION,
-                epoch,
-                config.max_instances,
-                config.initial_instances,
-            )
-        )
+        """Make this node known to the others and stand for leader. Raises NameTaken."""
+        assert self._etcd is not None
+        revision = self._claim.take(self.session, encode_node(self._me))
+        # What an earlier process of this node left, if it was killed, lives until its lease ends.
+        for instance in self.registry.view.instances_of(self._me.id):
+            self._etcd.delete(self._keys.instance(instance.id))
+        self.registry.announce_node(self._me)
+        token = None if self._config.cluster_token else self.token
+        self._sentinel = Sentinel(self._keys, self._me, revision, token, self.alarms)
         self.election.start()
 
     @property

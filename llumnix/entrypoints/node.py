@@ -173,7 +173,8 @@ class Node:
         priorities = Priorities(self._policies.terms.classes)
         self._client.on_open += [priorities.enter, admission.enter]
         self._client.on_close.append(admission.leave)
-        admin = Admin(config.node, self.standing, self._view_and_age, self._fault)
+        warnings = self._control.alarms.now
+        admin = Admin(config.node, self.standing, self._view_and_age, self._fault, warnings)
         may = partial(authorised, self._arguments)
         moves = Moves(lambda: self._acting.migrations, may)
         drains = Drains(lambda: self._control.registry, lambda: self._acting.migrations, may)

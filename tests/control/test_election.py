@@ -30,6 +30,7 @@ class Candidate:
         )
         self.registry = Registry(self.etcd, self.session, keys)
         self.registry.subscribe(self.election.observe)
+        self.session.put(keys.node(name), b"{}")
 
     def start(self) -> None:
         self.session.start()

@@ -36,11 +36,13 @@ class Admin:
         standing: Standing,
         view: Callable[[], tuple[ClusterView, float]],
         fault: Callable[[], str],
+        warnings: Callable[[], list[dict[str, object]]] = list,
     ) -> None:
         self._node = node
         self._standing = standing
         self._view = view  # and its age in seconds
         self._fault = fault  # what has died or hangs, as a sentence; empty if nothing
+        self._warnings = warnings  # of what was found wrong in etcd lately
 
     async def livez(self, request: web.Request) -> web.Response:
         """200 while the node works; what answers otherwise should be restarted."""
@@ -65,7 +67,7 @@ class Admin:
     async def status(self, request: web.Request) -> web.Response:
         """The cluster as this node sees it."""
         view, age = self._view()
-        return json_response(describe(self._node, view, age))
+        return json_response(describe(self._node, view, age) | {"warnings": self._warnings()})
 
     async def metrics(self, request: web.Request) -> web.Response:
         """vLLM's metrics and llumnix's, for Prometheus."""
