@@ -4,9 +4,13 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 
 from llumnix.entrypoints.server.admin import Standing
 from llumnix.entrypoints.server.app import Gateway
+from llumnix.entrypoints.server.bodies import Bodies
+from llumnix.entrypoints.server.contents import Contents
+from llumnix.entrypoints.server.limits import BodyLimits
 from tests.kit.loop import on_loop
 
 
@@ -48,3 +52,19 @@ def test_requests_wait_while_an_instance_starts(
         assert ("Retry-After" in answer.headers) is (status == 503)
 
     check()
+
+
+@on_loop
+async def test_what_has_been_read_is_looked_at() -> None:
+    """By all that look at a body, in the order in which the application has them."""
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(body=await request.read())
+
+    app = web.Application()
+    guarded = Bodies(5.0, 0).guard(Contents(BodyLimits()).guard(answer))
+    app.router.add_post("/", guarded)
+    async with TestClient(TestServer(app)) as client:
+        for body, status in ((b'{"n": 2}', 200), (b'{"n": 99999}', 400), (b"[" * 999, 400)):
+            async with client.post("/", data=body) as got:
+                assert got.status == status, await got.text()

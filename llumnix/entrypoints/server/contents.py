@@ -46,7 +46,7 @@ class Contents:
         """The handler, with 400 in its place for a body that holds too much."""
 
         async def look(request: web.Request) -> web.StreamResponse:
-            if not request.can_read_body:
+            if not request.body_exists:
                 return await handler(request)
             body = await request.read()
             try:
