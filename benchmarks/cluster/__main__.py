@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
                 instances=engines.instances,
                 warmup=args.warmup,
                 drain=args.drain,
+                watch=args.watch,
             )
             if args.cost:
                 _cost(args, bench, engines, budget, results, progress).run()

@@ -9,6 +9,7 @@ from benchmarks.cluster.deployment import Deployment
 from benchmarks.cluster.figures import figures, samples, waits
 from benchmarks.cluster.knee import Probe, held
 from benchmarks.cluster.load import Clients
+from benchmarks.cluster.watch import Watch
 from benchmarks.cluster.workload import Planned, Shape
 
 _WARM_SEED = 1_000_000  # added to a run's: nothing of a warm-up is asked again
@@ -40,6 +41,7 @@ class Bench:
     instances: int
     warmup: float  # seconds
     drain: float  # seconds for the last requests to end
+    watch: float = 0.0  # seconds between two looks at the engines; 0: none
 
     def run(self, deployment: Deployment, system: str, cell: Cell) -> dict[str, Any]:
         """Everything about one run."""
@@ -49,7 +51,8 @@ class Bench:
         until = requests[-1].at + self.drain
         before, cpu = deployment.scrape(), deployment.cpu_seconds()
         began = time.time()
-        rows = self.clients.offer(deployment.url, self.model, requests, cell.seed, until)
+        with Watch(deployment.scrape_each, self.watch) as watch:
+            rows = self.clients.offer(deployment.url, self.model, requests, cell.seed, until)
         took = time.time() - began
         cpu = deployment.cpu_seconds() - cpu
         deployment.wait_idle()
@@ -65,6 +68,7 @@ class Bench:
             "server_cpu_seconds": round(cpu, 2),
             "figures": figures(rows, requests, until),
             "server": scrape.changes(before, deployment.scrape()),
+            "watch": watch.seen(),
             "samples": samples(rows, requests),
         }
 

@@ -93,7 +93,7 @@ class Campaign:
             if not self.rates and workload not in self._knees:
                 self._knees[workload] = self._find_knee(deployment, *workload)
         for cell in self._cells(seeds):
-            drain = share.left - self.seconds - _STOP_SECONDS
+            drain = share.left - 2 * self.bench.warmup - self.seconds - _STOP_SECONDS
             known = max(self._draining.values(), default=5.0)
             if drain < self._draining.get(cell.rate, known):
                 self._skip(f"{system.name}, {cell}: the time was over.")

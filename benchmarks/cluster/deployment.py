@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from benchmarks.cluster import scrape
 from benchmarks.cluster.process import Process, complaints, end_all
+from benchmarks.cluster.scrape import Sample, busy, read
 from benchmarks.cluster.systems import Layout
 
-_IDLE_SECONDS = 20.0
+_IDLE_SECONDS = 10.0
 
 
 class Deployment:
@@ -52,14 +52,18 @@ class Deployment:
     ) -> None:
         self._end()
 
-    def scrape(self) -> list[scrape.Sample]:
+    def scrape(self) -> list[Sample]:
         """The metrics of all its engines."""
-        return scrape.read(p.part.url for p in self._processes if p.part.measured)
+        return [sample for samples in self.scrape_each() for sample in samples]
+
+    def scrape_each(self) -> list[list[Sample]]:
+        """The same for each of its servers."""
+        return [read(p.part.url) for p in self._processes if p.part.measured]
 
     def wait_idle(self) -> None:
         """Until no engine has a request, or some seconds are over."""
         deadline = time.monotonic() + _IDLE_SECONDS
-        while scrape.busy(self.scrape()) and time.monotonic() < deadline:
+        while busy(self.scrape()) and time.monotonic() < deadline:
             time.sleep(0.1)
 
     def cpu_seconds(self) -> float:

@@ -1,7 +1,8 @@
 """The engines that all systems of a comparison get alike."""
 
+import json
 import os
-import re
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,10 @@ class Engines:
             found += ["--num-gpu-blocks-override", str(self.kv_blocks)]
         if self.gpus:
             found += ["--gpu-memory-utilization", f"{self.share():.2f}"]
+        cache = self.kv_blocks * block_bytes(Path(self.model), self.block_size)
+        if self.gpus and cache:
+            # Else each engine measures what is left, while others on the same GPU start too.
+            found += ["--kv-cache-memory-bytes", str(cache)]
         if self.modelled and server == "llumnix":
             found += ["--engine", "sim", "--sim-profile", self.profile]
         elif self.modelled:
@@ -72,5 +77,27 @@ def visible() -> list[str]:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [name for name in given.split(",") if name]
-    devices = [p.name for p in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", p.name)]
-    return [str(n) for n in range(len(devices))]
+    return [str(n) for n in range(len(gpu_names()))]
+
+
+def gpu_names() -> list[str]:
+    """The GPUs that this machine's driver knows."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in said.stdout.splitlines() if line.strip()]
+
+
+def block_bytes(model: Path, block_size: int) -> int:
+    """KV cache of a block, of a model of Llama's kind in its own precision; 0 if it is none."""
+    try:
+        config = json.loads((model / "config.json").read_text())
+        heads = config["num_attention_heads"]
+        width = config.get("head_dim") or config["hidden_size"] // heads
+        each = config.get("num_key_value_heads", heads) * width * config["num_hidden_layers"]
+    except (OSError, ValueError, KeyError):
+        return 0
+    kind = config.get("dtype", config.get("torch_dtype"))
+    return 2 * int(each) * block_size * (4 if kind == "float32" else 2)

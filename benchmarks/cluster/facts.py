@@ -2,13 +2,12 @@
 
 import os
 import platform
-import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cluster.engines import Engines
+from benchmarks.cluster.engines import Engines, gpu_names
 
 
 def facts(engines: Engines, argv: list[str]) -> dict[str, Any]:
@@ -41,13 +40,7 @@ def device(engines: Engines) -> str:
         return f"a modelled device ({engines.profile})"
     if not engines.gpus:
         return "the CPU"
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        name = said.stdout.splitlines()[0].strip()
-    except (OSError, subprocess.SubprocessError, IndexError):
-        name = "GPU"
-    return f"{engines.gpus} x {name}"
+    return f"{engines.gpus} x {(gpu_names() or ['GPU'])[0]}"
 
 
 def _version(package: str) -> str | None:

@@ -56,7 +56,7 @@ def search(
 
 def held(waits: Sequence[float], failed: int, bound: float) -> bool:
     """Whether nothing failed, and 99 % of the first tokens came within the bound."""
-    return not failed and bool(waits) and percentile(waits, 99) <= bound
+    return not failed and bool(waits) and percentile(waits, 99) < bound
 
 
 def around(knee: float, shares: Sequence[float]) -> list[float]:

@@ -54,7 +54,7 @@ def _of_engines(group: argparse._ArgumentGroup) -> None:
     add("--block-size", type=int, default=16)
     add("--max-model-len", type=int, default=4096)
     add("--gpu-memory-utilization", type=float, help="of an instance; default: an equal share")
-    add("--engine-args", default="", help="further options of vLLM, in one argument")
+    add("--engine-args", default="", help="options of vLLM, as --engine-args='--dtype half'")
 
 
 def _of_load(group: argparse._ArgumentGroup) -> None:
@@ -72,6 +72,7 @@ def _of_load(group: argparse._ArgumentGroup) -> None:
     add("--seconds", type=float, default=40.0, help="for which requests come in a run")
     add("--drain", type=float, default=120.0, help="seconds that the last ones get to end")
     add("--warmup", type=float, default=2.0, help="seconds of light load before each run")
+    add("--watch", type=float, default=0.0, help="look at the engines every so many seconds")
     cores = len(os.sched_getaffinity(0))
     add("--clients", type=int, default=max(min(cores // 4, 8), 2), help="processes of the load")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.cluster.results import read
+from benchmarks.cluster.results import read, write
 from benchmarks.cluster.table import Group, Rows, groups, over_seeds, report
 
 PANELS = (
@@ -21,12 +21,12 @@ def draw(merged: dict[str, Any], file: Path) -> bool:
 
     Lines go through the means over seeds, bars from the least to the most seed.
     """
+    found = groups(merged["runs"])
+    if not found:
+        return False
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return False
-    found = groups(merged["runs"])
-    if not found:
         return False
     size = (2.9 * len(PANELS), 2.6 * len(found) + 0.6)
     figure = Figure(figsize=size, layout="constrained")
@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--base", default="llumnix-queue", help="the system to compare with")
     parser.add_argument("--table", type=Path, help="write the tables there, and do not print them")
+    parser.add_argument("--json", type=Path, help="write them merged, without each request")
     parser.add_argument("--png", type=Path, help="draw the plots there")
     args = parser.parse_args()
     merged = read(args.files)
@@ -89,6 +90,8 @@ def main() -> None:
         args.table.write_text(text)
     else:
         print(text, end="")
+    if args.json:
+        write(merged, args.json)
     if args.png and not draw(merged, args.png):
         parser.exit(1, "nothing is drawn: there is no comparison, or matplotlib is missing\n")
 

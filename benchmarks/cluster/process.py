@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from llumnix.control.embedded import die_with_parent
+
 HOST = "127.0.0.1"
 _TERM_SECONDS = 20.0
 _WORTH_TELLING = re.compile(r"\b(ERROR|CRITICAL|Traceback|\w*Error:)")
@@ -58,7 +60,7 @@ class Process:
         }
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                part.command,
+                die_with_parent(list(part.command)),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

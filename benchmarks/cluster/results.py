@@ -35,22 +35,45 @@ class Results:
 
 
 def merge(calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The runs of several calls, each with its cluster's description; the same run only once."""
+    """Several calls, or what was merged before, as one; the same run, knee or call only once.
+
+    Each run keeps the description of its cluster, and each call's command and versions are kept.
+    """
     runs: dict[str, Run] = {}
-    skipped: list[str] = []
-    knees: list[dict[str, Any]] = []
-    costs: list[dict[str, Any]] = []
+    found: dict[str, list[Any]] = {name: [] for name in ("calls", "knees", "skipped", "costs")}
     for call in calls:
         for run in call["runs"]:
-            runs.setdefault(run["id"], {**run, "cluster": run.get("cluster", call["cluster"])})
-        skipped += [one for one in call["skipped"] if one not in skipped]
-        knees += [one for one in call["knees"] if one not in knees]
-        if ratios := call.get("cost"):
-            cost = {"cluster": call["cluster"], "ratios": ratios}
-            costs += [cost] if cost not in costs else []
-    return {"runs": list(runs.values()), "skipped": skipped, "knees": knees, "costs": costs}
+            runs.setdefault(run["id"], {**run, "cluster": run.get("cluster", call.get("cluster"))})
+        more = {"calls": [_told(call)], "costs": _costs(call)} | {
+            name: call[name] for name in found if name in call
+        }
+        for name, items in more.items():
+            found[name] += [item for item in items if item not in found[name]]
+    return {**found, "runs": list(runs.values())}
+
+
+def _told(call: dict[str, Any]) -> dict[str, Any]:
+    """What a call says of itself: all that is no list of results."""
+    facts = (key for key in call if key != "cost" and not isinstance(call[key], list))
+    return {key: call[key] for key in facts}
+
+
+def _costs(call: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"cluster": call["cluster"], "ratios": call["cost"]}] if call.get("cost") else []
+
+
+def _without(run: Run, name: str) -> Run:
+    return {key: value for key, value in run.items() if key != name}
 
 
 def read(files: Sequence[Path]) -> dict[str, Any]:
     """Files of results, merged."""
     return merge([json.loads(file.read_text()) for file in files])
+
+
+def write(merged: dict[str, Any], file: Path) -> None:
+    """Merged results for `read`, without what each request and each look at the engines saw."""
+    runs = [_without(run, "samples") for run in merged["runs"]]
+    runs = [{**run, "watch": _without(run.get("watch", {}), "looks")} for run in runs]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**merged, "runs": runs}, indent=1) + "\n")

@@ -111,6 +111,7 @@ def layout(system: System, engines: Engines) -> Layout | Absent:
 def _part(system: System, engines: Engines, command: list[str], instances: int) -> Part:
     (port,) = free_ports(1)
     own = ["--host", HOST, "--port", str(port), "--initial-instances", str(instances)]
+    own += ["--max-instances", str(max(instances, 8))]
     arguments = [*engines.arguments("llumnix"), *own, *system.arguments]
     environment = engines.environment("llumnix", None)
     return Part(system.name, [*command, *arguments], port, environment, instances)

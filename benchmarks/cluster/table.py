@@ -1,7 +1,7 @@
 """Results as Markdown: each system's numbers, and how they compare with one of them."""
 
-import statistics
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from benchmarks.cluster.results import Run
@@ -9,7 +9,7 @@ from benchmarks.cluster.results import Run
 HEAD = (
     *("requests/s", "system", "seeds", "TTFT mean", "P50", "P99", "TPOT mean", "P99"),
     *("longest gap mean", "P99", "end to end mean", "P99", "preempted", "tokens/s"),
-    *("failed", "unfinished", "moves", "a move"),
+    *("server's cores", "failed", "unfinished", "moves", "a move", "stranded"),
 )
 COMPARED = (("ttft", "mean"), ("ttft", "p99"), ("tpot", "p99"), ("gap", "p99"), ("e2e", "mean"))
 _NAMES = {"ttft": "TTFT", "tpot": "TPOT", "gap": "gap", "e2e": "end to end"}
@@ -78,12 +78,14 @@ def _numbers(rows: Rows) -> str:
         cells += [_mean(runs, q, n) for q in ("gap", "e2e") for n in ("mean", "p99")]
         cells.append(_count(runs, lambda run: run["server"]["preemptions"]))
         cells.append(_count(runs, lambda run: run["figures"]["tokens_per_second"]))
+        cores = fmean(run["server_cpu_seconds"] / run["took"] for run in runs)
+        cells.append(f"{cores:.2f}")
         cells += [_sum(runs, name) for name in ("failed", "unfinished")]
-        lines.append(_line([*cells, *_moves(runs)]))
-    return (
-        "Milliseconds, means over the seeds; counts of failures and moves are of all seeds.\n\n"
-        + ("\n".join(lines))
-    )
+        lines.append(_line([*cells, *_moves(runs), _stranded(runs)]))
+    text = "Milliseconds, means over the seeds; counts of failures and moves are of all seeds. "
+    text += "Stranded: for which share of the time, and for how many seconds at most, requests "
+    text += "waited at one instance while another had room and none waiting."
+    return "\n".join([text, "", *lines])
 
 
 def _comparison(rows: Rows, base: str) -> str:
@@ -112,7 +114,7 @@ def _ratio(runs: Sequence[Run], base: Sequence[Run], quantity: str, number: str)
     both = sorted(mine.keys() & theirs.keys())
     if not both:
         return "-"
-    means = [statistics.fmean(one[seed] for seed in both) for one in (theirs, mine)]
+    means = [fmean(one[seed] for seed in both) for one in (theirs, mine)]
     each = [theirs[seed] / mine[seed] for seed in both]
     return f"{means[0] / means[1]:.2f} ({min(each):.2f} to {max(each):.2f})"
 
@@ -156,13 +158,21 @@ def _moves(runs: Sequence[Run]) -> list[str]:
     return [said or "-", "-" if mean is None else f"{mean * 1e3:,.0f}"]
 
 
+def _stranded(runs: Sequence[Run]) -> str:
+    seen = [run["watch"] for run in runs if run.get("watch")]
+    if not seen:
+        return "-"
+    share = fmean(one["stranded_share"] for one in seen)
+    return f"{share:.0%}, {max(one['stranded_longest'] for one in seen):.1f} s"
+
+
 def _mean(runs: Sequence[Run], quantity: str, number: str, digits: int = 0) -> str:
     values = over_seeds(runs, quantity, number)
-    return f"{statistics.fmean(values):,.{digits}f}" if values else "-"
+    return f"{fmean(values):,.{digits}f}" if values else "-"
 
 
 def _count(runs: Sequence[Run], of: Callable[[Run], float]) -> str:
-    return f"{statistics.fmean(of(run) for run in runs):,.0f}"
+    return f"{fmean(of(run) for run in runs):,.0f}"
 
 
 def _sum(runs: Sequence[Run], name: str) -> str:

@@ -1,6 +1,7 @@
 """The numbers of the cluster benchmark: percentiles, the knee, scraped metrics, merged results."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from benchmarks.cluster.client import Stream, body
 from benchmarks.cluster.cost import ratios
 from benchmarks.cluster.figures import figures, percentile, samples
 from benchmarks.cluster.load import Row
+from benchmarks.cluster.watch import Look, look, summary
 from benchmarks.cluster.workload import Planned, Shape
 
 
@@ -93,7 +95,7 @@ def test_the_same_seed_makes_the_same_requests() -> None:
     assert len(json.loads(body("m", 1, 2, 30, 4))["prompt"]) == 30
 
 
-def test_a_file_gives_its_rows_as_pairs(tmp_path: Any) -> None:
+def test_a_file_gives_its_rows_as_pairs(tmp_path: Path) -> None:
     file = tmp_path / "some.csv"
     file.write_text("input_tokens,output_tokens\n10,1\n20,2\n5000,4\n")
     made = Shape(str(file)).requests(5.0, 1.0, 50, 1, 1000)
@@ -139,6 +141,7 @@ def run(system: str, seed: int, ttft: float, **more: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"failed": 0, "unfinished": 0, "tokens_per_second": 100.0 * seed}
     found |= dict.fromkeys(("ttft", "tpot", "gap", "e2e"), spread)
     server = {"preemptions": 1, "moves": {"moved": 2}, "move_seconds": {"count": 2, "mean": 0.1}}
+    seen = {"stranded_share": 0.25, "stranded_longest": 1.5, "looks": []}
     return {
         "id": f"{system} {seed}",
         "system": system,
@@ -149,15 +152,38 @@ def run(system: str, seed: int, ttft: float, **more: Any) -> dict[str, Any]:
         "figures": found,
         "server": server,
         "server_cpu_seconds": 1.0,
+        "took": 4.0,
+        "watch": seen,
         "samples": {name: [ttft * 1e3] for name in ("ttft", "tpot", "gap", "e2e")},
     } | more
+
+
+def test_requests_are_stranded_while_another_engine_could_take_them() -> None:
+    text = """vllm:num_requests_waiting{{engine="0"}} {}
+vllm:num_requests_waiting{{engine="1"}} {}
+vllm:kv_cache_usage_perc{{engine="0"}} 0.99
+vllm:kv_cache_usage_perc{{engine="1"}} {}
+vllm:generation_tokens_total{{engine="0"}} 7.0
+vllm:generation_tokens_total{{engine="1"}} 9.0
+vllm:num_requests_waiting{{engine="2"}} 0.0
+vllm:kv_cache_usage_perc{{engine="2"}} 0.0
+vllm:generation_tokens_total{{engine="2"}} 0.0
+"""
+    one = look(1.0, [scrape.parse(text.format(3, 0, 0.2)), scrape.parse(text.format(0, 1, 1.0))])
+    assert one == Look(1.0, [3, 0, 0, 1], [0.99, 0.2, 0.99, 1.0]) and one.stranded
+    full = look(2.0, [scrape.parse(text.format(3, 0, 0.95))])
+    idle = look(2.0, [scrape.parse(text.format(0, 0, 0.95))])
+    assert not full.stranded and not idle.stranded
+    looks = [(0, one), (1, one), (2, full), (3, one), (5, one), (6, one), (8, idle)]
+    found = summary([state._replace(at=float(at)) for at, state in looks])
+    assert (found["stranded_longest"], found["stranded_share"]) == (3.0, 0.5)
 
 
 def call(*runs: dict[str, Any], cluster: str = "two") -> dict[str, Any]:
     return {"cluster": cluster, "runs": list(runs), "skipped": ["one thing"], "knees": []}
 
 
-def test_calls_are_merged_by_cluster_and_no_run_counts_twice() -> None:
+def test_calls_are_merged_by_cluster_and_no_run_counts_twice(tmp_path: Path) -> None:
     first = call(run("llumnix", 1, 0.1), run("llumnix-queue", 1, 0.3))
     second = call(run("llumnix", 2, 0.1), run("llumnix-queue", 2, 0.1))
     other = call(run("llumnix", 3, 0.1), cluster="eight")
@@ -168,7 +194,11 @@ def test_calls_are_merged_by_cluster_and_no_run_counts_twice() -> None:
     text = table.report(merged, "llumnix-queue")
     assert "| 5 | llumnix | 2 | 100 | 100 | 200 |" in text
     assert "2.00 (1.00 to 3.00)" in text  # 0.3 + 0.1 over 0.1 + 0.1; 1 and 3 for each seed
-    assert "4 moved | 100 |" in text and "one thing" in text
+    assert "4 moved | 100 | 25%, 1.5 s |" in text and "one thing" in text
+    results.write(merged, tmp_path / "merged.json")
+    assert table.report(results.read([tmp_path / "merged.json"]), "llumnix-queue") == text
+    again = results.merge([results.read([tmp_path / "merged.json"]), second])
+    assert len(again["runs"]) == 5 and len(again["calls"]) == 2
 
 
 def test_the_cost_is_of_pairs_and_of_all_light_requests() -> None:
