@@ -56,12 +56,14 @@ class Engines:
         return [*found, *self.extra]
 
     def environment(self, server: str, place: int | None) -> dict[str, str]:
-        """Variables of the server; with a place it is one engine, on one GPU."""
+        """Variables of the server; with a place it is one engine, on one of the GPUs."""
         found = {}
         if self.modelled and server == "vllm":
             found["LLUMNIX_SIM_PROFILE"] = self.profile
-        if self.gpus and place is not None:
-            found["CUDA_VISIBLE_DEVICES"] = visible()[place % self.gpus]
+        if self.gpus:
+            used = visible()[: self.gpus]
+            used = used if place is None else [used[place % len(used)]]
+            found["CUDA_VISIBLE_DEVICES"] = ",".join(used)
         return found
 
     def share(self) -> float:

@@ -80,7 +80,10 @@ def _of_load(group: argparse._ArgumentGroup) -> None:
 def engines_of(args: argparse.Namespace) -> Engines:
     """The engines that the options ask for."""
     modelled = args.engine == "sim"
-    gpus = 0 if modelled else len(visible()) if args.gpus is None else args.gpus
+    here = 0 if modelled else len(visible())
+    gpus = here if args.gpus is None else args.gpus
+    if gpus > here:
+        raise ValueError(f"--gpus is {gpus}, and there are {here} for these engines")
     return Engines(
         model=args.model,
         instances=args.instances,

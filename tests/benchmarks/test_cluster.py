@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,7 @@ def test_without_time_nothing_is_started_and_that_is_said(model: str, tmp_path: 
         (["--system", "llumnix"], "is not NAME=ARGS"),
         (["--reference", "vllm"], "no system has that name"),
         (["--shapes", "X-L"], "is no shape"),
+        (["--engine", "sim", "--gpus", "1"], "there are 0"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(
@@ -91,6 +93,10 @@ def test_each_system_has_its_own_command(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert f"--kv-cache-memory-bytes {851 * 16 * 512 * 1024} " in command  # 512 KiB a token
     assert command.endswith("--dispatch-policy queue --no-migration")
     assert found.front.instances == 8
+    assert found.front.environment["CUDA_VISIBLE_DEVICES"] == "4,5"
+    one = layout(KNOWN["llumnix"], replace(engines, instances=2, gpus=1))
+    assert not isinstance(one, Absent)
+    assert one.front.environment["CUDA_VISIBLE_DEVICES"] == "4"
     assert isinstance(layout(KNOWN["vllm-dp"], engines), Absent)
     variant = parse("x@llumnix-rr=--migration-interval 0.5")
     assert variant.arguments[-2:] == ("--migration-interval", "0.5") and "rr" in variant.arguments
