@@ -300,6 +300,7 @@ def test_a_frame_with_a_byte_changed(whole: bytes, place: int, byte: int) -> Non
     assert isinstance(frame, Frame)
 
 
+TAGS = ("Submit", "Cancel", "Call", "Outputs", "Lost", "HandOver", "Reply", "Hello", "X")
 JSON_LIKE = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text()
     | st.binary(max_size=20),
@@ -310,7 +311,7 @@ JSON_LIKE = st.recursive(
 
 @settings(max_examples=300)
 @given(
-    tag=st.sampled_from(["Submit", "Cancel", "Call", "Outputs", "Lost", "Reply", "Hello", "X"]),
+    tag=st.sampled_from(TAGS),
     fields=st.lists(JSON_LIKE, max_size=7),
 )
 def test_fields_of_any_kind(tag: str, fields: list[Any]) -> None:
