@@ -35,6 +35,7 @@ from llumnix.entrypoints.engines import engine_maker, resumes
 from llumnix.entrypoints.loads import LoadReporter
 from llumnix.entrypoints.opening import Opening
 from llumnix.entrypoints.policies import read_policies
+from llumnix.entrypoints.server import opened
 from llumnix.entrypoints.server.admin import Admin, Standing
 from llumnix.entrypoints.server.admission import Admission
 from llumnix.entrypoints.server.app import Gateway, make_app
@@ -171,7 +172,7 @@ class Node:
         root = self._arguments.root_path or ""
         admission = Admission(config.max_requests, config.max_prompt_tokens, root)
         priorities = Priorities(self._policies.terms.classes)
-        self._client.on_open += [priorities.enter, admission.enter]
+        self._client.on_open += [priorities.enter, admission.enter, opened.enter]
         self._client.on_close.append(admission.leave)
         warnings = self._control.alarms.now
         admin = Admin(config.node, self.standing, self._view_and_age, self._fault, warnings)

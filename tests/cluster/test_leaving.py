@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.kit.etcd import EtcdCluster
 from tests.kit.leaving import SMALL, WAYS, Client, post
-from tests.kit.node import Node
+from tests.kit.node import Node, Nodes
 from tests.kit.wait import eventually
 
 CROWD, TURNS = 100, 3
@@ -64,6 +65,27 @@ def test_a_crowd_leaves_nothing(one: Node, moment: str) -> None:
             took = eventually(one.idle, within=3)  # they would run for ten seconds
             eventually(lambda: one.descriptors() <= descriptors + 2)
         print(f"{moment}: {took:.2f} s")
+
+
+@pytest.fixture(scope="module")
+def behind(
+    tmp_path_factory: pytest.TempPathFactory, etcd_member: EtcdCluster, model: str
+) -> Iterator[Node]:
+    """A node with an operator's middleware between clients and vLLM's handlers."""
+    nodes = Nodes(tmp_path_factory.mktemp("behind"), etcd_member.endpoints, "behind", model)
+    yield nodes.start("behind", "--middleware", "tests.kit.middleware.plain").ready(60)
+    nodes.close()
+
+
+@pytest.mark.cluster
+def test_a_crowd_behind_a_middleware_leaves_nothing(behind: Node) -> None:
+    """It closes no generator of tokens, and the garbage collector comes when it wants to."""
+    for _ in range(TURNS):
+        with crowd(behind, CROWD) as clients:
+            eventually(lambda: behind.metric("llumnix_open_requests") >= CROWD)
+            for number, client in enumerate(clients):
+                client.leave(WAYS[number % len(WAYS)])
+            eventually(behind.idle, within=3)
 
 
 @pytest.mark.cluster

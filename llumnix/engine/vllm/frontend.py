@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -84,6 +84,13 @@ class Frontend:
         """End vLLM's background tasks."""
         await self._stack.aclose()
 
+    def end(self, request_ids: Iterable[str]) -> None:
+        """End requests that nobody waits for any more; those that have ended do not matter."""
+        left = [request_id for request_id in request_ids if request_id in self._client.ledger]
+        if left and self.llm is not None:
+            self.llm.output_processor.abort_requests(left, internal=True)
+            self._abort(left)
+
     def _fail(self, request_id: str, reason: str, status: HTTPStatus) -> None:
         """End a request whose outputs will never come: its client gets `reason` as an error."""
         assert self.llm is not None
@@ -94,11 +101,14 @@ class Frontend:
         parent = state.parent_req  # with n > 1, the other choices end too
         whole = request_id if parent is None else parent.request_id
         ended = processor.abort_requests([whole], internal=True)
-        aborting = asyncio.ensure_future(self._client.abort_requests_async(ended))
-        self._aborts.add(aborting)
-        aborting.add_done_callback(self._aborts.discard)
+        self._abort(ended)
         if state.queue is not None:
             state.queue.put(compat.failed(reason, status))
+
+    def _abort(self, request_ids: list[str]) -> None:
+        aborting = asyncio.ensure_future(self._client.abort_requests_async(request_ids))
+        self._aborts.add(aborting)
+        aborting.add_done_callback(self._aborts.discard)
 
     def _learn(self, facts: EngineFacts) -> None:
         """What vLLM's own client would have written into the configuration at engine start."""

@@ -18,6 +18,7 @@ from llumnix.entrypoints.server.contents import Contents
 from llumnix.entrypoints.server.drains import Drains
 from llumnix.entrypoints.server.errors import RETRY_AFTER, Handler, error_response, openai_errors
 from llumnix.entrypoints.server.moves import Moves
+from llumnix.entrypoints.server.opened import opened
 from llumnix.entrypoints.server.outlet import Outlet
 from llumnix.entrypoints.server.priority import Priorities
 
@@ -67,7 +68,21 @@ class Gateway:
             events = await frontend.streams.open(scope, body)
             if events is not None:
                 return await stream(request, events)
-        return await asgi.serve(frontend.app, scope, request, body)
+        with opened() as ids:
+            try:
+                return await asgi.serve(frontend.app, scope, request, body)
+            finally:
+                if _gone(request) and not _goes_on(request, body):
+                    frontend.end(ids)
+
+
+def _gone(request: web.Request) -> bool:
+    return request.transport is None or request.transport.is_closing()
+
+
+def _goes_on(request: web.Request, body: bytes) -> bool:
+    """Whether its answer is to be fetched later, so that no client need stay for it."""
+    return request.path.endswith("/responses") and b'"background"' in body
 
 
 async def stream(request: web.Request, events: AsyncGenerator[str, None]) -> web.StreamResponse:

@@ -24,7 +24,7 @@ _NOT_COPIED = frozenset({b"transfer-encoding", b"connection"})
 
 logger = logging.getLogger(__name__)
 
-LAST_SECONDS = 2.0  # for an application to end once it was told that its client is gone
+LAST_SECONDS = 0.5  # for an application to end once it was told that its client is gone
 
 
 async def serve(
