@@ -68,12 +68,12 @@ class Gateway:
             events = await frontend.streams.open(scope, body)
             if events is not None:
                 return await stream(request, events)
-        with opened() as ids:
+        with opened() as asked:
             try:
                 return await asgi.serve(frontend.app, scope, request, body)
             finally:
                 if _gone(request) and not _goes_on(request, body):
-                    frontend.end(ids)
+                    asked.abandon(frontend.end)
 
 
 def _gone(request: web.Request) -> bool:

@@ -38,6 +38,9 @@ async def serve(
     except asyncio.CancelledError:
         exchange.gone.set()
         ended, _ = await asyncio.wait({answering}, timeout=LAST_SECONDS)
+        if not ended:
+            answering.cancel()
+            ended, _ = await asyncio.wait({answering}, timeout=LAST_SECONDS)
         for task in ended:
             task.cancelled() or task.exception()  # whatever it was, nobody waits for it
         raise

@@ -4,11 +4,11 @@ import argparse
 import asyncio
 import logging
 import ssl
-from typing import Any
 
 from aiohttp import web
 
 from llumnix.config import ConfigError
+from llumnix.entrypoints.server.acceptor import Acceptor
 from llumnix.entrypoints.server.doors import Doors
 from llumnix.entrypoints.server.places import Limits
 
@@ -46,7 +46,8 @@ class Listener:
             "keepalive_timeout": self._limits.idle_timeout + 60.0,  # which ends them before
         }
         self._doors: Doors | None = None
-        self._socket: asyncio.AbstractServer | None = None
+        self._acceptor: Acceptor | None = None
+        self._bound: asyncio.AbstractServer | None = None  # which keeps the address, and no more
         self._watching: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -56,24 +57,28 @@ class Listener:
         self._doors = Doors(self._app.server, self._limits, **self._options)
         loop = asyncio.get_running_loop()
         arguments = self._arguments
-        options: dict[str, Any] = {"ssl": _server_ssl(arguments), "backlog": BACKLOG}
-        if options["ssl"] is not None:
-            options["ssl_handshake_timeout"] = self._limits.header_timeout
+        self._acceptor = Acceptor(self._doors, _server_ssl(arguments), self._limits.header_timeout)
         if getattr(arguments, "uds", None):
-            self._socket = await loop.create_unix_server(self._doors, arguments.uds, **options)
+            self._bound = await loop.create_unix_server(
+                self._doors, arguments.uds, start_serving=False
+            )
         else:
             address = (arguments.host, arguments.port)
-            self._socket = await loop.create_server(self._doors, *address, **options)
+            self._bound = await loop.create_server(self._doors, *address, start_serving=False)
+        self._acceptor.listen(self._bound, BACKLOG)
         self._watching = loop.create_task(self._doors.watch(), name="connections")
 
     async def refuse_new(self) -> None:
         """Close the listening socket; open connections go on."""
-        if self._socket is not None:
-            self._socket.close()
+        if self._acceptor is not None and self._bound is not None:
+            self._acceptor.refuse_new()
+            self._bound.close()
 
     async def close(self) -> None:
         """Close everything."""
         await self.refuse_new()
+        if self._acceptor is not None:
+            await self._acceptor.close()
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)

@@ -6,28 +6,46 @@ closing it: then it lives, and its request runs, until the garbage collector com
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 from vllm.v1.engine import EngineCoreRequest
 
+
+@dataclass(slots=True)
+class Opened:
+    """The requests for engines of one HTTP request."""
+
+    ids: list[str] = field(default_factory=list)
+    end: Callable[[list[str]], None] | None = None  # once nobody waits for them any more
+
+    def abandon(self, end: Callable[[list[str]], None]) -> None:
+        """End them, and those that a task of the handler's opens from now on."""
+        self.end = end
+        end(self.ids)
+
+
 # Set in the handler's task, and so in all tasks that vLLM makes of it.
-_opened: ContextVar[list[str] | None] = ContextVar("opened", default=None)
+_opened: ContextVar[Opened | None] = ContextVar("opened", default=None)
 
 
 def enter(request: EngineCoreRequest) -> None:
     """Remember a request of the handler that this is called from."""
-    ids = _opened.get()
-    if ids is not None:
-        ids.append(request.request_id)
+    asked = _opened.get()
+    if asked is None:
+        return
+    asked.ids.append(request.request_id)
+    if asked.end is not None:
+        asked.end([request.request_id])
 
 
 @contextlib.contextmanager
-def opened() -> Iterator[list[str]]:
-    """Collect the ids of all requests for engines that are made in this context."""
-    ids: list[str] = []
-    _opened.set(ids)
+def opened() -> Iterator[Opened]:
+    """Collect all requests for engines that are made in this context."""
+    asked = Opened()
+    _opened.set(asked)
     try:
-        yield ids
+        yield asked
     finally:
         _opened.set(None)  # the next request of this connection has the same task
