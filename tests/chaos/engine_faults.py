@@ -5,7 +5,7 @@ import random
 import re
 import signal
 
-from tests.chaos.cluster import NAMES, Arena, later
+from tests.chaos.cluster import NAMES, START, Arena, later
 from tests.chaos.fault import Deed, Fault, Inject
 from tests.chaos.load import Load
 from tests.chaos.orders import POISON, done
@@ -24,6 +24,15 @@ def _signal(number: signal.Signals) -> Inject:
         return Deed(f"an engine of node {name}, process {pid}")
 
     return inject
+
+
+def _all_at_once(arena: Arena, load: Load, draw: random.Random) -> Deed:
+    """No instance is left, and each is started again: what runs waits for them."""
+    arena.remember()
+    pids = [pid for name in NAMES for pid in arena.engines(name).values()]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    return Deed(f"{len(pids)} engines of {len(NAMES)} nodes")
 
 
 def _order(what: str) -> Inject:
@@ -66,6 +75,7 @@ ENGINE_FAULTS = (
     Fault("engine SIGKILL", _signal(signal.SIGKILL), DIED, hold=3.0, weight=6),
     Fault("engine SIGTERM", _signal(signal.SIGTERM), DIED, hold=3.0),
     Fault("engine SIGSTOP", _signal(signal.SIGSTOP), HUNG, hold=10.0, weight=3),
+    Fault("all engines SIGKILL", _all_at_once, DIED, hold=3.0, within=START, weight=1),
     Fault("engine exception", _order("exception"), DIED, hold=3.0),
     Fault("engine out of memory", _order("memory"), DIED, hold=3.0),
     Fault("engine poisoned", _poison, DIED, hold=5.0),

@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.chaos.cluster import Arena
 from tests.chaos.load import Load, Request
+from tests.chaos.mob import summary
 
 # What a client may be told whose own node fails: docs/high_availability.md has these.
 DOCUMENTED = re.compile(
@@ -110,6 +111,7 @@ class Report:
     tokens: int = 0
     quiet_gap: float = 0.0  # the longest silence in a stream before the first fault
     moved: dict[str, int] = field(default_factory=dict)
+    mob: dict[str, int] = field(default_factory=dict)  # what unwelcome clients did and were told
     wrongs: list[str] = field(default_factory=list)
 
     @property
@@ -146,7 +148,8 @@ class Report:
         moves = ", ".join(f"{count} {what}" for what, count in sorted(self.moved.items()))
         lines.append(
             f"\n{self.requests} requests, {self.tokens} tokens; moves by hand: {moves or 'none'}; "
-            f"longest gap before the first fault {self.quiet_gap:.2f} s."
+            f"longest gap before the first fault {self.quiet_gap:.2f} s. "
+            f"Unwelcome clients: {summary(self.mob)}."
         )
         return "\n".join(lines) + "\n"
 

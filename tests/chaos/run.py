@@ -8,11 +8,13 @@ from pathlib import Path
 from tests.chaos.cluster import NAMES, PREFIX, START, Arena, later
 from tests.chaos.fault import Fault
 from tests.chaos.load import Load
+from tests.chaos.mob import Mob
 from tests.chaos.report import Injection, Report, measure
 
 SETTLE = 2.0  # seconds without a fault before the next
 CALM = 45.0  # seconds for all streams to go on after a fault
 END = 60.0  # seconds for the last requests
+MARGIN = 8  # descriptors, or threads, that a node opens when it first needs them, and keeps
 
 Say = Callable[[str], None]
 
@@ -22,9 +24,12 @@ class Run:
 
     def __init__(self, arena: Arena, load: Load, report: Report, seed: int, say: Say) -> None:
         self.arena, self.load, self.report = arena, load, report
+        self.mob = Mob(arena.urls(), seed)
         self._draw = random.Random(seed)
         self._say = say
         self._tracebacks: dict[str, int] = {}
+        # By process, under load and whole: what a node had open when it was first seen so.
+        self._open: dict[int, tuple[int, int]] = {}
 
     def begin(self, quiet: float) -> None:
         """Start the nodes and the load; nothing is done to them for a while."""
@@ -34,8 +39,10 @@ class Run:
             raise RuntimeError(f"the cluster did not start: {missing}")
         self.arena.remember()
         self.load.start()
+        self.mob.start()
         began = time.time()
         time.sleep(quiet)
+        self._look()
         gaps = [b - a for r in self.load.since(began) for a, b in r.gaps(began, time.time())]
         self.report.quiet_gap = max(gaps, default=0.0)
 
@@ -85,6 +92,7 @@ class Run:
                 injection.wrongs.append(f"nor after it was mended by force: {still}")
         self.load.avoid = frozenset()
         self._calm(injection)
+        self._look()
         self.arena.remember()
         injection.ended = time.time()
         measure(injection, self.arena, self.load, fault.detects, deed.homes)
@@ -106,6 +114,22 @@ class Run:
                 injection.wrongs.append(f"request {request.id or '?'} hangs {at}")
         time.sleep(SETTLE)
 
+    def _look(self) -> None:
+        """Note what each new process of a node has open."""
+        for node in self.arena.nodes.values():
+            if node.process.exitcode is None and node.pid not in self._open:
+                self._open[node.pid] = node.descriptors(), node.threads()
+
+    def _grown(self) -> list[str]:
+        """Which nodes have more open, now that they are idle, than they had under load."""
+        found = []
+        for name, node in self.arena.nodes.items():
+            if node.process.exitcode is None and (first := self._open.get(node.pid)):
+                now = node.descriptors(), node.threads()
+                if any(b > a + MARGIN for a, b in zip(first, now, strict=True)):
+                    found.append(f"node {name} had {first} descriptors and threads, and has {now}")
+        return found
+
     def _forget(self, injection: Injection) -> None:
         """What has ended is in the books."""
         done = [r for r in list(self.load.ended) if r.judged]
@@ -115,9 +139,10 @@ class Run:
         self.report.tokens += sum(r.verdict.position for r in done)
 
     def _count(self) -> None:
-        self.report.moved = dict(self.load.moved)
-        self.report.wrongs += self.load.bugs
-        self.load.bugs.clear()
+        self.report.moved, self.report.mob = dict(self.load.moved), dict(self.mob.counts)
+        for wrongs in self.load.bugs, self.mob.wrongs:
+            self.report.wrongs += wrongs
+            wrongs.clear()
         for node, count in self.arena.tracebacks().items():
             if count > self._tracebacks.get(node, 0):
                 self.report.wrongs.append(
@@ -143,12 +168,14 @@ class Run:
     def end(self) -> None:
         """Let the load end, and look at what is left of it."""
         last = Injection("the end", "", time.time())
+        self.mob.stop()
         if not self.load.stop(END):
             last.wrongs.append(f"{len(self.load.open)} requests did not end in {END:.0f} s")
         last.ended = time.time()
         measure(last, self.arena, self.load, "", frozenset())
         self._forget(last)
-        self.report.wrongs += last.wrongs
+        self.report.mob = dict(self.mob.counts)
+        self.report.wrongs += last.wrongs + self.mob.wrongs
         self.report.wrongs += self.leftovers()
         self.report.write()
 
@@ -159,6 +186,7 @@ class Run:
             if not later(node.idle, 10.0):
                 shown = {k: v for k, v in node.metrics().items() if v and _is_open(k)}
                 found.append(f"node {name} still has {shown}")
+        found += self._grown()
         for kind in ("migrations/", "c10d/"):
             if not later(lambda kind=kind: not self._keys(kind), 10.0):
                 found.append(f"keys are left: {self._keys(kind)}")

@@ -9,6 +9,7 @@ seams without a plug-in: see `compat`.
 """
 
 import functools
+import multiprocessing
 import os
 from typing import Any
 
@@ -20,8 +21,11 @@ def register() -> None:
     if VARIABLE not in os.environ:
         return
     from llumnix.engine.vllm import compat
+    from llumnix.engine.vllm.mortal import end_with_parent
     from llumnix.engine.vllm.utility import migration
 
+    if multiprocessing.parent_process() is not None:
+        end_with_parent()  # workers that are spawned; those that are forked have done it
     compat.add_utility("migration", migration)
     compat.around_update_states(_taking_outputs)
     compat.lose_no_request_at_shutdown()
