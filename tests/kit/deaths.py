@@ -13,11 +13,13 @@ import asyncio
 import gc
 import itertools
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from multiprocessing import util
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +33,7 @@ from tests.kit.wait import eventually
 
 DEADLINE = 120.0  # seconds for a start, on a busy machine
 HANG = 0.5  # seconds
+LEASE = ("--lease-ttl", "2")  # which has to end before the next death
 FATAL = (signal.SIGSTOP, signal.SIGKILL)  # the one that leaves more goes first
 
 
@@ -118,12 +121,12 @@ def nodes_die(
     with EtcdCluster(1) as etcd:
         nodes = Nodes(folder, etcd.endpoints, "deaths", model)
         try:
-            near = nodes.start("near", "--initial-instances", "1", environment=environment)
+            near = nodes.start("near", *LEASE, environment=environment)
             near.ready(DEADLINE)
             port: int | None = None
             counts: list[Count] = []
             for number in range(deaths + 1):
-                far = nodes.start("far", port=port, environment=environment)
+                far = nodes.start("far", *LEASE, port=port, environment=environment)
                 port = far.port
                 eventually(lambda: near.instances() == ["far-0", "near-0"], within=DEADLINE)
                 body = {"model": "small", "prompt": "x", "max_tokens": 500}
@@ -140,6 +143,10 @@ def nodes_die(
             nodes.close()
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
 def main() -> int:
     """Run one or the other; exit status 1 if anything has grown."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -150,17 +157,18 @@ def main() -> int:
         Path.home() / ".cache/llumnix/models/SmolLM2-135M-Instruct"
     )
     grown = False
-    with tempfile.TemporaryDirectory() as folder:
-        # Nobody else's files are counted.
-        os.environ["TMPDIR"] = tempfile.tempdir = f"{folder}/t"
-        os.mkdir(tempfile.tempdir)
-        if args.engines:
-            work = engines_die(model, Path(folder), args.engines, print)
-            before, after = asyncio.run(work)
-            grown |= any(b > a for a, b in zip(before, after, strict=True))
-        if args.nodes:
-            before, after = nodes_die(model, Path(folder), args.nodes, print)
-            grown |= any(b > a for a, b in zip(before, after, strict=True))
+    folder = Path(tempfile.mkdtemp())
+    # After all that multiprocessing has there.
+    util.Finalize(None, shutil.rmtree, (folder, True), exitpriority=-300)
+    # Nobody else's files are counted.
+    os.environ["TMPDIR"] = tempfile.tempdir = f"{folder}/t"
+    os.mkdir(tempfile.tempdir)
+    if args.engines:
+        before, after = asyncio.run(engines_die(model, folder, args.engines, _say))
+        grown |= any(b > a for a, b in zip(before, after, strict=True))
+    if args.nodes:
+        before, after = nodes_die(model, folder, args.nodes, _say)
+        grown |= any(b > a for a, b in zip(before, after, strict=True))
     print("something has grown" if grown else "nothing has grown")
     return grown
 
