@@ -35,15 +35,13 @@ from llumnix.engine.placer import Route
 from llumnix.engine.vllm.arguments import engine_config, make_parser
 from llumnix.engine.vllm.blocks import Rendezvous
 from llumnix.engine.vllm.instance import Patience, VllmEngine
-from llumnix.engine.vllm.launcher import Placement, start_fork_server
+from llumnix.engine.vllm.launcher import start_fork_server
 from llumnix.engine.vllm.placement import place
 from llumnix.entrypoints.migrations import Migrations, Rules
 from llumnix.policy.terms import Terms
 
 NODE = "bench"
 ON_CPU = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--block-size", "32"]
-# NCCL refuses two ranks on one GPU unless each says that it is on a host of its own.
-ONE_GPU = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
 
 
 class Stream:
@@ -210,9 +208,7 @@ def request_of(name: str, prompt: int, seed: int, outputs: int) -> EngineCoreReq
         request_id=f"{name}-{draw.getrandbits(32):x}",
         prompt_token_ids=[draw.randrange(1000, 30_000) for _ in range(prompt)],
         mm_features=None,
-        sampling_params=SamplingParams(
-            temperature=0.0, max_tokens=min(outputs, 4096 - prompt), ignore_eos=True
-        ),
+        sampling_params=SamplingParams(temperature=0.0, max_tokens=outputs, ignore_eos=True),
         pooling_params=None,
         arrival_time=time.time(),
         lora_request=None,
@@ -226,18 +222,6 @@ def engine_arguments(model: str, extra: Sequence[str]) -> VllmConfig:
     parser = make_parser("bench")
     own = ON_CPU if current_platform.is_cpu() else []
     return engine_config(parser, parser.parse_args(["--model", model, *own, *extra]))
-
-
-def placements(config: VllmConfig) -> list[Placement]:
-    """A share of the machine for each engine; a lone GPU serves both."""
-    if current_platform.is_cpu():
-        return [place(config, slot, 2) for slot in range(2)]
-    if current_platform.device_count() > 1:
-        return [place(config, slot, 2) for slot in range(2)]
-    return [
-        Placement({"CUDA_VISIBLE_DEVICES": "0", "NCCL_HOSTID": f"host-{slot}", **ONE_GPU})
-        for slot in range(2)
-    ]
 
 
 @asynccontextmanager
@@ -259,9 +243,10 @@ async def make_stage(model: str, extra: Sequence[str], seconds: float) -> AsyncI
         exchange = Exchange(NODE, Peers(Self(NODE, "", "bench"), "bench", lambda node: None))
         home = _Home()
         hosted = []
-        for slot, placement in enumerate(placements(config)):
+        for slot in range(2):
             name = f"{NODE}-{slot}"
             log = Path(os.environ.get("LLUMNIX_BENCH_LOGS", folder)) / f"{name}.log"
+            placement = place(config, slot, 2)
             engine = VllmEngine(name, config, placement, log, Patience(seconds), meet)
             hosted.append(HostedInstance(engine, slot, home))
         try:
@@ -272,6 +257,7 @@ async def make_stage(model: str, extra: Sequence[str], seconds: float) -> AsyncI
             migrations = Migrations(exchange, actor.proxy(), lambda: view, rules)
             stage = Stage(exchange, migrations, current_platform.device_name or "CPU")
             home.client = stage.client
+            migrations.look()  # as a node's do, whose instances meet before anything moves
             reading = asyncio.create_task(stage.read())
             yield stage
             reading.cancel()

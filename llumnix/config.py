@@ -133,6 +133,13 @@ class Config(ConnectionConfig):
     migration_max_blocks: int = _knob(
         0, "KV blocks of these together; 0: as many as the instance has room for"
     )
+    migration_carrier: str = _knob(
+        "auto",
+        "how KV blocks go: memory (read in place, between instances of one machine; else as "
+        "group), group (torch.distributed: NCCL between GPUs, Gloo between CPUs; else as host), "
+        "host (Gloo, through the machines' memory) or auto (memory on GPUs, group on CPUs)",
+        choices=("auto", "memory", "group", "host"),
+    )
     migration_timeout: float = _knob(
         10.0, "seconds for each answer of a migration's other end, and for each transfer"
     )

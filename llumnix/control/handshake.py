@@ -15,7 +15,7 @@ from llumnix.cluster import InstanceId
 from llumnix.control.errors import EtcdError, EtcdOutcomeUnknown, EtcdUnavailable, LeaseNotFound
 from llumnix.control.etcd import Etcd
 from llumnix.control.keys import Keys, Kind
-from llumnix.control.kv import Compare, Delete, KeyValue
+from llumnix.control.kv import Compare, Delete, Get, KeyValue, Put
 from llumnix.control.session import Session
 
 T = TypeVar("T")
@@ -85,6 +85,8 @@ class Handshake:
         self._keys = keys
         self._below = f"{keys.prefix}{Kind.MIGRATION}/"
         self._seen: Mapping[str, KeyValue] = {}
+        # By migration, what was proposed here: so the key need not be read before each step.
+        self._proposed: dict[str, tuple[MigrationRecord, KeyValue]] = {}
 
     def read(self, request: str) -> MigrationRecord | None:
         """The migration of the request that is under way or not yet removed."""
@@ -112,6 +114,7 @@ class Handshake:
                 f"{other.destination} already, which is {other.state}",
                 other,
             )
+        self._proposed[record.migration] = record, now
 
     def advance(
         self, request: str, migration: str, expected: MigrationState, to: MigrationState
@@ -123,6 +126,8 @@ class Handshake:
         """
         if to not in TRANSITIONS[expected]:
             raise ValueError(f"no migration goes from {expected} to {to}")
+        if (done := self._step(migration, expected, to)) is not None:
+            return done
         now = self._find(request, migration)
         if now is not None and now.record.state is expected:
             done, now = self._swap(now, replace(now.record, state=to))
@@ -146,11 +151,14 @@ class Handshake:
 
     def remove(self, request: str, migration: str) -> None:
         """Deletes the record, in whatever state; does nothing if that migration's is gone."""
-        now = self._find(request, migration)
-        if now is not None:
+        _, kv = self._proposed.pop(migration, (None, None))
+        if kv is None:
+            now = self._find(request, migration)
+            kv = None if now is None else now.kv
+        if kv is not None:
             # The record of another migration would be another creation of the key.
-            when = [Compare(now.kv.key, "create", now.kv.create_revision)]
-            then = [Delete(now.kv.key)]
+            when = [Compare(kv.key, "create", kv.create_revision)]
+            then = [Delete(kv.key)]
             _insist(lambda: self._etcd.txn(when, then))
 
     def appeared(self, items: Mapping[str, KeyValue]) -> list[MigrationRecord]:
@@ -167,6 +175,24 @@ class Handshake:
             with contextlib.suppress(HandshakeError):
                 records.append(_decode(kv))
         return records
+
+    def _step(
+        self, migration: str, expected: MigrationState, to: MigrationState
+    ) -> MigrationRecord | None:
+        """A step of what was proposed here, if its record is as expected; else None.
+
+        What is expected is known to the byte, so the key is written without being read.
+        """
+        record, kv = self._proposed.get(migration, (None, None))
+        if record is None or kv is None:
+            return None
+        was, becomes = (orjson.dumps(replace(record, state=state)) for state in (expected, to))
+        when, then = [Compare(kv.key, "value", was)], [Put(kv.key, becomes, kv.lease)]
+        result, repeated = _insist(lambda: self._etcd.txn(when, then, [Get(kv.key)]))
+        now = None if result.succeeded else result.found[0]
+        if result.succeeded or (repeated and now is not None and now.value == becomes):
+            return replace(record, state=to)
+        return None
 
     def _find(self, request: str, migration: str) -> "_Entry | None":
         kv = self._etcd.get(self._keys.migration(request))

@@ -42,6 +42,8 @@ class Arrival:
     receiving: asyncio.Task[int] | None = None
     ended: bool = False
     moved: bool = True  # whether the request has been handed over, as far as one knows
+    lent: bool = False  # whether the source holds blocks that the request will need
+    begun: bool = False  # whether it needs them no more
 
 
 class Arrivals:
@@ -61,6 +63,7 @@ class Arrivals:
             "migration_offer": self.offer,
             "migration_reserve": self.reserve,
             "migration_receive": self.receive,
+            "migration_expect": self.expect,
             "migration_end": self.end,
         }
 
@@ -108,11 +111,12 @@ class Arrivals:
         first: int,
         count: int,
         within: float,
+        skips: int = 0,
     ) -> int:
         """Receive blocks; returns when requests can use them. Raises EngineError."""
         await self._at("receive")
         arrival = self._accepted(migration)
-        transfer = Transfer(pair, group, first, count, within)
+        transfer = Transfer(pair, group, first, count, within, skips)
         task = asyncio.ensure_future(arrival.hosted.engine.blocks.receive(migration, transfer))
         arrival.receiving = task
         try:
@@ -124,8 +128,21 @@ class Arrivals:
         finally:
             arrival.receiving = None
 
+    async def expect(
+        self, instance: InstanceId, migration: str, pair: str, group: str, theirs: list[int]
+    ) -> None:
+        """Be ready to take what the source lends. Raises EngineError."""
+        arrival = self._accepted(migration)
+        transfer = Transfer(pair, group, 0, len(theirs), 0.0)
+        blocks = arrival.hosted.engine.blocks
+        await blocks.expect(migration, arrival.request_id, transfer, theirs)
+        arrival.lent = True
+
     async def end(self, instance: InstanceId, migration: str, moved: bool) -> None:
-        """Nothing more will come; the blocks stay held until the request uses them, if it moved."""
+        """Nothing more will come; the blocks stay held until the request uses them, if it moved.
+
+        Where some were lent it returns only then, and raises EngineError if that is not certain.
+        """
         arrival = self._arrivals.get(migration)
         if arrival is None:
             return
@@ -133,7 +150,11 @@ class Arrivals:
             arrival.moved = False
             if not arrival.coming.done():
                 arrival.coming.set_result(None)
-        self._finish(migration, arrival)
+        ending = self._finish(migration, arrival)
+        if moved and arrival.lent and ending is not None:
+            await asyncio.shield(ending)
+            if not arrival.begun:
+                raise EngineError(f"request {arrival.request_id} did not begin")
 
     async def close(self) -> None:
         """End what waits here, and accept nothing more."""
@@ -156,16 +177,17 @@ class Arrivals:
         logger.warning("migration %s to %s was never ended", migration, arrival.hosted.id)
         self._finish(migration, arrival)
 
-    def _finish(self, migration: str, arrival: Arrival) -> None:
+    def _finish(self, migration: str, arrival: Arrival) -> asyncio.Task[None] | None:
         if arrival.ended:
-            return
+            return None
         arrival.ended = True
         if arrival.timer is None:
-            return  # its offer is being answered, and sees it
+            return None  # its offer is being answered, and sees it
         arrival.timer.cancel()
         task = asyncio.ensure_future(self._end(migration, arrival))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _end(self, migration: str, arrival: Arrival) -> None:
         try:
@@ -188,6 +210,8 @@ class Arrivals:
                 tenant = await arrival.coming
                 if tenant is not None and not tenant.started:
                     await arrival.hosted.next_output(tenant, FIRST_OUTPUT)
+            # One that ended before may still be on its way into the engine.
+            arrival.begun = tenant is None or tenant.started
         except TimeoutError:
             logger.info("request %s did not begin at %s", arrival.request_id, arrival.hosted.id)
 

@@ -17,6 +17,10 @@ class EngineError(Exception):
     """An engine cannot do what was asked of it; the message is one sentence for the operator."""
 
 
+class SetupFailed(EngineError):
+    """Two instances found no way for KV blocks between them; a transfer has not begun."""
+
+
 class EngineDead(EngineError):
     """The engine is gone; what it was running has to go on elsewhere."""
 
@@ -47,8 +51,12 @@ class Transfer:
     pair: str  # names the two instances, in this direction
     group: str  # which of their transfer groups; after a failure it is a new one
     first: int  # index of the first block in the request
-    count: int  # blocks
+    count: int  # blocks; 0: the two instances only meet
     within: float  # seconds
+    skips: int = 0  # ways for blocks that are not tried, as they could not be set up
+
+
+LEND_SECONDS = 5.0  # in which lent blocks are taken, or not at all
 
 
 class Blocks(Protocol):
@@ -59,6 +67,10 @@ class Blocks(Protocol):
     """
 
     block_bytes: int  # of a block in all workers together; 0 until the first export
+
+    @property
+    def ways(self) -> int:
+        """How many ways there are for blocks to another engine, to be tried one after the other."""
 
     async def export(self, migration: str, request_id: str) -> list[bytes]:
         """Hold all full blocks of a request, from now until `drop`; their hashes."""
@@ -71,6 +83,27 @@ class Blocks(Protocol):
 
     async def receive(self, migration: str, transfer: Transfer) -> int:
         """Receive into held blocks; returns when requests can use them, with the bytes."""
+
+    def reads(self, pair: str) -> bool:
+        """Whether the destination of a pair reads this engine's memory, so that blocks can be lent.
+
+        That is known from the last transfer of the pair on.
+        """
+
+    async def meet(self, transfer: Transfer, sends: bool) -> None:
+        """Make ready for transfers of a pair. Raises SetupFailed if they are not possible."""
+
+    async def lend(self, migration: str, request_id: str) -> list[int]:
+        """Hold also the blocks behind the full ones, until `drop`; their ids in this engine."""
+
+    async def expect(
+        self, migration: str, request_id: str, transfer: Transfer, theirs: list[int]
+    ) -> None:
+        """Be ready to take lent blocks when the request comes, within `LEND_SECONDS`.
+
+        They follow the blocks that have been received. A request that then comes with all of its
+        tokens computed but the last needs no prefill.
+        """
 
     async def drop(self, migration: str) -> None:
         """Hold no block for this migration any more; an unknown one is no error."""

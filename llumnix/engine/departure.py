@@ -9,20 +9,26 @@ the request wherever it can.
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from llumnix.cluster import InstanceId, NodeId, kv_blocks
-from llumnix.engine.base import EngineError, Transfer
+from llumnix.engine.base import LEND_SECONDS, EngineError, SetupFailed, Transfer
 from llumnix.engine.exchange import Exchange
+from llumnix.engine.groups import Groups, pair_name
 from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.tenant import Tenant
 
 logger = logging.getLogger(__name__)
 
 GRACE = 2.0  # seconds beyond a transfer's own deadline until it is given up without an answer
+# Seconds for which lent blocks stay held when nobody says that they were taken: longer than they
+# may be taken, and a step that takes them may last.
+LENT_SECONDS = 4 * LEND_SECONDS
+# Of a block, that a request must have before it to be lent: it goes on while that is arranged.
+MARGIN = 4  # tokens
+RECOMPUTED_MOST = 8192  # tokens of a request that moves to where none of its blocks can go
 
 
 class MigrationError(EngineError):
@@ -62,34 +68,6 @@ class Progress:
     began: float = field(default_factory=time.monotonic)
 
 
-class Groups:
-    """Names of the transfer groups from this node's instances to others.
-
-    A name is new after a failure, and when one of the two has been restarted: the other's end of
-    the former group leads nowhere.
-    """
-
-    def __init__(self) -> None:
-        self._names: dict[str, str] = {}
-        self._lives: dict[str, tuple[str, str]] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
-
-    def name(self, pair: str, lives: tuple[str, str]) -> str:
-        """The group that is in use between two instances, in these lives of their engines."""
-        if self._lives.setdefault(pair, lives) != lives:
-            self._lives[pair] = lives
-            self.renew(pair)
-        return self._names.setdefault(pair, uuid.uuid4().hex[:12])
-
-    def renew(self, pair: str) -> None:
-        """Have the next transfer make a new group."""
-        self._names.pop(pair, None)
-
-    def lock(self, pair: str) -> asyncio.Lock:
-        """Held during a transfer: one at a time, or the two ends would disagree on the order."""
-        return self._locks.setdefault(pair, asyncio.Lock())
-
-
 class Departure:
     """One request on its way from an instance of this node to another instance."""
 
@@ -105,6 +83,7 @@ class Departure:
         groups: Groups,
         limits: Limits,
         at: Callable[[str], Awaitable[None]],
+        drains: bool = False,  # whether the source is to have no requests
     ) -> None:
         self.migration = migration
         self.progress = Progress()
@@ -117,9 +96,11 @@ class Departure:
         self._groups = groups
         self._limits = limits
         self._at = at  # told of each step before it is taken; tests stop a migration there
-        self._pair = f"{source.id}--{destination}"
+        self._drains = drains
+        self._pair = pair_name(source.id, destination)
         self._life = ""  # of the destination's engine
         self._covered = 0  # blocks that are at the destination
+        self._lent = 0  # blocks behind these that the destination can read when it needs them
 
     async def run(self) -> None:
         """Move the request. Raises MigrationError, after which it goes on where it was.
@@ -139,6 +120,7 @@ class Departure:
             self._check()
             await self._handshakes.advance(self.migration, "committed")
             await self._at("hand over")
+            await self._lend()
             handed_over = await self._hand_over()
         except TimeoutError as error:
             raise MigrationError(f"{self._destination} did not answer in time") from error
@@ -156,13 +138,18 @@ class Departure:
             if not hashes:
                 return  # these blocks can't move: the destination computes them anew
             if fresh := hashes[self._covered :]:
+                if not self._has_way():
+                    return  # likewise
                 await self._at(f"stage {stage}")
                 await self._send(fresh)
                 self.progress.stages = stage
             left = self._tenant.tokens - self._covered * size
             if left <= self._limits.tail_tokens or not self._tenant.started:
                 return
-            if stage < self._limits.max_stages:
+            reads = self._source.engine.blocks.reads(self._pair)
+            if reads and left // size <= self._limits.last_stage_max_blocks:
+                return  # what is left is lent
+            if stage < self._limits.max_stages and not reads:
                 await self._until_block_full()
         left_blocks = (self._tenant.tokens - self._covered * size) // size
         if left_blocks > self._limits.last_stage_max_blocks:
@@ -177,6 +164,41 @@ class Departure:
         if facts is None:
             raise Ended(f"instance {self._source.id} is gone")
         return facts.block_size
+
+    def _has_way(self) -> bool:
+        """Whether blocks can go from here to there at all. Raises MigrationError if none should."""
+        if self._groups.skips(self._pair, self._lives) < self._source.engine.blocks.ways:
+            return True
+        if self._tenant.tokens > RECOMPUTED_MOST and not self._drains:
+            raise MigrationError(
+                f"there is no way for KV blocks between {self._source.id} and {self._destination}, "
+                f"and {self._tenant.tokens} tokens are too many to be computed anew"
+            )
+        return False
+
+    @property
+    def _lives(self) -> tuple[str, str]:
+        return self._source.life, self._life
+
+    async def _lend(self) -> None:
+        """Where the destination reads this engine's memory, show it what is behind the full blocks.
+
+        It takes them at the moment when it needs them, and has nothing to compute anew but the last
+        token. If that can't be arranged, the request moves nevertheless.
+        """
+        blocks, size = self._source.engine.blocks, self.block_size
+        if not self._tenant.started or not blocks.reads(self._pair):
+            return
+        while 0 < -self._tenant.tokens % size < MARGIN:
+            await self._next_output(self._limits.within)
+        name = self._groups.name(self._pair, self._lives)
+        try:
+            async with asyncio.timeout(self._limits.within):
+                theirs = await blocks.lend(self.migration, self._tenant.name)
+            await self._ask("migration_expect", self.migration, self._pair, name, theirs)
+            self._lent = len(theirs)
+        except (EngineError, TimeoutError) as error:
+            logger.info("request %s takes no blocks along: %s", self._tenant.request_id, error)
 
     async def _until_block_full(self) -> None:
         """Wait for the block that the request is filling: less is left to recompute then.
@@ -204,17 +226,20 @@ class Departure:
 
     async def _transfer(self, first: int, count: int) -> None:
         within = self._limits.within
-        name = self._groups.name(self._pair, (self._source.life, self._life))
-        transfer = Transfer(self._pair, name, first, count, within)
-        arguments = (self.migration, self._pair, name, first, count, within)
+        name = self._groups.name(self._pair, self._lives)
+        skips = self._groups.skips(self._pair, self._lives)
+        transfer = Transfer(self._pair, name, first, count, within, skips)
+        arguments = (self.migration, self._pair, name, first, count, within, skips)
         sending = self._source.engine.blocks.send(self.migration, transfer)
         receiving = self._ask("migration_receive", *arguments, within=within + GRACE)
         both = [asyncio.ensure_future(sending), asyncio.ensure_future(receiving)]
         try:
             async with asyncio.timeout(within + GRACE):
                 sent, _ = await asyncio.gather(*both)
-        except BaseException:
+        except BaseException as error:
             self._groups.renew(self._pair)
+            if isinstance(error, SetupFailed):
+                self._groups.failed(self._pair)
             for one in both:
                 one.cancel()
             await asyncio.gather(*both, return_exceptions=True)
@@ -245,16 +270,29 @@ class Departure:
 
     async def _release(self, handed_over: bool) -> None:
         """Neither side holds blocks any more; a side that is gone holds none anyway."""
-        works = (
-            self._source.engine.blocks.drop(self.migration),
-            self._ask("migration_end", self.migration, handed_over),
-        )
+        works: list[Awaitable[Any]]
+        if self._lent and handed_over:
+            works = [self._taken()]
+        else:
+            works = [
+                self._source.engine.blocks.drop(self.migration),
+                self._ask("migration_end", self.migration, handed_over),
+            ]
         # To its end, even if this migration is cancelled meanwhile.
         both = asyncio.gather(*works, return_exceptions=True)
         done, _ = await asyncio.wait([both], timeout=self._limits.within + GRACE)
         for error in both.result() if done else ["it takes too long"]:
             if error is not None:
                 logger.info("the end of migration %s: %s", self.migration, error)
+
+    async def _taken(self) -> None:
+        """Hold what was lent until the request computes elsewhere, or can't take it any more."""
+        try:
+            await self._ask("migration_end", self.migration, True)
+        except (EngineError, TimeoutError) as error:
+            logger.info("the end of migration %s is not known: %s", self.migration, error)
+            await asyncio.sleep(LENT_SECONDS)
+        await self._source.engine.blocks.drop(self.migration)
 
     async def _ask(self, procedure: str, *arguments: Any, within: float | None = None) -> Any:
         return await self._exchange.call(

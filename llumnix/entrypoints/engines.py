@@ -1,9 +1,11 @@
 """Which engine a node runs: vLLM, or the modelled one; both from vLLM's own arguments."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 
 from llumnix.cluster import InstanceId
 from llumnix.config import Config, ConfigError
@@ -12,6 +14,7 @@ from llumnix.engine.sim.config import ModelConfig
 from llumnix.engine.sim.instance import SimEngine
 from llumnix.engine.vllm import scheduler
 from llumnix.engine.vllm.blocks import Rendezvous
+from llumnix.engine.vllm.carrier import LADDER
 from llumnix.engine.vllm.instance import Patience, VllmEngine
 from llumnix.engine.vllm.machine import Machine
 from llumnix.engine.vllm.placement import place
@@ -43,11 +46,17 @@ def engine_maker(
     def make(instance: InstanceId, slot: int) -> Engine:
         placement = place(vllm_config, slot, config.initial_instances)
         log_file = logs / f"{instance}.log"
-        return VllmEngine(
-            *(instance, vllm_config, placement, log_file, patience, rendezvous(), machine)
-        )
+        meet = replace(rendezvous(), ladder=ladder(config.migration_carrier))
+        return VllmEngine(*(instance, vllm_config, placement, log_file, patience, meet, machine))
 
     return make
+
+
+def ladder(carrier: str) -> tuple[str, ...]:
+    """The ways for KV blocks that `--migration-carrier` allows, the best first."""
+    if carrier == "auto":
+        carrier = "group" if current_platform.is_cpu() else "memory"
+    return LADDER[LADDER.index(carrier) :]
 
 
 def resumes(config: Config, vllm_config: VllmConfig) -> bool:

@@ -17,9 +17,11 @@ from llumnix import metrics
 from llumnix.cluster import ClusterView, InstanceId, InstanceState, NodeId, kv_blocks
 from llumnix.engine.arrival import Arrivals
 from llumnix.engine.base import EngineDead, EngineError
-from llumnix.engine.departure import Departure, Ended, Groups, Limits, MigrationError
+from llumnix.engine.departure import Departure, Ended, Limits, MigrationError
 from llumnix.engine.exchange import Exchange
+from llumnix.engine.groups import Groups
 from llumnix.engine.hosted import HostedInstance
+from llumnix.engine.meetings import Meetings
 from llumnix.engine.tenant import Tenant
 from llumnix.entrypoints.candidates import candidates
 from llumnix.entrypoints.doorkeeper import Doorkeeper
@@ -61,15 +63,22 @@ class Migrations:
         self._view = view
         self._rules = rules
         self._groups = Groups()
+        self._meetings = Meetings(exchange, self._groups, view)
         self._under_way: set[asyncio.Task[Any]] = set()
         self._stops = False
         self.at: Callable[[str], Awaitable[None]] = _pass
         self._arrivals = Arrivals(exchange, Doorkeeper(actor), lambda step: self.at(step))
         exchange.procedures |= {"migrate": self._migrate, "requests": self._list}
 
+    def look(self) -> None:
+        """The cluster has changed: let instances meet before anything moves between them."""
+        if not self._stops:
+            self._meetings.look()
+
     async def close(self) -> None:
         """End what is under way, and begin nothing more; the requests stay where they are."""
         self._stops = True
+        await self._meetings.close()
         while self._under_way:  # a migration that ends leaves its record to be removed
             for task in self._under_way:
                 task.cancel()
@@ -219,6 +228,7 @@ class Migrations:
             self._groups,
             self._rules.limits,
             lambda step: self.at(step),
+            drains=reason == "drain",
         )
         began = time.monotonic()
         outcome, failure = "aborted", "it was called off"

@@ -222,6 +222,8 @@ class Node:
             return
         self._client.placer.instances_changed()
         self._opening.look()
+        if self._config.migration:
+            self._acting.migrations.look()
         if self._opening.frontend is not None:
             self.standing.serving, self.standing.awaiting = bool(self._ready()), self._awaited()
             self.standing.sentence = "no instance is ready"

@@ -31,6 +31,7 @@ class Scheduler:
         self.block_size = SIZE
         self.requests: dict[str, Request] = {}
         self.running: list[Request] = []
+        self.num_spec_tokens = 0
         self.depot = BlockDepot(self)
         init_none_hash(sha256)
 
@@ -196,3 +197,114 @@ def test_without_prefix_caching_no_block_moves() -> None:
     assert scheduler.depot.export("m", "r")[0] == []
     with pytest.raises(DepotError, match="prefix caching is off"):
         scheduler.depot.reserve("m", [b"x"])
+
+
+# ---- what is lent
+
+
+class Workers:
+    """Answers for the workers of the destination, and notes which blocks they filled."""
+
+    def __init__(self, reads: bool = True, pulls: bool = True) -> None:
+        self.reads, self.pulls = reads, pulls
+        self.pulled: list[tuple[list[int], list[int]]] = []
+
+    def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[bool]:
+        if method == "llumnix_reads":
+            return [self.reads, True]
+        _, _, theirs, mine = args
+        self.pulled.append((theirs, mine))
+        return [True, self.pulls]
+
+
+def _moved(
+    generated: int, workers: Workers, lent_at: int = 0
+) -> tuple[Scheduler, Scheduler, Request, bool]:
+    """A request of 10 tokens that is copied, lent after some more tokens, and then comes."""
+    source, destination = Scheduler(), Scheduler()
+    source.run("r", prompt(1, 10))
+    source.requests["r"].append_output_token_ids(7)
+    hashes, _ = source.depot.export("m", "r")
+    destination.depot.reserve("m", hashes)
+    destination.depot.store("m")
+    source.grow("r", list(range(100, 100 + lent_at)))
+    theirs = source.depot.lend("m", "r")
+    destination.depot.expect("m", "r", "p", "g", theirs, workers)
+    source.grow("r", list(range(200, 200 + generated)))
+    tokens = list(source.requests["r"]._all_token_ids)
+    params: Any = SamplingParams(max_tokens=64)
+    hasher = get_request_block_hasher(SIZE, sha256)
+    request = Request("r~2", tokens[:10], params, None, block_hasher=hasher)
+    request.append_output_token_ids(tokens[10:])
+    destination.requests["r~2"] = request
+    return source, destination, request, destination.depot.adopt(request)
+
+
+def test_a_request_comes_with_all_of_its_blocks() -> None:
+    """Only its last token is left to compute; and every block is given back in the end."""
+    workers = Workers()
+    source, destination, request, adopted = _moved(1, workers)
+    assert adopted
+    assert request.num_computed_tokens == request.num_tokens - 1 == 11
+    blocks = destination.kv_cache_manager.get_blocks("r~2").blocks[0]
+    assert len(blocks) == 3
+    theirs, mine = workers.pulled[0]
+    assert len(theirs) == 1
+    assert mine == [blocks[2].block_id]
+    # As the scheduler does with one whose blocks a connector has loaded.
+    assert destination.kv_cache_manager.allocate_slots(request, 1) is not None
+    destination.depot.drop("m")
+    destination.kv_cache_manager.free(request)
+    assert destination.free == TOTAL
+    source.depot.drop("m")
+    source.end("r")
+    assert source.free == TOTAL
+
+
+def test_a_lent_block_that_is_full_meanwhile_enters_the_prefix_cache() -> None:
+    _, destination, request, adopted = _moved(2, Workers())  # 13 tokens: three blocks are full
+    assert adopted
+    destination.kv_cache_manager.free(request)
+    destination.depot.drop("m")
+    assert destination.run("again", list(request._all_token_ids)) == 12
+
+
+def test_a_block_that_was_begun_after_the_loan_is_computed_anew() -> None:
+    workers = Workers()
+    _, destination, request, adopted = _moved(7, workers)  # the fifth block is not among the lent
+    assert not adopted
+    assert request.num_computed_tokens == 0
+    assert not workers.pulled
+    destination.depot.drop("m")
+    assert destination.free == TOTAL
+
+
+@pytest.mark.parametrize("workers", [Workers(pulls=False)])
+def test_a_worker_that_can_not_read_leaves_all_to_be_computed(workers: Workers) -> None:
+    _, destination, request, adopted = _moved(1, workers)
+    assert not adopted
+    assert request.num_computed_tokens == 0
+    destination.depot.drop("m")
+    assert destination.free == TOTAL
+
+
+def test_nothing_is_lent_where_it_can_not_be_read() -> None:
+    with pytest.raises(DepotError, match="can't be read"):
+        _moved(1, Workers(reads=False))
+
+
+def test_a_loan_is_over_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the source might have given the blocks to another request."""
+    monkeypatch.setattr("llumnix.engine.vllm.depot.LEND_SECONDS", -1.0)
+    workers = Workers()
+    _, _, _, adopted = _moved(1, workers)
+    assert not adopted
+    assert not workers.pulled
+
+
+def test_an_export_behind_a_loan_holds_no_block_twice() -> None:
+    source, _, _, _ = _moved(3, Workers())
+    source.depot.export("m", "r")
+    source.depot.drop("m")
+    source.end("r")
+    assert source.free == TOTAL

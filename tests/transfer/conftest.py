@@ -23,7 +23,9 @@ def prefix() -> str:
     return f"/llumnix/transfer{next(_numbers)}/c10d/"
 
 
-@pytest.fixture
-def rendezvous(member: EtcdCluster, prefix: str) -> Rendezvous:
+@pytest.fixture(params=["memory", "group"])
+def rendezvous(request: pytest.FixtureRequest, member: EtcdCluster, prefix: str) -> Rendezvous:
+    """Once for each way that blocks can take without a GPU."""
     arguments = {"endpoints": list(member.endpoints), "prefix": prefix}
-    return Rendezvous("llumnix.control.c10d_store.EtcdStore", arguments, "127.0.0.1")
+    store = "llumnix.control.c10d_store.EtcdStore"
+    return Rendezvous(store, arguments, "127.0.0.1", (request.param,))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llumnix.engine.base import EngineError, Transfer
-from llumnix.engine.vllm import transfer as module
+from llumnix.engine.vllm import kv_memory as module
 from llumnix.engine.vllm.blocks import Rendezvous
 from tests.kit.etcd import EtcdCluster
 from tests.kit.loop import on_loop, soon

@@ -24,6 +24,7 @@ class SimBlocks:
     """See `engine.base.Blocks`."""
 
     block_bytes = BLOCK_BYTES
+    ways = 1
 
     def __init__(self, model: ModelledEngine) -> None:
         self._model = model
@@ -83,6 +84,24 @@ class SimBlocks:
             raise EngineError(f"the blocks of migration {migration} are not held any more")
         arriving.stored = transfer.first + transfer.count
         return transfer.count * BLOCK_BYTES
+
+    def reads(self, pair: str) -> bool:
+        """There is no memory to be read."""
+        return False
+
+    async def meet(self, transfer: Transfer, sends: bool) -> None:
+        """There is nobody to meet."""
+        self._check()
+
+    async def lend(self, migration: str, request_id: str) -> list[int]:
+        """Nothing is lent. Raises EngineError."""
+        raise EngineError("a modelled engine lends no blocks")
+
+    async def expect(
+        self, migration: str, request_id: str, transfer: Transfer, theirs: list[int]
+    ) -> None:
+        """Nothing is borrowed. Raises EngineError."""
+        raise EngineError("a modelled engine borrows no blocks")
 
     async def drop(self, migration: str) -> None:
         """Hold no block for this migration any more."""

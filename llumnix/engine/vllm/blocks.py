@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from llumnix.engine.base import EngineError, Transfer
+from llumnix.engine.base import EngineError, SetupFailed, Transfer
+from llumnix.engine.vllm.carrier import LADDER
 from llumnix.engine.vllm.transfer import Ended, Job
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class Rendezvous:
     store: str  # qualified name of a torch.distributed store
     arguments: dict[str, Any]  # of its constructor
     address: str  # host name or address of this machine, at which others reach it
+    ladder: tuple[str, ...] = LADDER  # the ways for blocks that may be taken, the best first
 
 
 @dataclass
@@ -36,6 +38,8 @@ class _Pending:
     ranks: int  # workers that have not answered
     bytes: int = 0
     errors: list[str] = field(default_factory=list)
+    setup: bool = False  # whether it failed before there was a way for blocks
+    kinds: set[str] = field(default_factory=set)  # of the workers' carriers
 
 
 class VllmBlocks:
@@ -48,6 +52,7 @@ class VllmBlocks:
         self._path = ""
         self._socket: socket.socket | None = None
         self._pending: dict[str, _Pending] = {}
+        self._reads: dict[str, bool] = {}  # by pair
         self.block_bytes = 0
         self.cpu_seconds = 0.0  # that the workers' transfers have taken
 
@@ -67,6 +72,11 @@ class VllmBlocks:
         for pending in self._pending.values():
             if not pending.done.done():
                 pending.done.set_exception(EngineError("the engine has stopped"))
+
+    @property
+    def ways(self) -> int:
+        """How many ways there are to try, one after the other."""
+        return len(self._rendezvous.ladder)
 
     async def export(self, migration: str, request_id: str) -> list[bytes]:
         """Hold all full blocks of a request; their hashes."""
@@ -88,6 +98,24 @@ class VllmBlocks:
         await self._operate("store", migration)
         return size
 
+    def reads(self, pair: str) -> bool:
+        """Whether the last transfer of the pair was a reading of the other's memory."""
+        return self._reads.get(pair, False)
+
+    async def meet(self, transfer: Transfer, sends: bool) -> None:
+        """Make a way for blocks, with the other instance, which is told the same."""
+        await self._ordered("meet", transfer, (sends,))
+
+    async def lend(self, migration: str, request_id: str) -> list[int]:
+        """Hold also the blocks behind the full ones; their ids."""
+        return list(await self._operate("lend", migration, request_id))
+
+    async def expect(
+        self, migration: str, request_id: str, transfer: Transfer, theirs: list[int]
+    ) -> None:
+        """Be ready to take lent blocks when the request comes."""
+        await self._operate("expect", migration, request_id, transfer.pair, transfer.group, theirs)
+
     async def drop(self, migration: str) -> None:
         """Hold no block for this migration any more."""
         await self._operate("drop", migration)
@@ -103,6 +131,11 @@ class VllmBlocks:
         return result
 
     async def _transfer(self, operation: str, migration: str, transfer: Transfer) -> int:
+        first = (migration, transfer.first, transfer.count)
+        return await self._ordered(operation, transfer, first)
+
+    async def _ordered(self, operation: str, transfer: Transfer, first: tuple[Any, ...]) -> int:
+        """Order something of all workers and wait until each has told its end."""
         job = Job(
             id=uuid.uuid4().hex,
             pair=transfer.pair,
@@ -111,16 +144,18 @@ class VllmBlocks:
             notify=self._path,
             store=(self._rendezvous.store, self._rendezvous.arguments),
             address=self._rendezvous.address,
+            ladder=list(self._rendezvous.ladder[transfer.skips :]),
         )
         done = asyncio.get_running_loop().create_future()
-        self._pending[job.id] = _Pending(done, self._workers)
-        arguments = (migration, transfer.first, transfer.count, msgspec.to_builtins(job))
+        pending = self._pending[job.id] = _Pending(done, self._workers)
+        arguments = (*first, msgspec.to_builtins(job))
         ended = False
         try:
             async with asyncio.timeout(transfer.within + GRACE):
                 await self._operate(operation, *arguments)
                 size = await done
             ended = True
+            self._reads[transfer.pair] = pending.kinds == {"memory"}
             return int(size)
         except TimeoutError as error:
             raise EngineError(f"a transfer took more than {transfer.within:.1f} s") from error
@@ -150,11 +185,14 @@ class VllmBlocks:
                 continue
             pending.ranks -= 1
             pending.bytes += notice.bytes
+            pending.kinds.add(notice.kind)
+            pending.setup |= notice.setup
             if notice.error is not None:
                 pending.errors.append(notice.error)
             if pending.done.done() or (pending.ranks and not pending.errors):
                 continue
             if pending.errors:
-                pending.done.set_exception(EngineError(f"a transfer failed: {pending.errors[0]}"))
+                failure = SetupFailed if pending.setup else EngineError
+                pending.done.set_exception(failure(f"a transfer failed: {pending.errors[0]}"))
             else:
                 pending.done.set_result(pending.bytes)

@@ -6,11 +6,15 @@ whatever becomes of its request meanwhile. Blocks that arrive enter the prefix c
 ordinary hashes, where the resumed request finds them like any other prefix.
 """
 
+import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.request import Request
+
+from llumnix.engine.base import LEND_SECONDS
 
 
 class DepotError(Exception):
@@ -22,6 +26,19 @@ class _Held:
     hashes: list[bytes] = field(default_factory=list)  # of all blocks from the first on
     blocks: list[KVCacheBlock] = field(default_factory=list)
     cached: int = 0  # how many of them are in the prefix cache
+    tail: list[KVCacheBlock] = field(default_factory=list)  # behind them: lent, or to be filled
+
+
+@dataclass(frozen=True, slots=True)
+class _Loan:
+    """Blocks of another engine that a request will need when it comes here."""
+
+    migration: str
+    pair: str
+    group: str
+    theirs: list[int]
+    until: float  # monotonic
+    workers: Any  # the executor
 
 
 class BlockDepot:
@@ -32,6 +49,7 @@ class BlockDepot:
         self._manager = scheduler.kv_cache_manager
         self._pool = self._manager.block_pool
         self._held: dict[str, _Held] = {}
+        self._loans: dict[str, _Loan] = {}  # by the request's id
 
     @property
     def why_not(self) -> str | None:
@@ -69,10 +87,14 @@ class BlockDepot:
         if any(block.is_null for block in blocks):  # outside a sliding window
             return [], self.block_bytes
         fresh = blocks[len(held.blocks) :]
+        kept = held.tail[: len(fresh)]  # which were lent, and are full by now
         gone = held.blocks and not blocks
         if gone or blocks[: len(held.blocks)] != held.blocks[:full]:
             raise DepotError(f"request {request_id} was preempted")
-        self._pool.touch(fresh)
+        if kept != fresh[: len(kept)]:
+            raise DepotError(f"request {request_id} was preempted")
+        del held.tail[: len(kept)]
+        self._pool.touch(fresh[len(kept) :])
         held.blocks += fresh
         held.hashes = list(request.block_hashes[: len(held.blocks)])
         return held.hashes, self.block_bytes
@@ -127,18 +149,99 @@ class BlockDepot:
         self._pool.cache_full_blocks(request, held.blocks, held.cached, len(held.blocks), size, 0)
         held.cached = len(held.blocks)
 
+    def lend(self, migration: str, request_id: str) -> list[int]:
+        """Hold also the request's blocks behind those that were exported; the ids of these.
+
+        The last of them is being filled. Raises DepotError if the request is not here any more.
+        """
+        held = self._held.get(migration)
+        if held is None or request_id not in self._scheduler.requests:
+            raise DepotError(f"request {request_id} has ended")
+        blocks = list(self._manager.get_blocks(request_id).blocks[0])
+        if blocks[: len(held.blocks)] != held.blocks:
+            raise DepotError(f"request {request_id} was preempted")
+        tail = blocks[len(held.blocks) :]
+        self._pool.touch(tail[len(held.tail) :])
+        held.tail = tail
+        return [block.block_id for block in tail]
+
+    def expect(
+        self,
+        migration: str,
+        request_id: str,
+        pair: str,
+        group: str,
+        theirs: list[int],
+        workers: Any,
+    ) -> None:
+        """Hold room for blocks that the request will need besides, and copy them when it comes.
+
+        Raises DepotError if there is no room, or the other instance's memory can't be read.
+        """
+        if self._scheduler.num_spec_tokens:
+            raise DepotError("a draft model wants to see the last tokens itself")
+        if not all(workers.collective_rpc("llumnix_reads", args=(pair, group))):
+            raise DepotError("the other instance's memory can't be read")
+        held = self._held.setdefault(migration, _Held())
+        more = len(theirs) - len(held.tail)
+        if more > self._pool.get_num_free_blocks():
+            raise DepotError(f"{more} KV blocks are needed for what is lent")
+        if more > 0:
+            held.tail += self._pool.get_new_blocks(more)
+        until = time.monotonic() + LEND_SECONDS
+        self._loans[request_id] = _Loan(migration, pair, group, theirs, until, workers)
+
+    def adopt(self, request: Request) -> bool:
+        """Give a request that comes all its blocks, where they have arrived or are lent.
+
+        It then looks to the scheduler like one whose blocks a KV connector has loaded: all of its
+        tokens are computed but the last, so its first step is an ordinary one of decoding, which a
+        GPU runs as a CUDA graph. If anything is not as expected, it is scheduled as if nothing was
+        lent, and finds its full blocks in the prefix cache.
+        """
+        loan = self._loans.pop(request.request_id.rpartition("~")[0], None)
+        if loan is None or time.monotonic() > loan.until:
+            return False
+        held = self._held.get(loan.migration)
+        if held is None or held.cached != len(held.blocks) or request.num_computed_tokens:
+            return False
+        size, computed, covered = (
+            self._scheduler.block_size,
+            request.num_tokens - 1,
+            len(held.blocks),
+        )
+        needed = -(-computed // size) - covered
+        known = request.block_hashes[:covered] == held.hashes
+        if not (known and 0 < needed <= min(len(held.tail), len(loan.theirs))):
+            return False
+        mine = [block.block_id for block in held.tail[:needed]]
+        arguments = (loan.pair, loan.group, loan.theirs[:needed], mine)
+        if not all(loan.workers.collective_rpc("llumnix_pull", args=arguments)):
+            return False
+        blocks, spare = held.blocks + held.tail[:needed], held.tail[needed:]
+        del self._held[loan.migration]
+        self._pool.free_blocks(reversed(spare))
+        manager = self._manager.coordinator.single_type_managers[0]
+        manager.req_to_blocks[request.request_id].extend(blocks)
+        manager.num_cached_block[request.request_id] = covered
+        request.num_computed_tokens = computed
+        self._manager.cache_blocks(request, computed)
+        return True
+
     def drop(self, migration: str) -> None:
         """Give all blocks of a migration back to the pool; unknown ones are no error."""
         held = self._held.pop(migration, None)
+        for request_id in [r for r, loan in self._loans.items() if loan.migration == migration]:
+            del self._loans[request_id]
         if held is not None:
-            self._pool.free_blocks(reversed(held.blocks))  # the last are evicted first
+            self._pool.free_blocks(reversed(held.blocks + held.tail))  # the last go first
 
     def books(self) -> dict[str, int]:
         """Blocks in all, free ones, and those held for migrations; for checks."""
         return {
             "total": self._pool.num_gpu_blocks - 1,  # one is the null block
             "free": self._pool.get_num_free_blocks(),
-            "held": sum(len(held.blocks) for held in self._held.values()),
+            "held": sum(len(held.blocks) + len(held.tail) for held in self._held.values()),
             "migrations": len(self._held),
             "requests": len(self._scheduler.requests),
         }

@@ -13,63 +13,84 @@ from typing import Any
 
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo
-from vllm.utils.import_utils import resolve_obj_by_qualname
 
-SENDER, RECEIVER = 0, 1
-MEET_SECONDS = 3.0  # to make a group; a Gloo listener whose peer dies then waits five times that
+from llumnix.engine.vllm.carrier import RECEIVER, SENDER
+
+POLL = 0.0002  # seconds between looks at what a GPU has under way
 _UNUSED_TAG = 999
 
 
 class TransferGroup:
     """One group of two workers; used by one thread, aborted from any."""
 
-    def __init__(self, name: str, key: str, sends: bool, device: torch.device) -> None:
-        self.name = name
+    def __init__(self, sends: bool, device: torch.device) -> None:
+        """`device`: whose tensors it carries, of a GPU or the CPU."""
         self.aborted = False
-        self._key = key
         self._rank = SENDER if sends else RECEIVER
+        self._cuda = device.type == "cuda"
         self._device = device
-        self._store: Any = None
         self._group: Any = None
         self._deadline = 0.0
         self._lock = threading.Lock()
 
-    def open(self, store: tuple[str, dict[str, Any]], address: str, seconds: float) -> None:
-        """Meet the other worker through the store, within so many seconds.
+    def open(self, store: Any, address: str, seconds: float) -> None:
+        """Meet the other worker through the store, within so many seconds. Raises RuntimeError.
 
         `address` is that of this machine, at which the other worker can reach it.
         """
-        seconds = min(seconds, MEET_SECONDS)
-        factory, options = store
-        prefix = f"{options['prefix']}{self._key}/"
-        self._store = resolve_obj_by_qualname(factory)(
-            **(options | {"prefix": prefix, "timeout": seconds})
-        )
         within = timedelta(seconds=seconds)
-        if self._device.type == "cuda":
-            self._group = _nccl(PrefixStore("g", self._store), self._rank, within)
+        if self._cuda:
+            self._group = _nccl(PrefixStore("g", store), self._rank, within)
         else:
-            self._group = _gloo(self._store, self._rank, address, within)
+            self._group = _gloo(store, self._rank, address, within)
+        # NCCL connects with the first operation, and it is to be known here whether it can. And
+        # when something has come through both ways, neither needs the store for this any more.
+        self.begin(time.monotonic() + seconds)
+        first = torch.zeros(1, device=self._device)
+        peer = 1 - self._rank
+        ways = [
+            lambda: self._group.send([first], peer, 0),
+            lambda: self._group.recv([first], peer, 0),
+        ]
+        for way in ways if self._rank == SENDER else reversed(ways):
+            self.wait(way())
+        self.settle()
 
-    def begin(self, seconds: float) -> None:
-        """A job begins, which may take so many seconds in all."""
-        self._deadline = time.monotonic() + seconds
+    def begin(self, deadline: float) -> None:
+        """Work begins that must end at `deadline` (monotonic)."""
+        self._deadline = deadline
 
-    def end(self) -> None:
-        """A job has come through, so both have met: the rendezvous leaves no keys behind.
+    def send(self, tensor: torch.Tensor) -> Any:
+        """Begin to send a tensor to the receiver."""
+        return self._group.send([tensor], RECEIVER, 0)
 
-        NCCL uses the store as long as it lives.
-        """
-        if self._device.type != "cuda":
-            self._store.close()
+    def receive(self, tensor: torch.Tensor) -> Any:
+        """Begin to receive a tensor from the sender."""
+        return self._group.recv([tensor], SENDER, 0)
 
-    def send(self, tensor: torch.Tensor) -> None:
-        """Send a tensor to the receiver; returns when it may be written again."""
-        self._wait(self._group.send([tensor], RECEIVER, 0))
+    def wait(self, work: Any) -> None:
+        """Wait for what was begun; on a GPU only what is put on the current stream later waits."""
+        left = self._deadline - time.monotonic()
+        if left <= 0 or self.aborted:
+            raise TimeoutError("the transfer's time is over")
+        if self._cuda:
+            work.wait()
+        else:
+            work.wait(timedelta(seconds=left))
+        if self.aborted:
+            raise TimeoutError("the transfer was cut off")
 
-    def receive(self, tensor: torch.Tensor) -> None:
-        """Receive a tensor from the sender; returns when it is there."""
-        self._wait(self._group.recv([tensor], SENDER, 0))
+    def settle(self) -> None:
+        """Wait until the current stream has done what it was given. Raises TimeoutError."""
+        if not self._cuda:
+            return
+        end = torch.cuda.current_stream().record_event()
+        while not end.query():
+            if time.monotonic() > self._deadline or self.aborted:
+                raise TimeoutError("the transfer's time is over")
+            time.sleep(POLL)
+        if self.aborted:
+            raise TimeoutError("the transfer was cut off")
 
     def abort(self) -> None:
         """Cut off a pending operation, from another thread."""
@@ -77,32 +98,16 @@ class TransferGroup:
         with self._lock:
             if self._group is None:
                 return
-            if self._device.type == "cuda":
+            if self._cuda:
                 self._group.abort()
             else:
                 _poison(self._group, 1 - self._rank)
 
     def close(self) -> None:
-        """Give up the group and its keys in the store."""
+        """Give up the group."""
         self.abort()
         with self._lock:
             self._group = None
-        if self._store is not None:
-            self._store.close()
-
-    def _wait(self, work: Any) -> None:
-        left = self._deadline - time.monotonic()
-        if left <= 0 or self.aborted:
-            raise TimeoutError("the transfer's time is over")
-        if self._device.type == "cuda":
-            # NCCL's own wait only orders streams: the end is seen here, and its deadline kept.
-            while not work.is_completed():
-                if time.monotonic() > self._deadline or self.aborted:
-                    raise TimeoutError("the transfer's time is over")
-                time.sleep(0.0005)
-        work.wait(timedelta(seconds=left))
-        if self.aborted:
-            raise TimeoutError("the transfer was cut off")
 
 
 def _gloo(store: Any, rank: int, address: str, within: timedelta) -> Any:

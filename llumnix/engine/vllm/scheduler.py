@@ -25,6 +25,8 @@ class _Moving:
     def add_request(self, request: Request) -> None:
         """Queue a request; one that brought outputs is resumed, before those that are new."""
         put_in_place(request, self.structured_output_manager)  # type: ignore[attr-defined]
+        if request.num_output_tokens:
+            self.depot.adopt(request)
         super().add_request(request)  # type: ignore[misc]
         if request.num_output_tokens and request in self.waiting:  # type: ignore[attr-defined]
             self.waiting.remove_request(request)  # type: ignore[attr-defined]

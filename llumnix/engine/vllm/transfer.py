@@ -1,27 +1,46 @@
 """KV blocks on their way between two workers, in threads beside the model's own work.
 
 A worker has one thread for each direction of each pair of instances, which sends or receives the
-blocks of one job after the other and tells the node of each one's end. Blocks are gathered layer by
-layer into a bounded staging buffer and leave in chunks; on a GPU that happens on a stream of its
-own, behind whatever the model has been given to do when the job began.
+blocks of one job after the other and tells the node of each one's end. How the blocks go is the
+carrier's matter (`carrier`); on a GPU they go on a stream of their own, behind whatever the model
+has been given to do when the job began.
 """
 
 import contextlib
+import logging
 import queue
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import torch
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from llumnix.engine.vllm.carrier import (
+    LADDER,
+    RECEIVER,
+    SENDER,
+    Carrier,
+    Self,
+    SetupError,
+    agree,
+    exchange,
+    identify,
+)
 from llumnix.engine.vllm.group import TransferGroup
+from llumnix.engine.vllm.kv_memory import KvMemory
+from llumnix.engine.vllm.mapped import Offer, Reader
+from llumnix.engine.vllm.peer_memory import NotReadable
+from llumnix.engine.vllm.staged import Staged, StagingPool
 
-STAGING_BYTES = 16 * 2**20  # of one chunk
-IDLE_SECONDS = 600.0  # after which a thread without jobs ends, and its group with it
+logger = logging.getLogger(__name__)
+
+MEET_SECONDS = 3.0  # to make a carrier; a Gloo listener whose peer dies then waits five times that
+IDLE_SECONDS = 600.0  # after which a thread without jobs ends, and its carrier with it
 
 
 class Job(msgspec.Struct, array_like=True):
@@ -29,11 +48,14 @@ class Job(msgspec.Struct, array_like=True):
 
     id: str
     pair: str  # the two instances; a thread for each
-    group: str  # which of the pair's groups: a new one after every failure
+    group: str  # which of the pair's carriers: a new one after every failure
     seconds: float  # that the whole may take
     notify: str  # path of the datagram socket that learns of the end
     store: tuple[str, dict[str, Any]]  # the rendezvous: qualified name, keyword arguments
     address: str  # of this machine, for the other worker
+    ladder: list[str] = msgspec.field(
+        default_factory=lambda: list(LADDER)
+    )  # the ways for blocks that may be taken
 
 
 class Ended(msgspec.Struct, array_like=True):
@@ -44,64 +66,32 @@ class Ended(msgspec.Struct, array_like=True):
     bytes: int
     cpu: float  # seconds of a core that the transfer took
     error: str | None = None
+    setup: bool = False  # whether it failed before the two workers had a way for blocks
+    kind: str = ""  # of the carrier
 
 
 @dataclass(frozen=True)
 class _Order:
     job: Job
     sends: bool
-    blocks: list[int]
+    blocks: list[int]  # none: only make the carrier
     ready: Any  # CUDA event behind which the blocks' contents are complete, None on a CPU
 
 
-class KvTensors:
-    """A worker's KV cache as blocks: one view for each layer, the block in the first dimension."""
-
-    def __init__(self, tensors: Sequence[torch.Tensor], blocks: int) -> None:
-        seen: dict[int, torch.Tensor] = {}
-        for tensor in tensors:
-            seen.setdefault(tensor.data_ptr(), _by_block(tensor, blocks))
-        self.layers = list(seen.values())
-        self.device = self.layers[0].device
-        self.block_bytes: int = sum(t[0].numel() * t.element_size() for t in self.layers)
-
-    def chunks(self, blocks: list[int]) -> Iterator[torch.Tensor]:
-        """The block ids in portions that fit the staging buffer."""
-        size = max(STAGING_BYTES // self.block_bytes, 1)
-        for start in range(0, len(blocks), size):
-            yield torch.tensor(blocks[start : start + size], device=self.device)
-
-    def stage(self, count: int) -> list[torch.Tensor]:
-        """Room for so many blocks of every layer, in one piece of memory."""
-        sizes = [count * t[0].numel() * t.element_size() for t in self.layers]
-        memory = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
-        parts = memory.split(sizes)
-        return [memory] + [
-            part.view(layer.dtype).view(count, *layer.shape[1:])
-            for part, layer in zip(parts, self.layers, strict=True)
-        ]
-
-
-def _by_block(tensor: torch.Tensor, blocks: int) -> torch.Tensor:
-    """The same memory with the block in front, whatever the attention backend's layout is."""
-    for dimension, size in enumerate(tensor.shape):
-        if size == blocks:
-            return tensor.movedim(dimension, 0)
-        if size % blocks == 0 and size > blocks:  # the kernel's blocks are parts of the manager's
-            return tensor.unflatten(dimension, (blocks, size // blocks)).movedim(dimension, 0)
-    raise ValueError(f"a KV cache of shape {tuple(tensor.shape)} is not one of {blocks} blocks")
-
-
 class _Lane(threading.Thread):
-    """One direction of one pair of instances: its jobs, one after the other, over one group."""
+    """One direction of one pair of instances: its jobs, one after the other, over one carrier."""
 
-    def __init__(self, pair: str, rank: int, cache: KvTensors) -> None:
+    def __init__(self, pair: str, rank: int, memory: KvMemory, pool: StagingPool) -> None:
         super().__init__(name=f"transfer {pair}", daemon=True)
         self._pair = pair
         self._rank = rank  # of this worker within its instance: rank i talks to rank i
-        self._cache = cache
+        self.memory = memory
+        self._pool = pool
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
-        self._group: TransferGroup | None = None
+        self.carrier: Carrier | None = None
+        self.name_of_carrier = ""  # of the carrier
+        self._store: Any = None  # of a group that uses it as long as it lives, as NCCL does
+        self._stream: Any = None
         self._aborted = False
         self._touching = threading.Lock()  # while blocks are read or written
 
@@ -114,122 +104,201 @@ class _Lane(threading.Thread):
         self._aborted = True
         with self._touching:
             self._orders.put(None)
-        if (group := self._group) is not None:
-            group.abort()
+        if (carrier := self.carrier) is not None:
+            carrier.abort()
+        if (stream := self._stream) is not None:
+            stream.synchronize()  # what it was given may write blocks yet; all of it ends soon
 
     def run(self) -> None:
         """The thread's main function."""
         torch.set_num_threads(1)
-        stream = None
-        if self._cache.device.type == "cuda":
-            torch.cuda.set_device(self._cache.device)
-            stream = torch.cuda.Stream()
+        if self.memory.device.type == "cuda":
+            torch.cuda.set_device(self.memory.device)
+            self._stream = torch.cuda.Stream()
         with contextlib.suppress(queue.Empty):
             while not self._aborted:
                 order = self._orders.get(timeout=IDLE_SECONDS)
                 if order is not None:
-                    began = time.thread_time()
-                    size, error = self._try(order, stream)
-                    self._tell(order, time.thread_time() - began, size, error)
+                    self._carry_out(order)
         self._leave()
 
-    def _try(self, order: _Order, stream: Any) -> tuple[int, str | None]:
+    def _carry_out(self, order: _Order) -> None:
+        began, size, error, setup = time.thread_time(), 0, None, True
         try:
-            with torch.cuda.stream(stream):  # no stream, on a CPU, is no error
-                return self._carry_out(order, stream), None
-        except Exception as error:
+            with torch.cuda.stream(self._stream):  # no stream, on a CPU, is no error
+                deadline = time.monotonic() + order.job.seconds
+                carrier = self._join(order.job, order.sends, deadline)
+                setup = False
+                if order.blocks:
+                    self._pass(carrier, order, deadline)
+                    size = len(order.blocks) * self.memory.block_bytes
+        except Exception as failure:
             self._leave()
-            text = " ".join(str(error).split())[:300]
-            return 0, f"{type(error).__name__}: {text}"
+            text = " ".join(str(failure).split())[:300]
+            error = f"{type(failure).__name__}: {text}"
+        kind = self.carrier.kind if self.carrier is not None else ""
+        cpu = time.thread_time() - began
+        self._tell(order, Ended(order.job.id, self._rank, size, cpu, error, setup, kind))
 
-    def _carry_out(self, order: _Order, stream: Any) -> int:
-        job, cache = order.job, self._cache
-        group = self._join(job, order.sends)
-        if stream is not None and order.ready is not None:
-            stream.wait_event(order.ready)
-        for ids in cache.chunks(order.blocks):
-            memory, *parts = cache.stage(len(ids))
+    def _pass(self, carrier: Carrier, order: _Order, deadline: float) -> None:
+        if order.ready is not None:
             if order.sends:
-                with self._touching_blocks(stream):
-                    for layer, part in zip(cache.layers, parts, strict=True):
-                        torch.index_select(layer, 0, ids, out=part)
-                group.send(memory)
+                order.ready.synchronize()  # another process may read them from then on
             else:
-                group.receive(memory)
-                with self._touching_blocks(stream):
-                    for layer, part in zip(cache.layers, parts, strict=True):
-                        layer.index_copy_(0, ids, part)
-        group.end()
-        return len(order.blocks) * cache.block_bytes
+                self._stream.wait_event(order.ready)
+        if not all(0 <= block < self.memory.blocks for block in order.blocks):
+            raise IndexError("index out of range: there is no such KV block")
+        (carrier.send if order.sends else carrier.receive)(order.blocks, deadline, self._touch)
 
     @contextlib.contextmanager
-    def _touching_blocks(self, stream: Any) -> Iterator[None]:
+    def _touch(self) -> Iterator[None]:
         """While blocks are read or written: not after an abort, which waits for the end of it."""
         with self._touching:
             if self._aborted:
                 raise TimeoutError("the transfer was cut off")
             yield
-            if stream is not None:
-                stream.synchronize()
 
-    def _join(self, job: Job, sends: bool) -> TransferGroup:
-        """The group that the job names, made on first use."""
-        if self._group is None or self._group.name != job.group or self._group.aborted:
+    def _join(self, job: Job, sends: bool, deadline: float) -> Carrier:
+        """The carrier that the job names, made on first use. Raises SetupError."""
+        carrier = self.carrier
+        if carrier is None or self.name_of_carrier != job.group or carrier.aborted:
             self._leave()
-            self._group = TransferGroup(
-                job.group, f"{self._pair}/{job.group}/{self._rank}", sends, self._cache.device
-            )
-            self._group.open(job.store, job.address, job.seconds)
-        self._group.begin(job.seconds)
-        return self._group
+            try:
+                carrier = self._make(job, sends, deadline)
+            except (RuntimeError, OSError) as error:
+                raise SetupError(str(error)) from error
+            self.carrier, self.name_of_carrier = carrier, job.group
+            if self._aborted:
+                carrier.abort()
+        return carrier
+
+    def _make(self, job: Job, sends: bool, deadline: float) -> Carrier:
+        """Meet the other worker, and make what both can use."""
+        seconds = min(deadline - time.monotonic(), MEET_SECONDS)
+        factory, options = job.store
+        prefix = f"{options['prefix']}{self._pair}/{job.group}/{self._rank}/"
+        store = resolve_obj_by_qualname(factory)(
+            **(options | {"prefix": prefix, "timeout": seconds})
+        )
+        keep, offer = False, None
+        try:
+            me = identify(self.memory, job.ladder)
+            offer = Offer(self.memory, job.address, me) if sends else None
+            other = exchange(store, SENDER if sends else RECEIVER, me, seconds)
+            ways = agree(me, other) if sends else agree(other, me)
+            until = time.monotonic() + seconds
+            if ways[0] == "memory":
+                if (carrier := self._by_memory(offer, other, until)) is not None:
+                    return carrier
+                ways = ways[1:]
+            if not ways:
+                raise SetupError("the one worker can't read the other's memory")
+            kind = ways[0]
+            device = torch.device("cpu") if kind == "host" else self.memory.device
+            group = TransferGroup(sends, device)
+            group.open(store, job.address, seconds)
+            keep = device.type == "cuda"
+            return Staged(kind, self.memory, group, self._pool)
+        finally:
+            if offer is not None:
+                offer.close()
+            if keep:
+                self._store = store
+            else:  # both have met, or never will: no keys are left behind
+                store.close()
+
+    def _by_memory(self, offer: Offer | None, other: Self, until: float) -> Carrier | None:
+        """The way through memory; None if both know that it is none."""
+        if offer is not None:
+            return offer.accept(until)
+        try:
+            return Reader(self.memory, other, until)
+        except NotReadable as error:
+            logger.info("%s: %s", self._pair, error)
+            return None
 
     def _leave(self) -> None:
-        group, self._group = self._group, None
-        if group is not None:
-            group.close()
+        carrier, self.carrier = self.carrier, None
+        if carrier is not None:
+            carrier.close()
+        store, self._store = self._store, None
+        if store is not None:
+            store.close()
 
-    def _tell(self, order: _Order, cpu: float, size: int, error: str | None) -> None:
-        message = msgspec.msgpack.encode(Ended(order.job.id, self._rank, size, cpu, error))
+    def _tell(self, order: _Order, ended: Ended) -> None:
         with (
             contextlib.suppress(OSError),  # the node is gone, and this process soon too
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel,
         ):
-            channel.sendto(message, order.job.notify)
+            channel.sendto(msgspec.msgpack.encode(ended), order.job.notify)
 
 
 class TransferExtension:
     """What every worker of an instance can do besides; vLLM mixes it into its worker class."""
 
     _llumnix_lanes: dict[str, _Lane]
+    _llumnix_memory: tuple[KvMemory, StagingPool]
 
     def llumnix_send(self, blocks: list[int], job: Any) -> None:
-        """Begin to send these blocks; returns at once."""
+        """Begin to send these blocks; returns at once. Without blocks: meet the other worker."""
         self._llumnix_order(blocks, job, sends=True)
 
     def llumnix_receive(self, blocks: list[int], job: Any) -> None:
         """Begin to receive into these blocks; returns at once."""
         self._llumnix_order(blocks, job, sends=False)
 
+    def llumnix_reads(self, pair: str, group: str) -> bool:
+        """Whether blocks of the other instance of a pair can be read in place, by this carrier."""
+        return self._llumnix_reader(pair, group) is not None
+
+    def llumnix_pull(self, pair: str, group: str, theirs: list[int], mine: list[int]) -> bool:
+        """Fill blocks from the other instance's before the next step of the model; if it can be.
+
+        They must be complete there, and stay held until that step has ended.
+        """
+        reader = self._llumnix_reader(pair, group)
+        if reader is None:
+            return False
+        try:
+            reader.pull(theirs, mine)
+        except OSError:
+            return False
+        return True
+
     def llumnix_abort(self, pair: str) -> None:
         """Cut off the transfer that is under way between two instances."""
         if (lane := self._llumnix_all().pop(pair, None)) is not None:
             lane.abort()
+
+    def _llumnix_reader(self, pair: str, group: str) -> Reader | None:
+        lane = self._llumnix_all().get(pair)
+        carrier = lane.carrier if lane is not None and lane.name_of_carrier == group else None
+        return carrier if isinstance(carrier, Reader) and not carrier.aborted else None
 
     def _llumnix_all(self) -> dict[str, _Lane]:
         if not hasattr(self, "_llumnix_lanes"):
             self._llumnix_lanes = {}
         return self._llumnix_lanes
 
+    def _llumnix_kv(self) -> tuple[KvMemory, StagingPool]:
+        """The KV cache of this worker; another one after its memory was made anew."""
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        tensors, blocks = runner.kv_caches, runner.kv_cache_config.num_blocks
+        known = getattr(self, "_llumnix_memory", None)
+        if known is None or known[0].first is not tensors[0]:
+            self._llumnix_memory = KvMemory(tensors, blocks), StagingPool()
+        return self._llumnix_memory
+
     def _llumnix_order(self, blocks: list[int], job: Any, sends: bool) -> None:
         job = msgspec.convert(job, Job)
         lanes = self._llumnix_all()
         lane = lanes.get(job.pair)
         if lane is None or not lane.is_alive():
-            runner: Any = self.model_runner  # type: ignore[attr-defined]
-            cache = KvTensors(runner.kv_caches, runner.kv_cache_config.num_blocks)
-            lane = lanes[job.pair] = _Lane(job.pair, self.rank, cache)  # type: ignore[attr-defined]
+            memory, pool = self._llumnix_kv()
+            lane = _Lane(job.pair, self.rank, memory, pool)  # type: ignore[attr-defined]
+            lanes[job.pair] = lane
             lane.start()
         ready = None
-        if lane._cache.device.type == "cuda":
+        if lane.memory.device.type == "cuda":
             ready = torch.cuda.current_stream().record_event()
         lane.put(_Order(job, sends, blocks, ready))

@@ -27,7 +27,16 @@ def _transfer(
     core.model_executor.collective_rpc(method, args=(ids, job))
 
 
+def _meet(core: Any, depot: BlockDepot, sends: bool, job: Any) -> None:
+    """Have all workers meet those of another instance; each tells the node whether they have."""
+    method = "llumnix_send" if sends else "llumnix_receive"
+    core.model_executor.collective_rpc(method, args=([], job))
+
+
 OPERATIONS: dict[str, Any] = {
+    "meet": _meet,
+    "lend": lambda core, depot, *arguments: depot.lend(*arguments),
+    "expect": lambda core, depot, *arguments: depot.expect(*arguments, core.model_executor),
     "export": lambda core, depot, *arguments: depot.export(*arguments),
     "reserve": lambda core, depot, *arguments: depot.reserve(*arguments),
     "send": lambda core, depot, *arguments: _transfer(core, depot, "llumnix_send", *arguments),

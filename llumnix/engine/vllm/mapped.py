@@ -1,0 +1,194 @@
+"""KV blocks by way of memory: the receiver copies them out of the sender's cache.
+
+A connection between the two, over the machine's own network, only says which blocks are ready and
+when they have been copied.
+"""
+
+import contextlib
+import secrets
+import socket
+import struct
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import torch
+
+from llumnix.engine.vllm.carrier import Carrier, Self, SetupError, Touching
+from llumnix.engine.vllm.kv_memory import KvMemory
+from llumnix.engine.vllm.peer_memory import NotReadable, PeerMemory, export
+
+_KEY_BYTES = 16
+_LENGTH = struct.Struct("!I")
+_MOST_BYTES = 1 << 24  # of a message
+_COPIED, _READABLE, _UNREADABLE, _WELCOME = (bytes([n]) for n in range(1, 5))
+
+
+class Offer:
+    """A sender's memory, until the receiver has come for it."""
+
+    def __init__(self, memory: KvMemory, address: str, me: Self) -> None:
+        """Add to `me` how to reach this memory; nothing is added where it can't be exported."""
+        self._listener: socket.socket | None = None
+        self._key = secrets.token_bytes(_KEY_BYTES)
+        if "memory" not in me.ladder or (exported := export(memory)) is None:
+            return
+        self._listener = socket.create_server((address, 0), backlog=4)
+        me.memory, me.key = exported, self._key
+        me.address = (address, self._listener.getsockname()[1])
+
+    def accept(self, deadline: float) -> "Lender | None":
+        """Wait for the receiver; None if it can't read this memory. Raises SetupError."""
+        assert self._listener is not None
+        try:
+            while True:  # whoever does not know the key is not the one
+                self._listener.settimeout(_left(deadline))
+                channel, _ = self._listener.accept()
+                channel.settimeout(min(_left(deadline), 1.0))
+                try:
+                    if secrets.compare_digest(_take(channel, _KEY_BYTES), self._key):
+                        channel.settimeout(_left(deadline))
+                        readable = _take(channel, 1) == _READABLE
+                        channel.sendall(_WELCOME)
+                        return Lender(channel) if readable else None
+                except OSError:
+                    pass
+                channel.close()
+        except OSError as error:
+            raise SetupError(f"the other worker did not come for its blocks: {error}") from error
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Wait for nobody any more."""
+        if self._listener is not None:
+            self._listener.close()
+
+
+class Lender(Carrier):
+    """The sender, whose blocks another worker reads."""
+
+    kind = "memory"
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = _quick(channel)
+
+    def send(self, blocks: list[int], deadline: float, touching: Touching) -> None:
+        """Say which blocks can be read; returns when they have been."""
+        body = msgspec.msgpack.encode(blocks)
+        self._channel.settimeout(_left(deadline))
+        self._channel.sendall(_LENGTH.pack(len(body)) + body)
+        self._channel.settimeout(_left(deadline))
+        if _take(self._channel, 1) != _COPIED:
+            raise OSError("the other worker could not copy the blocks")
+
+    def receive(self, blocks: list[int], deadline: float, touching: Touching) -> None:
+        """Never called: a sender only sends."""
+        raise OSError("this end of a transfer only sends")
+
+    def abort(self) -> None:
+        """End the connection: the other worker is told of no more blocks."""
+        self.aborted = True
+        _shut(self._channel)
+
+    def close(self) -> None:
+        """End the connection."""
+        self.abort()
+        self._channel.close()
+
+
+class Reader(Carrier):
+    """The receiver, which reads another worker's blocks."""
+
+    kind = "memory"
+
+    def __init__(self, memory: KvMemory, sender: Self, deadline: float) -> None:
+        """Connect to a sender. Raises SetupError, and NotReadable if both are to go another way."""
+        self._cuda = memory.device.type == "cuda"
+        try:
+            channel = socket.create_connection(sender.address, _left(deadline))
+        except OSError as error:
+            raise SetupError(f"the other worker can't be reached: {error}") from error
+        self._channel = _quick(channel)
+        try:
+            channel.sendall(sender.key)
+            self.memory = PeerMemory(memory, sender.memory)
+            channel.sendall(_READABLE)
+            self._welcomed(deadline)
+        except OSError as error:
+            channel.close()
+            raise SetupError(str(error)) from error
+        except NotReadable:
+            channel.sendall(_UNREADABLE)
+            self._welcomed(deadline)
+            channel.close()
+            raise
+
+    def _welcomed(self, deadline: float) -> None:
+        """The sender has heard who this is, so nothing of the rendezvous is needed any more."""
+        self._channel.settimeout(_left(deadline))
+        if _take(self._channel, 1) != _WELCOME:
+            raise OSError("the other worker sends nonsense")
+
+    def send(self, blocks: list[int], deadline: float, touching: Touching) -> None:
+        """Never called: a receiver only receives."""
+        raise OSError("this end of a transfer only receives")
+
+    def receive(self, blocks: list[int], deadline: float, touching: Touching) -> None:
+        """Wait until the sender says which blocks are ready, and copy them."""
+        self._channel.settimeout(_left(deadline))
+        length = _LENGTH.unpack(_take(self._channel, _LENGTH.size))[0]
+        if length > _MOST_BYTES:
+            raise OSError("the other worker sends nonsense")
+        self._channel.settimeout(_left(deadline))
+        theirs: Any = msgspec.msgpack.decode(_take(self._channel, length), type=list[int])
+        if len(theirs) != len(blocks):
+            raise OSError(f"{len(theirs)} blocks are sent, and {len(blocks)} are expected")
+        with touching():
+            self.memory.pull(theirs, blocks)
+            if self._cuda:
+                torch.cuda.current_stream().synchronize()
+        self._channel.sendall(_COPIED)
+
+    def pull(self, theirs: Sequence[int], mine: Sequence[int]) -> None:
+        """Fill blocks at once, on a GPU on the current stream; for whoever knows they are ready."""
+        self.memory.pull(theirs, mine)
+
+    def abort(self) -> None:
+        """End the connection."""
+        self.aborted = True
+        _shut(self._channel)
+
+    def close(self) -> None:
+        """End the connection; the memory stays mapped while something still reads it."""
+        self.abort()
+        self._channel.close()
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("the transfer's time is over")
+    return left
+
+
+def _quick(channel: socket.socket) -> socket.socket:
+    channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return channel
+
+
+def _take(channel: socket.socket, count: int) -> bytes:
+    """So many bytes. Raises OSError if the connection ends before."""
+    found = b""
+    while len(found) < count:
+        more = channel.recv(count - len(found))
+        if not more:
+            raise ConnectionError("the other worker has ended the connection")
+        found += more
+    return found
+
+
+def _shut(channel: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it has ended already
+        channel.shutdown(socket.SHUT_RDWR)
