@@ -148,6 +148,29 @@ def schema() -> dict[str, Any]:
     }
 
 
+def grammar(**spec: Any) -> Callable[[], Any]:
+    """A completion with something of which a grammar is made."""
+    return lambda: {"model": "smol", "prompt": "x", "max_tokens": 4, "structured_outputs": spec}
+
+
+def optional(number: int) -> dict[str, Any]:
+    """A schema of properties that may all be missing: dear to compile for its size."""
+    properties = {f"property_{n}": {"type": "string"} for n in range(number)}
+    return {"type": "object", "properties": properties}
+
+
+def different_schemas(target: Target) -> list[bytes]:
+    """Requests with a schema each, every one of which takes a compiler about a second."""
+    schemas = [optional(300) | {"title": str(n)} for n in range(8)]
+    return [post(COMPLETIONS, grammar(json=s)(), target.headers) for s in schemas]
+
+
+def talk(number: int, message: Any) -> Callable[[], Any]:
+    """A chat of so many messages."""
+    return lambda: {"model": "smol", "messages": [message] * number, "max_tokens": 1}
+
+
+PART = b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n1\r\n'
 JUNK = b"GET / HTTP/1.1\r\nno colon\r\n\r\n"
 PIPELINE = head("GET", "/livez", {}) * 2000
 
@@ -181,6 +204,32 @@ ATTACKS: tuple[Attack, ...] = (
     ),
     Attack("choices", "n = 16,384", **ask(COMPLETIONS, prompt(10, n=16_384))),
     Attack("schema", "a schema of 20,000 properties", **ask(COMPLETIONS, schema)),
+    Attack("large schema", "one of 1,000 properties", **ask(
+        COMPLETIONS, grammar(json=optional(1000)))),
+    Attack("schemas", "8 of 300 properties each, at once",
+           make=different_schemas, strike=lambda t, requests: t.send(*requests)),
+    Attack("choice", "200,000 strings to choose from", **ask(
+        COMPLETIONS, grammar(choice=[f"number {n}" for n in range(200_000)]))),
+    Attack("some choice", "4,000 strings to choose from", **ask(
+        COMPLETIONS, grammar(choice=[f"number {n}" for n in range(4000)]))),
+    Attack("regex", "nested repeats", **ask(
+        COMPLETIONS, grammar(regex="((a{1,200}b{1,200}){1,200}c){1,200}"))),
+    Attack("messages", "2,048 messages", **ask(CHAT, talk(2048, {"role": "user", "content": "x"}))),
+    Attack("wrong messages", "2,048 that are none", **ask(CHAT, talk(2048, {}))),
+    Attack("wrong contents", "2,048 of a wrong content", **ask(
+        CHAT, talk(2048, {"role": "user", "content": 1}))),
+    Attack("many prompts", "512 prompts of a word", **ask(
+        COMPLETIONS, lambda: {"model": "smol", "prompt": ["x"] * 512, "max_tokens": 1})),
+    Attack("choices of prompts", "32 prompts, n = 64", **ask(COMPLETIONS, lambda: {
+        **{"model": "smol", "prompt": ["x"] * 32, "n": 64, "max_tokens": 1}})),
+    Attack("ids", "a prompt of 100,000 token ids", **ask(
+        COMPLETIONS, lambda: {"model": "smol", "prompt": [7] * 100_000})),
+    Attack("long numbers", "1,000 numbers of 4,000 digits", **ask(
+        COMPLETIONS, lambda: b'{"prompt":[' + b",".join([b"1" * 4000] * 1000) + b"]}")),
+    Attack("form", "50,000 parts of a form", **ask("/v1/audio/transcriptions",
+        lambda: PART * 50_000 + b"--x--", Content_Type="multipart/form-data; boundary=x")),
+    Attack("no JSON", "4 MB of plain text to a route of JSON", **ask(
+        COMPLETIONS, lambda: b"x" * 4_000_000, Content_Type="text/plain")),
     Attack("idle", "1,100 connections that send nothing", **hold(lambda t: b"", 1100, 3.0)),
     Attack(
         "half heads", "1,100 that send half a head",

@@ -172,6 +172,11 @@ class Config(ConnectionConfig):
     send_timeout: float = _knob(
         300.0, "seconds after which a client that reads nothing of its stream is cut off; 0: never"
     )
+    grammar_timeout: float = _knob(
+        2.0,
+        "seconds that a request's grammar or schema may take to compile, in a process of its own "
+        "before an engine has it; beyond them: 400",
+    )
     max_body_bytes: int = _knob(
         0,
         "largest request body, in bytes; beyond it: 413; 0: 4 MiB, or 26 MiB where prompts may "
@@ -228,7 +233,7 @@ class Config(ConnectionConfig):
                     f"--{knob.replace('_', '-')} is {getattr(self, knob)}, but must be 1 or more"
                 )
         for knob in (
-            *("migration_interval", "migration_timeout"),
+            *("migration_interval", "migration_timeout", "grammar_timeout"),
             *("hang_timeout", "step_timeout", "etcd_timeout"),
         ):
             if not 0 < getattr(self, knob) < math.inf:

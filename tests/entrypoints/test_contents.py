@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from llumnix.entrypoints.server import limits
 from llumnix.entrypoints.server.admission import Admission
+from llumnix.entrypoints.server.bodies import Bodies
 from llumnix.entrypoints.server.contents import BadContent, Contents, check_form, weigh
 from llumnix.entrypoints.server.limits import BodyLimits, body_limits
 from llumnix.entrypoints.server.scan import TooMuch, _depth, _outside, scan
@@ -49,7 +50,7 @@ def test_what_no_parser_sees(name: str) -> None:
         {"prompt": "\\" * 300_001 + '"' + "[" * 200},
         {"prompt": [12345] * 90_000},
         {"prompt": "x" * 3_000_000, "stop": ["\n"]},
-        {"messages": [{"role": "user", "content": "x"}] * 4096},
+        {"messages": [{"role": "user", "content": "x"}] * 2048},
     ],
 )
 def test_long_text_is_none_of_it(content: Any) -> None:
@@ -146,19 +147,23 @@ def test_what_a_body_counts_for(content: Any, requests: int) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        {"n": 129},
+        {"n": 65},
         {"n": 1e300},
         {"n": "16384"},
         {"best_of": 16384},
-        {"n": 65, "use_beam_search": True},
-        {"sampling_params": {"n": 129}},
-        {"prompt": ["x"] * 1025},
+        {"n": 33, "use_beam_search": True},
+        {"sampling_params": {"n": 65}},
+        {"prompt": ["x"] * 513},
         {"stop": ["x"] * 65},
         {"stop": "x" * 20_000},
         {"logit_bias": {str(n): 1 for n in range(1025)}},
         {"bad_words": ["x"] * 257},
-        {"messages": [{}] * 4097},
+        {"messages": [{}] * 2049},
         {"tools": [{}] * 513},
+        {"messages": [{"role": "user", "content": [{}] * 257}]},
+        {"messages": [{"role": "tool", "content": [{"content": ["x"] * 257}]}]},
+        {"messages": [[{}] * 257]},
+        {"messages": [{"role": "user", "content": [1, *[{}] * 256]}]},
     ],
 )
 def test_what_is_too_much_of_a_field(content: Any) -> None:
@@ -177,15 +182,16 @@ def test_forms() -> None:
 
 
 def test_limits_of_a_model() -> None:
-    assert body_limits(0, 4096, False) == BodyLimits(limits.TEXT_BODY_BYTES, limits.VALUES)
+    small = BodyLimits(limits.TEXT_BODY_BYTES, limits.VALUES, 128 * 1024)
+    assert body_limits(0, 4096, False) == small
     assert body_limits(0, 4096, True).body_bytes == limits.MEDIA_BODY_BYTES
-    assert body_limits(0, 2**20, False) == BodyLimits(2**24, 2**21)
+    assert body_limits(0, 2**20, False) == BodyLimits(2**24, 2**21, 2**24 + 2**16)
     assert body_limits(7, 2**20, True).body_bytes == 7
 
 
 @on_loop
 async def test_refusals_over_http() -> None:
-    admission, contents = Admission(8, 0), Contents(BodyLimits())
+    admission, contents = Admission(8, 0), Contents(body_limits(0, 4096, False))
     seen: list[int] = []
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -193,12 +199,14 @@ async def test_refusals_over_http() -> None:
         return web.Response()
 
     app = web.Application(client_max_size=contents.body_bytes)
-    app.router.add_post("/v1/completions", contents.guard(admission.guard(answer)))
+    guarded = Bodies(5.0, 0).guard(contents.guard(admission.guard(answer)))
+    app.router.add_post("/v1/completions", guarded)
+    app.router.add_post("/tokenize", guarded)
     async with TestClient(TestServer(app)) as client:
 
-        async def post(body: bytes) -> tuple[int, Any]:
+        async def post(body: bytes, path: str = "/v1/completions") -> tuple[int, Any]:
             headers = {"Content-Type": "application/json"}
-            async with client.post("/v1/completions", data=body, headers=headers) as response:
+            async with client.post(path, data=body, headers=headers) as response:
                 return response.status, await response.read()
 
         assert (await post(b'{"prompt": ["x", "y"], "n": 3}'))[0] == 200
@@ -212,5 +220,9 @@ async def test_refusals_over_http() -> None:
         status, body = await post(MILLIONS)
         assert status == 400 and b"more than" in body
         assert len(seen) == 3
+        text = orjson.dumps({"prompt": "word " * 30_000})
+        assert (await post(text))[0] == 200 and len(seen) == 4
+        status, body = await post(text, "/tokenize")
+        assert status == 400 and b"at most 131072 bytes" in body
         admission.requests = 3
         assert (await post(b'{"prompt": "x", "n": 6}'))[0] == 429

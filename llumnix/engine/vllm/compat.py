@@ -153,3 +153,16 @@ def failed(message: str, status: HTTPStatus) -> Exception:
     except ImportError:
         return RuntimeError(message)
     return GracefulHTTPError(message, status)  # type: ignore[no-any-return]
+
+
+def skip_grammar_validation(params: Any) -> None:
+    """Have vLLM's frontend take the grammar of these parameters as validated.
+
+    It validates on its event loop, for which large schemas are too much, and has no place to do it
+    elsewhere. Versions that name the method differently validate once more.
+    """
+    params._validate_structured_outputs = _nothing
+
+
+def _nothing(*arguments: Any) -> None:
+    """What is left to do for something that is done."""

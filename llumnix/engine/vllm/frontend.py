@@ -24,6 +24,9 @@ from vllm.v1.executor import Executor
 from llumnix.engine.base import EngineFacts
 from llumnix.engine.client import ClusterClient
 from llumnix.engine.vllm import compat
+from llumnix.engine.vllm.grammars import Grammars
+from llumnix.engine.vllm.llm import DoorLLM
+from llumnix.engine.vllm.shapes import Shapes
 from llumnix.engine.vllm.streams import Streams
 
 logger = logging.getLogger(__name__)
@@ -39,16 +42,22 @@ class Frontend:
         self._config = config
         self._client = client
         self._stack = contextlib.AsyncExitStack()
+        self._grammars = Grammars(config, arguments.grammar_timeout)
         self.llm: AsyncLLM | None = None
         self.app: Any = None  # an ASGI application, once open
         self.streams: Streams | None = None
+        self.shapes: Shapes | None = None
         self._aborts: set[asyncio.Future[None]] = set()  # kept: a loop holds its tasks weakly
 
     async def open(self, facts: EngineFacts) -> None:
         """Build the application; `facts` are those of the first instance that is ready."""
         self._learn(facts)
+        self._stack.push_async_callback(self._grammars.close)
+        if self._arguments.engine == "vllm":  # whose fork server is there
+            self._grammars.warm()
         with compat.engine_core_client(self._client):
-            self.llm = llm = AsyncLLM(
+            self.llm = llm = DoorLLM(
+                grammars=self._grammars,
                 vllm_config=self._config,
                 executor_class=Executor.get_class(self._config),
                 log_stats=not self._arguments.disable_log_stats,
@@ -67,6 +76,7 @@ class Frontend:
         _answer_alike(app, StarletteHTTPException, FastapiHTTPException)
         await self._stack.enter_async_context(app.router.lifespan_context(app))
         self.streams = Streams(app, self._arguments)
+        self.shapes = Shapes(app, self._arguments.root_path or "")
         self.app = app
         # vLLM looks environment variables up for every token; none changes from here on.
         envs.enable_envs_cache()

@@ -14,7 +14,7 @@ from llumnix.entrypoints.server import asgi
 from llumnix.entrypoints.server.admin import Admin, Standing
 from llumnix.entrypoints.server.admission import Admission
 from llumnix.entrypoints.server.bodies import Bodies
-from llumnix.entrypoints.server.contents import Contents
+from llumnix.entrypoints.server.contents import Contents, content
 from llumnix.entrypoints.server.drains import Drains
 from llumnix.entrypoints.server.errors import RETRY_AFTER, Handler, error_response, openai_errors
 from llumnix.entrypoints.server.moves import Moves
@@ -63,6 +63,10 @@ class Gateway:
     async def _answer(
         self, frontend: Frontend, request: web.Request, body: bytes
     ) -> web.StreamResponse:
+        if frontend.shapes is not None:
+            wrong = await frontend.shapes.problem(request.path, content.get())
+            if wrong is not None:
+                return error_response(400, wrong)
         scope = asgi.scope_of(request)
         if frontend.streams is not None:
             events = await frontend.streams.open(scope, body)

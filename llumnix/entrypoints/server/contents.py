@@ -16,10 +16,13 @@ from llumnix.metrics import REFUSALS
 
 # How many requests for engines an HTTP request will be; set in its handler's task.
 asked: ContextVar[int] = ContextVar("asked", default=1)
+# What its body says, in the same way; None if it is not JSON.
+content: ContextVar[Any] = ContextVar("content", default=None)
 
 # Objects of a body in which some routes have the parameters of sampling.
 _INNER = ("sampling_params", "parameters")
 _PROMPTS = ("prompt", "input")
+_TALK = ("messages", "input")  # lists whose items are wrong in many ways, if they are
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 
@@ -50,26 +53,34 @@ class Contents:
                 return await handler(request)
             body = await request.read()
             try:
-                asked.set(self._weigh(request.content_type, body))
+                self._fits(request.path, body)
+                said = self._read(request.content_type, body)
+                asked.set(weigh(said))
             except TooMuch as error:
                 REFUSALS.labels("content").inc()
                 return error_response(400, str(error))
             except BadContent as error:
                 REFUSALS.labels("content").inc()
                 return error_response(400, str(error), param=error.field)
+            content.set(said)
             try:
                 return await handler(request)
-            finally:
-                asked.set(1)  # the next request of this connection has the same task
+            finally:  # the next request of this connection has the same task
+                asked.set(1)
+                content.set(None)
 
         return look
 
-    def _weigh(self, content_type: str, body: bytes) -> int:
+    def _fits(self, path: str, body: bytes) -> None:
+        most = self._within.tokenize_bytes
+        if path.endswith("/tokenize") and len(body) > most:
+            raise TooMuch(f"a text to tokenize must have at most {most} bytes with this model")
+
+    def _read(self, content_type: str, body: bytes) -> Any:
         if content_type in _FORMS:
-            check_form(body)
-            return 1
+            return check_form(body)
         scan(body, self._within.values)
-        return weigh(read(body))
+        return read(body)
 
 
 def read(body: bytes) -> Any:
@@ -84,27 +95,31 @@ def read(body: bytes) -> Any:
         return None
 
 
-def weigh(content: Any) -> int:
+def weigh(said: Any) -> int:
     """How many requests for engines a body is: prompts, times choices or beams; 1 at least.
 
     Raises BadContent for what is too much.
     """
-    if not isinstance(content, dict):
+    if not isinstance(said, dict):
         return 1
-    for part in _parts(content):
+    for part in _parts(said):
         _check(part)
-    prompts = max(_prompts(name, content.get(name)) for name in _PROMPTS)
-    choices = max(_whole(part.get(name)) for part in _parts(content) for name in limits.LARGEST)
-    batched = content.get("messages")
+    for name in _TALK:
+        items = said.get(name)
+        for item in items if isinstance(items, list) else ():
+            _check_inside(name, item)
+    prompts = max(_prompts(name, said.get(name)) for name in _PROMPTS)
+    choices = max(_whole(part.get(name)) for part in _parts(said) for name in limits.LARGEST)
+    batched = said.get("messages")
     if isinstance(batched, list) and batched and isinstance(batched[0], list):
         prompts = _at_most("messages", len(batched), limits.PROMPTS)  # conversations
     return prompts * choices
 
 
-def _parts(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    yield content
+def _parts(said: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield said
     for name in _INNER:
-        if isinstance(inner := content.get(name), dict):
+        if isinstance(inner := said.get(name), dict):
             yield inner
 
 
@@ -123,6 +138,19 @@ def _check(part: Mapping[str, Any]) -> None:
         strings = value if isinstance(value, list) else [value]
         if sum(len(s) for s in strings if isinstance(s, str)) > size:
             raise BadContent(f"{name} must have at most {size} characters", name)
+
+
+def _check_inside(name: str, value: Any) -> None:
+    """Refuse long lists in an item; one of token ids is a prompt."""
+    if isinstance(value, dict):
+        for inner in value.values():
+            _check_inside(name, inner)
+    elif isinstance(value, list) and not set(map(type, value)) <= {int}:
+        if len(value) > limits.INNER_ITEMS:
+            most = limits.INNER_ITEMS
+            raise BadContent(f"a list within {name} must have at most {most} items", name)
+        for inner in value:
+            _check_inside(name, inner)
 
 
 def _prompts(name: str, value: Any) -> int:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 TEXT_BODY_BYTES = 4 * 2**20  # where prompts are text
 MEDIA_BODY_BYTES = 26 * 2**20  # where they may hold images and sounds; vLLM takes 25 MB of these
 BODY_BYTES_PER_TOKEN = 16  # of the context, if that is more: text, JSON's escapes, token ids
+# vLLM bounds prompts that it will run, but none that it is only to tokenise, by the thread that
+# tokenises all prompts of the node, about a megabyte in a second.
+TOKENIZE_BYTES = 64 * 1024  # and BODY_BYTES_PER_TOKEN for each token of the context
 
 NESTING = 128  # levels of objects and arrays; vLLM takes 64 in a schema, which has others around it
 CONTAINERS = 50_000  # objects, arrays, and the keys of objects
@@ -20,12 +23,12 @@ FORM_HEAD_BYTES = 16 * 1024  # of all that is no content in it
 
 # A field of a body, and how much it may be, or how many items it may have.
 LARGEST = {
-    "n": 128,
-    "best_of": 128,
+    "n": 64,
+    "best_of": 64,
 }
-BEAMS = 64  # n, where use_beam_search is set: each beam is a request in every step
+BEAMS = 32  # n, where use_beam_search is set: each beam is a request in every step
 ITEMS = {
-    "messages": 4096,
+    "messages": 2048,
     "tools": 512,
     "functions": 512,
     "documents": 2048,
@@ -41,7 +44,8 @@ ITEMS = {
     "logprob_token_ids": 1024,
     "include": 64,
 }
-PROMPTS = 1024  # of one completion or embedding
+INNER_ITEMS = 256  # of any list within one of the messages: parts of a content, calls of tools
+PROMPTS = 512  # of one completion or embedding
 STRING_BYTES = {  # of the strings of these fields together
     "stop": 16 * 1024,
     "stop_sequences": 16 * 1024,
@@ -59,6 +63,7 @@ class BodyLimits:
 
     body_bytes: int = TEXT_BODY_BYTES
     values: int = VALUES
+    tokenize_bytes: int = TEXT_BODY_BYTES  # of a text that is only to be tokenised
 
 
 def body_limits(asked_bytes: int, context: int, media: bool) -> BodyLimits:
@@ -70,4 +75,5 @@ def body_limits(asked_bytes: int, context: int, media: bool) -> BodyLimits:
     return BodyLimits(
         body_bytes=asked_bytes or max(least, BODY_BYTES_PER_TOKEN * context),
         values=max(VALUES, 2 * context),
+        tokenize_bytes=TOKENIZE_BYTES + BODY_BYTES_PER_TOKEN * context,
     )

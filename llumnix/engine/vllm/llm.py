@@ -1,0 +1,30 @@
+"""vLLM's AsyncLLM with a door of its own, through which all routes' requests come."""
+
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from llumnix.engine.turns import Turns
+from llumnix.engine.vllm.grammars import Grammars
+
+
+class DoorLLM(AsyncLLM):
+    """Takes requests in slices, and those with a grammar once it was tried elsewhere."""
+
+    def __init__(self, *args: Any, grammars: Grammars | None = None, **kwargs: Any) -> None:
+        self._grammars = grammars
+        self._turns = Turns()
+        super().__init__(*args, **kwargs)
+
+    async def add_request(
+        self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Add a request, as vLLM does. Raises what `Grammars.admit` does."""
+        choices = 1
+        if isinstance(params, SamplingParams):
+            choices = params.n
+            if params.structured_outputs is not None and self._grammars is not None:
+                await self._grammars.admit(params)
+        await self._turns.take(choices)
+        return await super().add_request(request_id, prompt, params, *args, **kwargs)

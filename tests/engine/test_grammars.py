@@ -1,0 +1,173 @@
+"""Grammars on trial: what they may take, and what becomes of those that take more."""
+
+import asyncio
+import json
+import os
+import pickle
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
+
+from llumnix.engine.vllm import grammars as module
+from llumnix.engine.vllm.grammars import Grammars
+from llumnix.engine.vllm.trial import Trial, TrialFailed
+from tests.kit.loop import on_loop
+from tests.kit.wait import eventually
+
+
+def asking(**spec: Any) -> SamplingParams:
+    return SamplingParams(structured_outputs=StructuredOutputsParams(**spec))
+
+
+def properties(number: int, required: bool = False) -> dict[str, Any]:
+    names = [f"property_{n}" for n in range(number)]
+    schema = {"type": "object", "properties": {name: {"type": "string"} for name in names}}
+    return schema | ({"required": names} if required else {})
+
+
+@pytest.fixture(scope="module")
+def config(model: str) -> VllmConfig:
+    return AsyncEngineArgs(model=model, dtype="float32").create_engine_config()
+
+
+class Scripted:
+    """Stands for the process of a lane: what it answers, and how often it was asked."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer, self.asked = answer, 0
+
+    def run(self, params: StructuredOutputsParams) -> Any:
+        self.asked += 1
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+    def start(self) -> None: ...
+    def kill(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def scripted(answer: Any) -> tuple[Grammars, Scripted]:
+    made, trial = Grammars(None, 1.0), Scripted(answer)  # type: ignore[arg-type]
+    made._small.trial = made._large.trial = trial  # type: ignore[assignment]
+    return made, trial
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"json": properties(20_000)},
+        {"json": json.dumps(properties(20_000))},
+        {"json": {f"{n}": 1 for n in range(5000)}},
+        {"choice": [str(n) for n in range(200_000)]},
+        {"choice": [str(n) for n in range(5000)]},
+        {"regex": "a" * 300_000},
+        {"grammar": "root ::= " + '"a" ' * 100_000},
+        {"structural_tag": json.dumps({"structures": [{}] * 100_000})},
+    ],
+    ids=lambda spec: next(iter(spec)),
+)
+@on_loop
+async def test_what_is_too_large_is_not_even_tried(spec: dict[str, Any]) -> None:
+    grammars, trial = scripted(module.Verdict({}))
+    with pytest.raises(VLLMValidationError, match="must have at most"):
+        await grammars.admit(asking(**spec))
+    assert trial.asked == 0
+    await grammars.close()
+
+
+@on_loop
+async def test_a_verdict_is_kept_and_those_who_wait_share_it() -> None:
+    grammars, trial = scripted(module.Verdict({"choice": None, "grammar": "root ::= 'a'"}))
+    several = [asking(choice=["a"]) for _ in range(20)]
+    await asyncio.gather(*map(grammars.admit, several))
+    assert trial.asked == 1
+    assert all(p.structured_outputs.grammar == "root ::= 'a'" for p in several)
+    trial.answer = TrialFailed("too long")
+    for _ in range(3):
+        with pytest.raises(VLLMValidationError, match="too long"):
+            await grammars.admit(asking(regex="(a+)+b"))
+    assert trial.asked == 2
+    await grammars.close()
+
+
+@on_loop
+async def test_a_client_that_leaves_takes_no_verdict_from_others() -> None:
+    grammars, trial = scripted(module.Verdict({}))
+    leaving, staying = (asyncio.create_task(grammars.admit(asking(regex="a"))) for _ in range(2))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    await staying
+    assert leaving.cancelled() and trial.asked == 1 and not grammars._trying
+    await grammars.close()
+
+
+@on_loop
+async def test_verdicts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars, _ = scripted(module.Verdict({"grammar": "x" * 1000}))
+    monkeypatch.setattr(module, "KEPT_BYTES", 20_000)
+    for n in range(50):
+        await grammars.admit(asking(regex=f"a{n}"))
+    assert 0 < len(grammars._known) < 20 and grammars._bytes <= 20_000
+    assert grammars._bytes == sum(size for _, size in grammars._known.values())
+    await grammars.close()
+
+
+@on_loop
+async def test_too_many_that_wait_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars, _ = scripted(module.Verdict({}))
+    monkeypatch.setattr(module, "WAITING", 2)
+    tasks = [asyncio.create_task(grammars.admit(asking(regex=f"a{n}"))) for n in range(3)]
+    done = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [getattr(d, "http_status", None) for d in done] == [None, None, 503]
+    await grammars.close()
+
+
+@on_loop
+async def test_what_no_client_wrote_is_not_tried() -> None:
+    grammars, trial = scripted(module.Verdict({}))
+    await grammars.admit(asking(json_object=True))
+    await grammars.admit(SamplingParams())
+    assert trial.asked == 0
+    await grammars.close()
+
+
+@pytest.fixture(scope="module")
+def trial(config: VllmConfig) -> Iterator[Trial]:
+    made = Trial(pickle.dumps(config), 2.0, memory=2**30)
+    made.start()
+    yield made
+    made.close()
+
+
+def test_a_process_compiles_refuses_and_dies(trial: Trial) -> None:
+    """One test, as the process is dear to start: what is fine, wrong, or takes too long."""
+    made = trial.run(asking(json=properties(3)).structured_outputs)
+    assert made.changed["_backend"] == "xgrammar"
+    began = time.perf_counter()
+    choice = trial.run(asking(choice=["yes", "no"]).structured_outputs)
+    assert time.perf_counter() - began < 1.0
+    assert choice.changed["choice"] is None and "yes" in choice.changed["grammar"]
+    for bad in ({"regex": "(["}, {"grammar": "root ::= ("}, {"json": '{"type": 1'}):
+        with pytest.raises(TrialFailed) as caught:
+            trial.run(asking(**bad).structured_outputs)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+    first = trial.pid
+    began = time.perf_counter()
+    with pytest.raises(TrialFailed, match="longer than 2 s"):
+        trial.run(asking(json=properties(20_000)).structured_outputs)
+    assert time.perf_counter() - began < 10.0
+    assert trial.pid is None
+    eventually(lambda: not os.path.exists(f"/proc/{first}"), 5.0)
+    trial.run(asking(regex="[a-z]+").structured_outputs)  # another process has taken its place
+    os.kill(trial.pid or 0, 9)
+    with pytest.raises(TrialFailed, match="memory"):
+        trial.run(asking(regex="[0-9]+").structured_outputs)
+    trial.run(asking(regex="[0-9]+").structured_outputs)

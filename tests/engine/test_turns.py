@@ -1,0 +1,49 @@
+"""Requests in slices."""
+
+import asyncio
+
+from llumnix.engine.turns import Turns
+from tests.kit.loop import on_loop
+
+
+@on_loop
+async def test_a_thousand_requests_leave_room_for_others() -> None:
+    turns, passed = Turns(at_once=8), []
+
+    async def come(number: int) -> None:
+        await turns.take()
+        passed.append(number)
+
+    tasks = [asyncio.create_task(come(n)) for n in range(1000)]
+    most, before = 0, 0
+    while len(passed) < 1000:
+        await asyncio.sleep(0)
+        most, before = max(most, len(passed) - before), len(passed)
+    assert passed == list(range(1000)), "in order"
+    assert most <= 8
+    await asyncio.gather(*tasks)
+
+
+@on_loop
+async def test_one_that_is_more_than_a_slice_passes_whole_and_others_wait_for_it() -> None:
+    turns = Turns(at_once=8)
+    await turns.take(32)
+    later = asyncio.create_task(turns.take())
+    for _ in range(3):
+        await asyncio.sleep(0)
+        assert not later.done()
+    await later
+    await asyncio.wait_for(turns.take(), 1)
+
+
+@on_loop
+async def test_one_that_is_cancelled_takes_no_turn() -> None:
+    turns = Turns(at_once=1)
+    await turns.take()
+    await asyncio.sleep(0)  # the turn of those that follow
+    first, gone, next_one = (asyncio.create_task(turns.take()) for _ in range(3))
+    await asyncio.sleep(0)
+    assert first.done() and not gone.done()
+    gone.cancel()
+    await next_one
+    assert gone.cancelled()
