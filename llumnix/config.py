@@ -101,8 +101,9 @@ class Config(ConnectionConfig):
     )
     migration_policy: str = _knob(
         "llumnix",
-        "between which instances requests move: llumnix (the paper's rule), lookahead (what waits "
-        "goes first), artifact, none, or the name of an entry point in llumnix.rescheduling",
+        "between which instances requests move: llumnix (the paper's rule), queues (what waits "
+        "goes first, and many at once), lookahead (the first that waits behind a blocked one), "
+        "artifact, none, or the name of an entry point in llumnix.rescheduling",
     )
     migration_interval: float = _knob(1.0, "seconds between two rounds of rescheduling")
     migration_out_below: float = _knob(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from llumnix.policy.classes import PriorityClass
+from llumnix.policy.rescheduler import PAPER
 from llumnix.policy.terms import Thresholds
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig, PolicyConfig
 
@@ -27,6 +28,7 @@ class System:
             rescheduling=self.rescheduling,
             request=self.request,
             thresholds=Thresholds(threshold, threshold),
+            pace=PAPER,
             classes=classes,
         )
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Literal
 
 from llumnix.actors.base import Actor
@@ -12,13 +13,12 @@ from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, NodeId
 from llumnix.control.desired import Wish
 from llumnix.policy.load import freeness
 from llumnix.policy.rebalance import Pair, Planner, pairs
-from llumnix.policy.rescheduler import DRAIN_MOVES, PATIENCE, Order, Rescheduler
+from llumnix.policy.rescheduler import DRAIN_MOVES, PATIENCE, Order, Pace, Rescheduler
 from llumnix.policy.scaling import Scaler, ScalingTerms
+from llumnix.policy.select import TOGETHER
 from llumnix.policy.terms import TERMS, Terms
 
 logger = logging.getLogger(__name__)
-
-MOVED = "moved"  # the outcome of a move that was made; any other is a reason why it was not
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,24 @@ class MoveCommand:
     destination_node: NodeId
     reason: Literal["balance", "drain"]
     rule: str = ""  # by which the source chooses; "": as it is configured
+    count: int = 1  # requests; more than one only of those that wait and go together
+    blocks: float = inf  # KV blocks that are kept at the destination for it, or for all together
 
     @property
     def pair(self) -> Pair:
         """The two instances, as `finished` wants them."""
         return Pair(self.source, self.destination, self.rule)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What has become of a command."""
+
+    failure: str = ""  # one sentence; empty if it was carried out
+    # Whether the failure says nothing about the pair: the request has ended, or nothing fits there.
+    blameless: bool = False
+    requests: int = 1  # that were moved
+    blocks: int | None = None  # that they have together, if that is known
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,8 @@ class ManagerActor(Actor):
         patience: int = PATIENCE,
         empties: bool = True,  # whether instances that drain are emptied by moves
         scaling: Scaling | None = None,  # None: the number of instances is left alone
+        pace: Pace | None = None,  # None: as a rescheduler has it by default
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
         self._leads = leads
@@ -72,7 +87,8 @@ class ManagerActor(Actor):
         self._command = command
         self._terms = terms
         self._patience = patience
-        self._new_term = partial(Rescheduler, planner, terms, drain_moves, patience, empties)
+        self._clock = clock
+        self._new_term = partial(Rescheduler, planner, terms, drain_moves, patience, empties, pace)
         self._rescheduler = self._new_term()
         self._scaling = scaling
         self._scaler = self._new_scaler()
@@ -81,8 +97,14 @@ class ManagerActor(Actor):
         self._holds = False
 
     def update_view(self, view: ClusterView) -> None:
-        """Take over a newer snapshot of the cluster."""
+        """Take over a newer snapshot of the cluster, and act at once on queues that it shows.
+
+        What waits in vain and could begin elsewhere is not left waiting for the next tick.
+        """
         self._view = view
+        if self._leads() == self._epoch and self._current():
+            for order in self._rescheduler.urgent(view, self._clock()):
+                self._command_all(order)
 
     def tick(self) -> None:
         """An interval has passed: command what this round asks for, if this node leads."""
@@ -95,16 +117,20 @@ class ManagerActor(Actor):
         for pair in self._rescheduler.next_round():
             self._say_failed(pair, f"no answer within {self._patience} intervals")
         if self._may_act():
-            for order in self._rescheduler.orders(self._view):
+            for order in self._rescheduler.orders(self._view, self._clock()):
                 self._command_all(order)
             self._scale()
         elif self._scaler is not None:
             self._scaler.forget()
 
-    def finished(self, pair: Pair, outcome: str) -> None:
-        """A commanded move has ended: MOVED, or why no request was moved."""
-        if self._rescheduler.finished(pair, outcome == MOVED) and outcome != MOVED:
-            self._say_failed(pair, outcome)
+    def finished(self, pair: Pair, outcome: Outcome) -> None:
+        """A commanded move has ended."""
+        made = not outcome.failure
+        known = self._rescheduler.finished(
+            pair, made, outcome.blameless, outcome.requests, outcome.blocks
+        )
+        if known and not made:
+            self._say_failed(pair, outcome.failure)
 
     def _may_act(self) -> bool:
         """Whether the view can be trusted. When etcd is silent it is old, and all stays put."""
@@ -118,16 +144,18 @@ class ManagerActor(Actor):
     def _command_all(self, order: Order) -> None:
         view, pair = self._view, order.pair
         source, destination = view.instances[pair.source], view.instances[pair.destination]
+        together = pair.rule in TOGETHER
+        many = "up to %d waiting requests" if together else "%d requests"
         logger.info(
             "epoch %d: moves %s from %s (%s) to %s (freeness %.1f)",
             self._epoch,
-            "a request" if order.moves == 1 else f"{order.moves} requests",
+            "a request" if order.moves == 1 else many % order.moves,
             source.id,
             "drains" if order.drains else f"freeness {self._freeness(source):.1f}",
             destination.id,
             self._freeness(destination),
         )
-        for _ in range(order.moves):
+        for _ in range(1 if together else order.moves):
             self._command(
                 MoveCommand(
                     self._epoch,
@@ -137,6 +165,8 @@ class ManagerActor(Actor):
                     destination.node,
                     "drain" if order.drains else "balance",
                     pair.rule,
+                    order.moves if together else 1,
+                    order.blocks,
                 )
             )
 

@@ -170,16 +170,23 @@ class HostedInstance:
 
         All its outputs have been delivered; what a step under way still samples is dropped.
         """
-        if self._tenants.get(tenant.name) is not tenant:
-            return False
-        self._take_out(tenant.name)
-        del self._names[tenant.request_id]
-        tenant.wake()
-        frame = HandOver(self.id, tenant.epoch, tenant.request_id, destination, node)
-        tenant.origin.deliver(frame)
-        self.on_load()
-        await self.engine.abort([tenant.name])
-        return True
+        return bool(await self.hand_over_all([tenant], destination, node))
+
+    async def hand_over_all(
+        self, tenants: Iterable[Tenant], destination: InstanceId, node: NodeId
+    ) -> list[Tenant]:
+        """Likewise, many in one go; those that were still here, and are not any more."""
+        gone = [t for t in tenants if self._tenants.get(t.name) is t]
+        for tenant in gone:
+            self._take_out(tenant.name)
+            del self._names[tenant.request_id]
+            tenant.wake()
+            frame = HandOver(self.id, tenant.epoch, tenant.request_id, destination, node)
+            tenant.origin.deliver(frame)
+        if gone:
+            self.on_load()
+            await self.engine.abort([tenant.name for tenant in gone])
+        return gone
 
     async def cancel(self, request_ids: Iterable[str], epochs: Sequence[int] = ()) -> None:
         """End requests, also those that are still to come; unknown ids are no error.

@@ -84,6 +84,7 @@ class Acting:
                 policies.planner or no_pairs,
                 empties=config.migration,
                 scaling=self._scaling() if config.autoscale else None,
+                pace=policies.pace,
             ),
             self._inform,
         )

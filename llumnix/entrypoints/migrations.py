@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from math import inf, isinf
 from typing import Any, TypeVar
 
 from pykka import ActorDeadError
@@ -25,8 +26,10 @@ from llumnix.engine.meetings import Meetings
 from llumnix.engine.tenant import Tenant
 from llumnix.entrypoints.candidates import candidates
 from llumnix.entrypoints.doorkeeper import Doorkeeper
+from llumnix.entrypoints.together import leave_waiting
 from llumnix.policy.choice import leaving
 from llumnix.policy.rebalance import Pair
+from llumnix.policy.select import TOGETHER
 from llumnix.policy.terms import Terms
 
 logger = logging.getLogger(__name__)
@@ -68,7 +71,11 @@ class Migrations:
         self._stops = False
         self.at: Callable[[str], Awaitable[None]] = _pass
         self._arrivals = Arrivals(exchange, Doorkeeper(actor), lambda step: self.at(step))
-        exchange.procedures |= {"migrate": self._migrate, "requests": self._list}
+        exchange.procedures |= {
+            "migrate": self._migrate,
+            "migrate_waiting": self._migrate_waiting,
+            "requests": self._list,
+        }
 
     def look(self) -> None:
         """The cluster has changed: let instances meet before anything moves between them."""
@@ -131,15 +138,26 @@ class Migrations:
         request_id: str = "",
         epoch: int = 0,
         rule: str = "",
+        count: int = 1,
+        blocks: float = inf,
     ) -> dict[str, Any]:
         """Have a source move a request, if none is named one that it chooses by `rule`.
 
+        By some rules it moves `count` requests at once, at most, which wait and have no KV cache.
+        They get no more than `blocks` KV blocks at the destination.
+
         Raises MigrationError. `epoch` is the leader's, 0 if it is no leader who asks.
         """
-        # Nodes of an older version know no rule.
-        arguments = (request_id, destination, reason, epoch, *([rule] if rule else []))
+        room = () if isinf(blocks) else (int(blocks),)
+        if rule in TOGETHER:
+            procedure: str = "migrate_waiting"
+            arguments: tuple[Any, ...] = (destination, reason, epoch, rule, count, *room)
+        else:  # nodes of an older version know no rule, and no blocks
+            procedure = "migrate"
+            further = (rule, *room) if rule or room else ()
+            arguments = (request_id, destination, reason, epoch, *further)
         try:
-            answer = await self._exchange.call(node, source, "migrate", arguments, MIGRATE_SECONDS)
+            answer = await self._exchange.call(node, source, procedure, arguments, MIGRATE_SECONDS)
         except TimeoutError as error:
             raise MigrationError(f"node {node} did not say what became of the move") from error
         return dict(answer)
@@ -170,25 +188,17 @@ class Migrations:
         reason: str,
         epoch: int,
         rule: str = "",
+        blocks: float = inf,
     ) -> dict[str, Any]:
         """Move a request away from an instance of this node. Raises MigrationError."""
-        if self._stops:
-            raise MigrationError(f"node {self._exchange.node} stops")
-        view = self._view()
-        if epoch and epoch < view.leader_epoch:
-            metrics.MIGRATION_CONFLICTS.inc()
-            raise MigrationError(
-                f"epoch {epoch} is over: node {view.leader} leads in epoch {view.leader_epoch}"
-            )
-        hosted = self._exchange.hosted.get(source)
-        if hosted is None:
-            raise EngineDead(f"instance {source} is not on node {self._exchange.node}")
+        hosted = self._source(source, epoch)
         if request_id:
             tenant = hosted.find(request_id)
             if tenant is None:
                 raise Ended(f"request {request_id} is not at instance {source}")
         else:
-            tenant = self._choose(hosted, Pair(source, destination, rule), reason == "drain")
+            pair = Pair(source, destination, rule)
+            tenant = self._choose(hosted, pair, reason == "drain", blocks)
         self._check(hosted, tenant, destination)
         tenant.leaving = True  # at once: the next move that is commanded chooses another
         departing = self._spawn(self._depart(hosted, tenant, destination, reason))
@@ -200,10 +210,43 @@ class Migrations:
                 raise  # not the migration is ended, but who waits for it
             raise MigrationError(f"node {self._exchange.node} stops") from None
 
-    def _choose(self, hosted: HostedInstance, pair: Pair, drains: bool) -> Tenant:
+    async def _migrate_waiting(
+        self,
+        source: InstanceId,
+        destination: InstanceId,
+        reason: str,
+        epoch: int,
+        rule: str,
+        count: int,
+        blocks: float = inf,
+    ) -> dict[str, Any]:
+        """Move requests that wait at an instance of this node, all in one go."""
+        hosted = self._source(source, epoch)
+        self._check_way(hosted, destination)
+        pair = Pair(source, destination, rule)
+        room = count, blocks
+        return await leave_waiting(hosted, pair, reason, self._view(), self._rules.terms, *room)
+
+    def _source(self, source: InstanceId, epoch: int) -> HostedInstance:
+        """The instance that is to give something away, if that may be asked of it."""
+        if self._stops:
+            raise MigrationError(f"node {self._exchange.node} stops")
+        view = self._view()
+        if epoch and epoch < view.leader_epoch:
+            metrics.MIGRATION_CONFLICTS.inc()
+            raise MigrationError(
+                f"epoch {epoch} is over: node {view.leader} leads in epoch {view.leader_epoch}"
+            )
+        hosted = self._exchange.hosted.get(source)
+        if hosted is None:
+            raise EngineDead(f"instance {source} is not on node {self._exchange.node}")
+        return hosted
+
+    def _choose(self, hosted: HostedInstance, pair: Pair, drains: bool, blocks: float) -> Tenant:
         rules, view = self._rules, self._view()
+        terms, rule = rules.terms, rules.rule
         try:
-            chosen = leaving(pair, candidates(hosted), view, rules.terms, rules.rule, drains)
+            chosen = leaving(pair, candidates(hosted), view, terms, rule, drains, blocks)
         except (LookupError, ValueError) as error:  # a rule may be another version's
             raise MigrationError(str(error)) from None
         tenant = hosted.find(chosen.request) if chosen is not None else None
@@ -302,15 +345,18 @@ class Migrations:
     def _check(self, hosted: HostedInstance, tenant: Tenant, destination: InstanceId) -> None:
         if destination == hosted.id:
             raise MigrationError(f"request {tenant.request_id} is at {destination} already")
+        self._check_way(hosted, destination)
+        if tenant.leaving:
+            raise MigrationError(f"request {tenant.request_id} is moving already")
+        if tenant.stuck is not None:
+            raise MigrationError(f"request {tenant.request_id} can't move: {tenant.stuck}")
+
+    def _check_way(self, hosted: HostedInstance, destination: InstanceId) -> None:
         info = self._view().instances.get(destination)
         if info is None:
             raise MigrationError(f"there is no instance {destination}")
         if info.state is InstanceState.DRAINING:
             raise MigrationError(f"instance {destination} is about to stop")
-        if tenant.leaving:
-            raise MigrationError(f"request {tenant.request_id} is moving already")
-        if tenant.stuck is not None:
-            raise MigrationError(f"request {tenant.request_id} can't move: {tenant.stuck}")
         if hosted.facts is None or not hosted.facts.resumes:
             raise MigrationError(f"instance {hosted.id} has a scheduler of its own")
 

@@ -15,6 +15,7 @@ from llumnix.latency import PROFILES, LatencyProfile
 from llumnix.plugins import dispatch_policy, planner
 from llumnix.policy.dispatch import Policy
 from llumnix.policy.rebalance import Pair, Planner
+from llumnix.policy.rescheduler import Pace
 from llumnix.policy.terms import Terms, Thresholds
 
 OPTION = "--latency-profile"
@@ -30,6 +31,7 @@ class Policies:
     dispatch: Policy
     planner: Planner | None  # None: nothing is moved to balance or to empty an instance
     terms: Terms
+    pace: Pace
 
 
 def read_policies(config: Config) -> Policies:
@@ -51,6 +53,7 @@ def read_policies(config: Config) -> Policies:
             lambda: planner(config.migration_policy) or no_pairs if config.migration else None,
         ),
         Terms(thresholds, classes, latency),
+        _checked("--migration-max-requests", lambda: Pace(config.migration_max_requests)),
     )
 
 

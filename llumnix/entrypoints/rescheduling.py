@@ -3,9 +3,10 @@
 import asyncio
 import logging
 
-from llumnix.actors.manager import MOVED, MoveCommand
+from llumnix.actors.manager import MoveCommand, Outcome
 from llumnix.actors.supervised import Supervised
 from llumnix.engine.base import EngineError
+from llumnix.entrypoints.blame import is_blameless
 from llumnix.entrypoints.migrations import Migrations
 
 logger = logging.getLogger(__name__)
@@ -45,19 +46,21 @@ class Rescheduling:
 
     async def _carry_out(self, command: MoveCommand) -> None:
         try:
-            await self._migrations.command(
+            made = await self._migrations.command(
                 command.source_node,
                 command.source,
                 command.destination,
                 command.reason,
                 epoch=command.epoch,
                 rule=command.rule,
+                count=command.count,
+                blocks=command.blocks,
             )
-            outcome = MOVED
+            outcome = Outcome(requests=made.get("requests", 1), blocks=made.get("blocks"))
         except EngineError as error:
-            outcome = str(error)
+            outcome = Outcome(str(error), is_blameless(error))
         except Exception as error:  # the manager must hear of the end, whatever it is
             logger.exception("a move from %s failed", command.source)
-            outcome = f"internal error: {type(error).__name__}"
+            outcome = Outcome(f"internal error: {type(error).__name__}")
         if self._manager is not None:
             self._manager.notify("finished", command.pair, outcome)

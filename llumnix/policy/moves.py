@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from llumnix.cluster import InstanceId
 from llumnix.policy.rebalance import Pair
+from llumnix.policy.select import TOGETHER
 
 BACKOFF_LONGEST = 32  # ticks that a pair rests after failures in a row: 2, 4, 8, …
 
@@ -28,6 +29,7 @@ class Moves:
         self._due: dict[Pair, deque[int]] = {}  # the tick by which each move must have ended
         self._busy: Counter[InstanceId] = Counter()  # moves from and to each instance
         self._setbacks: dict[Pair, _Setback] = {}
+        self._again: dict[Pair, int] = {}  # the tick from which on those may be tried again
 
     def next_tick(self) -> list[Pair]:
         """Time goes on; the pairs of moves that got no answer in time, which are given up."""
@@ -39,6 +41,7 @@ class Moves:
         old = [p for p, s in self._setbacks.items() if self._now > s.until + BACKOFF_LONGEST]
         for pair in old:
             del self._setbacks[pair]
+        self._again = {p: tick for p, tick in self._again.items() if tick > self._now}
         return late
 
     def of(self, instance: InstanceId) -> int:
@@ -48,7 +51,12 @@ class Moves:
     def rest(self, pair: Pair) -> int:
         """For how many ticks a pair is to rest."""
         setback = self._setbacks.get(pair)
-        return max(setback.until - self._now, 0) if setback else 0
+        until = max(setback.until if setback else 0, self._again.get(pair, 0))
+        return max(until - self._now, 0)
+
+    def busy(self, pair: Pair) -> bool:
+        """Whether a move of just this pair, and by its rule, is under way."""
+        return pair in self._due
 
     def vacant(self, pair: Pair, limit: int) -> int:
         """How many moves a pair can begin, if none of both is to have more than `limit`."""
@@ -57,21 +65,29 @@ class Moves:
         return limit - max(self._busy[pair.source], self._busy[pair.destination])
 
     def begin(self, pair: Pair) -> None:
-        """A move is commanded."""
+        """A move is commanded. One of those that wait copies nothing, and keeps nobody busy."""
         self._due.setdefault(pair, deque()).append(self._now + self._patience)
-        self._busy.update((pair.source, pair.destination))
+        if pair.rule not in TOGETHER:
+            self._busy.update((pair.source, pair.destination))
 
-    def end(self, pair: Pair, moved: bool) -> bool:
-        """A move has ended; whether there was one."""
+    def end(self, pair: Pair, moved: bool, blameless: bool = False) -> bool:
+        """A move has ended; whether there was one.
+
+        A failure is `blameless` if it says nothing about the pair: the request has ended, or there
+        was no room for any. Then it may be tried again from the next tick on, and no later.
+        """
         due = self._due.get(pair)
         if due is None:
             return False
         due.popleft()
         if not due:
             del self._due[pair]
-        self._busy.subtract((pair.source, pair.destination))
+        if pair.rule not in TOGETHER:
+            self._busy.subtract((pair.source, pair.destination))
         if moved:
             self._setbacks.pop(pair, None)
+        elif blameless:
+            self._again[pair] = self._now + 1
         elif not self.rest(pair):  # moves that fail together are one setback
             failures = self._setbacks[pair].failures + 1 if pair in self._setbacks else 1
             self._setbacks[pair] = _Setback(failures, self._now + min(2**failures, BACKOFF_LONGEST))

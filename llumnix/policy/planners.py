@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 from llumnix.policy.artifact import artifact
 from llumnix.policy.lookahead import lookahead
+from llumnix.policy.queues import queues
 from llumnix.policy.rebalance import Planner, pairs
 
 PLANNERS: Mapping[str, Planner] = MappingProxyType(
@@ -12,5 +13,6 @@ PLANNERS: Mapping[str, Planner] = MappingProxyType(
         "llumnix": pairs,
         "artifact": artifact,
         "lookahead": lookahead,
+        "queues": queues,
     }
 )

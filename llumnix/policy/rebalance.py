@@ -14,11 +14,12 @@ from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceState
 from llumnix.policy.board import is_candidate
 from llumnix.policy.classes import NO_CLASSES
 from llumnix.policy.load import freeness, unclaimed, virtual_usage
-from llumnix.policy.select import Room
+from llumnix.policy.select import QUEUE, TAIL, Room
 from llumnix.policy.terms import TERMS, Terms, Thresholds
 
 SPILL = "behind"  # the rule by which a request that waits goes where it need not
 SPILL_FLOOR = 8.0  # the freeness that it must leave there, for all to grow; in blocks a request
+START_FLOOR = 3.0  # likewise, of those that leave a queue together
 UNCHECKED = "LCR"  # the rule of the paper's artifact, which does not look at the load after a move
 
 
@@ -103,9 +104,13 @@ def room(view: ClusterView, pair: Pair, terms: Terms = TERMS) -> Room | None:
     classes = NO_CLASSES if emptied else terms.classes
     headroom = classes.added(destination, load.priorities)
     batch = load.running + (1 if load.waiting else 0)
-    if pair.rule == SPILL:  # it is to begin at once, and nobody is to be preempted for it
+    if pair.rule in (SPILL, QUEUE):  # it is to begin at once, and nobody is to be preempted for it
         kept = terms.classes.headroom(destination, load.priorities)
-        return Room(unclaimed(destination, load) - kept, batch, SPILL_FLOOR, headroom)
+        floor = SPILL_FLOOR if pair.rule == SPILL else START_FLOOR
+        return Room(unclaimed(destination, load) - kept, batch, floor, headroom)
+    if pair.rule == TAIL:  # half of what the one lacks more than the other evens them out
+        more = unclaimed(destination, load) - unclaimed(source, given)
+        return Room(max(more, 0) // 2)
     if pair.rule == UNCHECKED:
         return Room(destination.total_blocks - load.used_blocks, headroom=headroom)
     floor = freeness(source, given, classes) + terms.thresholds.min_gain

@@ -38,7 +38,7 @@ class Room(NamedTuple):
     A request that keeps headroom takes it along, so it goes only to where that is free as well.
     """
 
-    blocks: int  # M - sum of V
+    blocks: float  # M - sum of V
     batch: int = 0  # B
     floor: float = -inf  # blocks a request; -inf: whatever fits the memory
     # By priority, of the classes that keep headroom: the blocks that a request of it would keep
@@ -48,6 +48,14 @@ class Room(NamedTuple):
     def takes(self, candidate: Candidate) -> bool:
         """Whether the destination can hold the request, and is left with enough freeness."""
         return self.fits(candidate.blocks + self.headroom.get(candidate.priority, 0))
+
+    def after(self, candidate: Candidate) -> "Room":
+        """What is left once it is there; the next of its class keeps no further headroom."""
+        kept = self.headroom.get(candidate.priority, 0)
+        headroom = {**self.headroom, candidate.priority: 0} if kept else self.headroom
+        return self._replace(
+            blocks=self.blocks - candidate.blocks - kept, batch=self.batch + 1, headroom=headroom
+        )
 
     def fits(self, blocks: float) -> bool:
         """Whether one more request of so many blocks can be held, and enough freeness is left."""
@@ -92,6 +100,11 @@ def first_waiting(candidates: Sequence[Candidate], room: Room) -> Candidate | No
     return min(waiting, key=lambda c: c.order, default=None)
 
 
+def last_waiting(candidates: Sequence[Candidate], room: Room) -> Candidate | None:
+    """Of the queued ones the last come."""
+    return max((c for c in candidates if not c.running), key=lambda c: c.order, default=None)
+
+
 def first_behind(candidates: Sequence[Candidate], room: Room) -> Candidate | None:
     """Of the queued ones the first come that has another before it."""
     return first_waiting([c for c in candidates if not c.head], room)
@@ -114,12 +127,17 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "FCW": first_waiting,
         "FCWSR": first_waiting_or_shortest_running,
         "behind": first_behind,
+        "queue": first_waiting,
+        "tail": last_waiting,
     }
 )
 
 # For an instance that is to be emptied: the one rule that leaves nothing behind, and what is queued
 # goes first, as it has no KV cache to copy and waits in vain.
 DRAIN_RULE = "FCWSR"
+
+QUEUE, TAIL = "queue", "tail"  # rules by which many go at once that wait
+TOGETHER = frozenset({QUEUE, TAIL})
 
 
 def choose(candidates: Iterable[Candidate], rule: str, room: Room) -> Candidate | None:
@@ -135,6 +153,23 @@ def choose(candidates: Iterable[Candidate], rule: str, room: Room) -> Candidate 
     fitting = [c for c in candidates if room.takes(c)]
     others = [c for c in fitting if c.priority not in room.headroom]
     return RULES[rule](others, room) or RULES[rule](fitting, room)
+
+
+def choose_together(
+    candidates: Iterable[Candidate], rule: str, room: Room, count: int
+) -> list[Candidate]:
+    """Those that leave together, `count` at most: as many of the queued as the destination takes.
+
+    By the rule `queue` the most important go first, and of these the first come. By `tail` it is
+    the other way round, for where they go they have to wait again.
+    """
+    waiting = sorted((c for c in candidates if not c.running), key=lambda c: (c.priority, c.order))
+    chosen: list[Candidate] = []
+    for candidate in reversed(waiting) if rule == TAIL else waiting:
+        if len(chosen) < count and room.takes(candidate):
+            chosen.append(candidate)
+            room = room.after(candidate)
+    return chosen
 
 
 def _decoding(candidates: Iterable[Candidate]) -> Iterable[Candidate]:

@@ -7,6 +7,7 @@ from llumnix.engine.sim.config import ModelConfig
 from llumnix.latency import PROFILES, LatencyProfile
 from llumnix.plugins import dispatch_policy, planner
 from llumnix.policy.classes import Classes, PriorityClass
+from llumnix.policy.rescheduler import Pace
 from llumnix.policy.scaling import ScalingTerms
 from llumnix.policy.select import RULES
 from llumnix.policy.terms import Terms, Thresholds
@@ -65,6 +66,7 @@ class PolicyConfig:
     request: str = "low"  # which request leaves, a key of policy.select.RULES
     interval: float = 0.2  # seconds between two rounds of rescheduling
     report_interval: float = 0.2  # seconds between two reports of load
+    pace: Pace = field(default_factory=Pace)  # how much is moved at once
     thresholds: Thresholds = field(default_factory=Thresholds)
     classes: tuple[PriorityClass, ...] = ()
 

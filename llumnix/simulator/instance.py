@@ -26,7 +26,8 @@ class SimInstance:
         self.stories: dict[str, Story] = {}  # by request id, in the order of arrival
         self.received: Counter[str] = Counter()  # the last sequence number of each dispatcher
         self.changed = True  # since the last report
-        self.moves = 0  # from and to it, under way
+        self.moves = 0  # copies from and to it, under way
+        self.coming = 0  # moves of those that wait, from and to it, under way
         self.slowdown = 0.0  # while there are moves
         # Called with each request that has ended here.
         self.on_end: Callable[[Story], None] = lambda story: None
@@ -47,7 +48,7 @@ class SimInstance:
     @property
     def idle(self) -> bool:
         """Whether it has no request, and none is on its way to it."""
-        return not self.stories and not self.moves
+        return not self.stories and not self.moves and not self.coming
 
     def load(self) -> InstanceLoad:
         """What it reports of itself now."""

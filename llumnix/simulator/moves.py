@@ -5,9 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from llumnix.cluster import ClusterView, InstanceId
-from llumnix.policy.choice import leaving
+from llumnix.cluster import ClusterView, InstanceId, kv_blocks
+from llumnix.policy.choice import leaving, leaving_together
 from llumnix.policy.rebalance import Pair
+from llumnix.policy.rescheduler import Order
+from llumnix.policy.select import TOGETHER
 from llumnix.policy.terms import Terms
 from llumnix.simulator.clock import Clock
 from llumnix.simulator.cost import MigrationCost
@@ -22,6 +24,17 @@ class _Move:
     source: SimInstance
     destination: SimInstance
     held: int = 0  # blocks at the destination
+    moved: int = 0  # blocks that came with it
+
+
+@dataclass(slots=True, eq=False)
+class _Together:
+    """Requests that wait, and go at once."""
+
+    pair: Pair
+    names: list[str]
+    source: SimInstance
+    destination: SimInstance
 
 
 class SimMoves:
@@ -33,7 +46,8 @@ class SimMoves:
         cost: MigrationCost,
         terms: Terms,
         rule: str,
-        finished: Callable[[Pair, bool], object],
+        # A move has ended: whether it was made, of how many requests, with how many KV blocks.
+        finished: Callable[[Pair, bool, int, int], object],
     ) -> None:
         self._clock = clock
         self._cost = cost
@@ -48,16 +62,22 @@ class SimMoves:
         self,
         view: ClusterView,
         instances: dict[InstanceId, SimInstance],
-        pair: Pair,
-        drains: bool,
+        order: Order,
     ) -> None:
-        """Have the source of a pair choose a request, and move it."""
+        """Have the source of a pair choose a request, or those that go together, and move it."""
+        pair = order.pair
         source, destination = instances.get(pair.source), instances.get(pair.destination)
         if source is None or destination is None:
             self._fail(pair, "an instance is gone")
             return
         candidates = source.candidates(self._leaving)
-        chosen = leaving(pair, candidates, view, self._terms, self._rule, drains)
+        if pair.rule in TOGETHER:
+            many = leaving_together(pair, candidates, view, self._terms, order.moves, order.blocks)
+            self._begin_together(_Together(pair, [c.request for c in many], source, destination))
+            return
+        chosen = leaving(
+            pair, candidates, view, self._terms, self._rule, order.drains, order.blocks
+        )
         if chosen is None:
             self._fail(pair, "no request would fit")
             return
@@ -68,6 +88,37 @@ class SimMoves:
             instance.moves += 1
             instance.slowdown = self._cost.slowdown
         self._copy(move)
+
+    def _begin_together(self, move: "_Together") -> None:
+        if not move.names:
+            self._fail(move.pair, "no request would fit")
+            return
+        self._leaving.update(move.names)
+        self.under_way += 1
+        for instance in (move.source, move.destination):
+            instance.coming += 1
+        hand_over = partial(self._hand_over_together, move)
+        self._clock.after(self._cost.message, move.source.at_boundary, hand_over)
+
+    def _hand_over_together(self, move: "_Together") -> None:
+        """Those that wait still, in one go; who has begun meanwhile, or ended, is left out."""
+        source, size = move.source, move.destination.engine.config.block_size
+        waiting = [n for n in move.names if n in source.stories and not source.runs(n)]
+        blocks = 0
+        for name in waiting:
+            story = source.remove(name)
+            blocks += kv_blocks(story.job.prompt + len(story.times), size)
+            hop = Hop(self._clock.now, source.id, move.destination.id, 0.0, 0)
+            story.hops.append(hop)
+            move.destination.add(story)
+        self._leaving.difference_update(move.names)
+        self.under_way -= 1
+        for instance in (source, move.destination):
+            instance.coming -= 1
+        if waiting:
+            self._finished(move.pair, True, len(waiting), blocks)
+        else:
+            self._fail(move.pair, "all have begun")
 
     def _copy(self, move: _Move) -> None:
         if not move.source.runs(move.name):  # it waits, and has nothing to be copied
@@ -111,16 +162,20 @@ class SimMoves:
         downtime = self._cost.downtime(tokens) if tokens else 0.0
         story.hops.append(Hop(now, move.source.id, move.destination.id, downtime, blocks))
         move.destination.add(story, tokens)
+        move.moved = kv_blocks(story.job.prompt + len(story.times), self._size(move))
         self._end(move, "")
 
     def _tokens(self, move: _Move) -> int:
         story = move.source.stories[move.name]
         return story.job.prompt + len(story.times)
 
+    @staticmethod
+    def _size(move: _Move) -> int:
+        return move.destination.engine.config.block_size
+
     def _hold(self, move: _Move) -> bool:
         """Reserve what the request has by now at the destination; False if that is too full."""
-        size = move.destination.engine.config.block_size
-        further = -(-(self._tokens(move) + 1) // size) - move.held
+        further = kv_blocks(self._tokens(move), self._size(move)) - move.held
         try:
             move.destination.engine.hold(further)
         except ValueError:
@@ -143,8 +198,8 @@ class SimMoves:
         if failure:
             self._fail(move.pair, failure)
         else:
-            self._finished(move.pair, True)
+            self._finished(move.pair, True, 1, move.moved)
 
     def _fail(self, pair: Pair, why: str) -> None:
         self.failed[why] += 1
-        self._finished(pair, False)
+        self._finished(pair, False, 0, 0)

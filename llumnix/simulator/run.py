@@ -10,7 +10,8 @@ from llumnix.plugins import dispatch_policy, planner
 from llumnix.policy.board import DispatchBoard
 from llumnix.policy.dispatch import Request
 from llumnix.policy.rebalance import Pair
-from llumnix.policy.rescheduler import Rescheduler
+from llumnix.policy.rescheduler import Order, Rescheduler
+from llumnix.policy.select import TOGETHER
 from llumnix.simulator.clock import Clock
 from llumnix.simulator.cluster import ClusterConfig
 from llumnix.simulator.cost import COSTS
@@ -60,7 +61,7 @@ class Simulation:
             for i in range(policy.dispatchers)
         ]
         self._turns = cycle(enumerate(self._boards))
-        self._rescheduler = Rescheduler(plan, terms) if plan else None
+        self._rescheduler = Rescheduler(plan, terms, pace=policy.pace) if plan else None
         self._moves = SimMoves(clock, COSTS[config.migration], terms, policy.request, self._moved)
         self._fleet = Fleet(config, terms, clock, self._ended)
         self._homeless: list[Story] = []  # that no instance could take
@@ -120,6 +121,8 @@ class Simulation:
         view = self._fleet.report()
         for board in self._boards:
             board.update_view(view)
+        if self._rescheduler is not None:
+            self._command(self._rescheduler.urgent(view, self._clock.now))
         homeless, self._homeless = self._homeless, []
         for story in homeless:
             self._dispatch(story)
@@ -128,19 +131,22 @@ class Simulation:
     def _reschedule(self) -> None:
         assert self._rescheduler is not None
         self._rescheduler.next_round()
-        fleet = self._fleet
-        for order in self._rescheduler.orders(fleet.view):
-            for _ in range(order.moves):
-                self._moves.begin(fleet.view, fleet.instances, order.pair, order.drains)
+        self._command(self._rescheduler.orders(self._fleet.view, self._clock.now))
         self._clock.after(self._config.policy.interval, self._reschedule)
+
+    def _command(self, orders: list[Order]) -> None:
+        fleet = self._fleet
+        for order in orders:
+            for _ in range(1 if order.pair.rule in TOGETHER else order.moves):
+                self._moves.begin(fleet.view, fleet.instances, order)
 
     def _scale(self) -> None:
         self._fleet.scale()
         self._clock.after(self._config.scaling_interval, self._scale)
 
-    def _moved(self, pair: Pair, moved: bool) -> None:
-        assert self._rescheduler is not None
-        self._rescheduler.finished(pair, moved)
+    def _moved(self, pair: Pair, moved: bool, requests: int, blocks: int) -> None:
+        assert self._rescheduler is not None  # nothing in the model fails because of a pair
+        self._rescheduler.finished(pair, moved, True, requests, blocks)
 
     def _sample(self) -> None:
         instances = self._fleet.instances.values()

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
-from llumnix.actors.manager import DRAIN_MOVES, MOVED, ManagerActor, MoveCommand, Scaling
+from llumnix.actors.manager import DRAIN_MOVES, ManagerActor, MoveCommand, Outcome, Scaling
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState, NodeInfo
 from llumnix.control.desired import Wish
 from llumnix.policy.moves import BACKOFF_LONGEST
+from llumnix.policy.queues import queues
 from llumnix.policy.rebalance import Pair
+from llumnix.policy.rescheduler import PAPER, Pace
 from llumnix.policy.scaling import ScalingTerms
 from llumnix.policy.terms import Terms, Thresholds
 
@@ -43,6 +45,7 @@ class Led:
 
     def __init__(self, seen: ClusterView = UNEQUAL, **knobs: Any) -> None:
         self.epoch: int | None = 17
+        knobs.setdefault("pace", PAPER)  # one move at once, so that each can be told apart
         self.current = True
         self.commands: list[MoveCommand] = []
         self.proxy: Any = ManagerActor.start(
@@ -60,8 +63,8 @@ class Led:
             self.proxy.tick().get(timeout=5.0)
         return [command.pair for command in self.commands[before:]]
 
-    def ends(self, pair: Pair, outcome: str = MOVED) -> None:
-        self.proxy.finished(pair, outcome).get(timeout=5.0)
+    def ends(self, pair: Pair, failure: str = "", blameless: bool = False) -> None:
+        self.proxy.finished(pair, Outcome(failure, blameless)).get(timeout=5.0)
 
     def rests(self, pair: Pair = PAIR) -> int:
         """How many ticks pass without a command for a pair that has just failed."""
@@ -308,3 +311,47 @@ def test_a_new_leader_begins_with_fresh_timers_and_what_is_desired(scaled: Scale
 def test_who_does_not_lead_scales_nothing(scaled: Scaled) -> None:
     scaled.epoch = None
     assert scaled.at(0.0) == scaled.at(100.0) == []
+
+
+# ---- queues ----
+
+QUEUED = InstanceLoad(
+    A, 10, 5, used_blocks=990, waiting_blocks=100, head_blocks=20
+)  # a blocked head of 20 blocks, and four others of as many
+ROOM = InstanceLoad(B, 5, used_blocks=850)
+
+
+@pytest.fixture
+def clocked() -> Led:
+    """A leader of the rule `queues`, whose term has begun."""
+    led = Led(view(), planner=queues, pace=Pace(), clock=lambda: led.now)  # type: ignore[attr-defined]
+    led.now = 0.0  # type: ignore[attr-defined]
+    led.ticks()
+    return led
+
+
+def test_a_view_that_shows_a_blocked_queue_is_acted_upon_at_once(clocked: Any) -> None:
+    clocked.now = 0.1
+    clocked.sees(view(QUEUED, ROOM))
+    (command,) = clocked.commands
+    assert command.pair == Pair(A, B, "queue") and (command.count, command.blocks) == (5, 150)
+    clocked.ends(command.pair)
+    clocked.now = 0.15
+    clocked.sees(view(replace(QUEUED, running=9), ROOM))
+    assert len(clocked.commands) == 1, "no two rounds within a tenth of a second"
+
+
+def test_only_a_leader_that_etcd_answers_acts_upon_a_view(clocked: Any) -> None:
+    clocked.now, clocked.current = 1.0, False
+    clocked.sees(view(QUEUED, ROOM))
+    clocked.current, clocked.epoch = True, None
+    clocked.sees(view(QUEUED, ROOM))
+    assert not clocked.commands
+
+
+def test_a_request_that_has_ended_is_not_held_against_the_pair() -> None:
+    led = Led(pace=Pace(copies=2))
+    led.ticks()
+    for _ in range(5):
+        led.ends(PAIR, "request r has ended", blameless=True)
+        assert led.rests() == 1

@@ -106,3 +106,20 @@ def test_failures_of_long_ago_are_forgotten(moves: Moves) -> None:
     assert fail(moves) == 4, "just in time"
     ticks(moves, 4 + BACKOFF_LONGEST + 1)
     assert fail(moves) == 2
+
+
+def test_a_blameless_failure_is_tried_again_at_the_next_tick(moves: Moves) -> None:
+    for _ in range(5):
+        moves.begin(AB)
+        assert moves.end(AB, moved=False, blameless=True)
+        assert moves.rest(AB) == 1 and moves.vacant(AB, 4) == 0
+        moves.next_tick()
+        assert moves.rest(AB) == 0
+    assert fail(moves) == 2, "and the first real failure is the first"
+
+
+def test_those_that_wait_keep_nobody_busy(moves: Moves) -> None:
+    waiting = Pair("a", "b", "queue")
+    moves.begin(waiting)
+    assert moves.busy(waiting) and moves.vacant(AB, 1) == 1 and moves.of("a") == 0
+    assert moves.end(waiting, moved=True) and not moves.busy(waiting)

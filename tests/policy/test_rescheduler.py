@@ -5,7 +5,7 @@ import pytest
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
 from llumnix.policy.classes import Classes, PriorityClass
 from llumnix.policy.rebalance import Pair, Planner, room
-from llumnix.policy.rescheduler import Order, Rescheduler
+from llumnix.policy.rescheduler import PAPER, Order, Rescheduler
 from llumnix.policy.terms import Terms
 
 READY, DRAINING = InstanceState.READY, InstanceState.DRAINING
@@ -35,7 +35,7 @@ def test_a_pair_that_is_not_there_is_left_out(pair: Pair) -> None:
 
 
 def test_a_pair_that_is_busy_is_not_ordered_though_it_is_named() -> None:
-    rescheduler = Rescheduler(naming(Pair("a", "b")))
+    rescheduler = Rescheduler(naming(Pair("a", "b")), pace=PAPER)
     assert rescheduler.orders(view(A, B)) == [Order(Pair("a", "b"), 1, False)]
     assert rescheduler.orders(view(A, B)) == []
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from llumnix.actors.dispatcher import DispatcherActor
-from llumnix.actors.manager import MOVED, ManagerActor, MoveCommand, Scaling
+from llumnix.actors.manager import ManagerActor, MoveCommand, Outcome, Scaling
 from llumnix.cluster import ClusterView, InstanceId
 from llumnix.control import codec
 from llumnix.control.desired import Wish
@@ -25,6 +25,7 @@ from llumnix.policy.dispatch import Request
 from llumnix.policy.rebalance import Pair
 from llumnix.policy.rescheduler import Order, Rescheduler
 from llumnix.policy.scaling import Decision, Scaler, ScalingTerms
+from llumnix.policy.select import TOGETHER
 from llumnix.policy.terms import Thresholds
 from llumnix.simulator.arrivals import Arrivals
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig, PolicyConfig
@@ -50,16 +51,18 @@ class Dispatched(NamedTuple):
 
 
 class Rounded(NamedTuple):
-    """A round of rescheduling has taken place."""
+    """A round of rescheduling has taken place, on the clock or as a view asked for it."""
 
     orders: list[Order]
+    now: float
+    urgent: ClusterView | None = None
 
 
 class Finished(NamedTuple):
     """A move has ended."""
 
     pair: Pair
-    moved: bool
+    outcome: Outcome
 
 
 @dataclass
@@ -88,8 +91,19 @@ def record(simulated: ClusterConfig) -> Recorded:
         events = book.events
         spy(DispatchBoard, "update_view", lambda _, view: events.append(Viewed(view)))
         spy(DispatchBoard, "decide", lambda i, request: events.append(Dispatched(request, i)))
-        spy(Rescheduler, "orders", lambda orders, view: events.append(Rounded(orders)))
-        spy(Rescheduler, "finished", lambda _, pair, moved: events.append(Finished(pair, moved)))
+        spy(Rescheduler, "orders", lambda made, view, now: events.append(Rounded(made, now)))
+        spy(
+            Rescheduler,
+            "urgent",
+            lambda made, view, now: events.append(Rounded(made, now, view)),
+        )
+        spy(
+            Rescheduler,
+            "finished",
+            lambda _, pair, moved, blameless, *what: events.append(
+                Finished(pair, Outcome("" if moved else "no", blameless, *what))
+            ),
+        )
         spy(Scaler, "decide", lambda made, view, now: book.scalings.append((view, now, made)))
         run(simulated)
     return book
@@ -118,6 +132,11 @@ def run(simulated: ClusterConfig) -> None:
     )
     jobs, _ = generate(workload, SEED)
     Simulation(simulated, jobs, lambda ended: None, SEED).run()
+
+
+def counts(order: Order) -> list[int]:
+    """The commands of an order, and how many requests each is for."""
+    return [order.moves] if order.pair.rule in TOGETHER else [1] * order.moves
 
 
 class Wire:
@@ -154,6 +173,8 @@ class Wire:
         ("slo", "lookahead"),
         ("artifact", "artifact"),
         ("rr", "lookahead"),
+        ("load", "queues"),
+        ("rr", "queues"),
     ],
 )
 def test_a_recorded_run_is_decided_alike_by_the_actors(dispatch: str, rescheduling: str) -> None:
@@ -163,7 +184,11 @@ def test_a_recorded_run_is_decided_alike_by_the_actors(dispatch: str, rescheduli
     commands: list[MoveCommand] = []
     plan = planner(policy.rescheduling)
     assert plan is not None
-    leader: Any = ManagerActor.start(lambda: 7, lambda: True, commands.append, terms, plan).proxy()
+    now = [0.0]
+    leader: Any = ManagerActor.start(
+        lambda: 7, lambda: True, commands.append, terms, plan, clock=lambda: now[0]
+    ).proxy()
+    leader.tick().get(timeout=5.0)  # its term begins
     dispatcher: Any = DispatcherActor.start(
         "d0", dispatch_policy(policy.dispatch), policy.top_k, SEED, terms, 1
     ).proxy()
@@ -173,19 +198,27 @@ def test_a_recorded_run_is_decided_alike_by_the_actors(dispatch: str, rescheduli
             match event:
                 case Viewed(view):
                     seen = wire.view(view)
-                    leader.update_view(seen).get(timeout=5.0)
                     dispatcher.update_view(seen).get(timeout=5.0)
                 case Dispatched(request, instance):
-                    made = dispatcher.decide(request.tokens, request.priority).get(timeout=5.0)
-                    assert (made.instance if made else None) == instance
+                    to = dispatcher.decide(request.tokens, request.priority).get(timeout=5.0)
+                    assert (to.instance if to else None) == instance
                     decided += 1
-                case Rounded(orders):
-                    leader.tick().get(timeout=5.0)
-                    ordered = [order.pair for order in orders for _ in range(order.moves)]
-                    assert [command.pair for command in commands[wanted:]] == ordered
+                case Rounded(orders, when, urgent):
+                    now[0] = when
+                    if urgent is None:
+                        leader.tick().get(timeout=5.0)
+                    else:
+                        leader.update_view(wire.view(urgent)).get(timeout=5.0)
+                    ordered = [
+                        (order.pair, number, order.blocks)
+                        for order in orders
+                        for number in counts(order)
+                    ]
+                    made = [(c.pair, c.count, c.blocks) for c in commands[wanted:]]
+                    assert made == ordered
                     wanted = len(commands)
-                case Finished(pair, moved):
-                    leader.finished(pair, MOVED if moved else "no").get(timeout=5.0)
+                case Finished(pair, outcome):
+                    leader.finished(pair, outcome).get(timeout=5.0)
     finally:
         leader.actor_ref.stop()
         dispatcher.actor_ref.stop()

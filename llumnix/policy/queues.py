@@ -1,0 +1,98 @@
+"""Rescheduling that empties queues first: whatever waits in vain goes where it can begin now.
+
+A queued request has no KV cache: to move it costs a message. So where the head of a queue does not
+fit, those that wait go together to instances without a queue, in their order, as many as find room
+there. Dispatch has decided for each of them on what it knew then; this decides again on what has
+come of it.
+
+Where nobody has room for them, all instances are over-full, and what counts is whose queue is the
+longest. Half of what one lacks more than another is taken from the end of its queue. That evens
+both out, so it can't go to and fro; and nothing is done about a difference that chance makes.
+
+All else is the paper's rule (policy/rebalance): running requests leave where there is little room.
+"""
+
+from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceLoad
+from llumnix.policy.board import is_candidate
+from llumnix.policy.load import unclaimed
+from llumnix.policy.rebalance import Allowed, Pair, fit, pairs, room
+from llumnix.policy.select import QUEUE, TAIL
+from llumnix.policy.terms import Terms
+
+# Of its blocks, that an engine may keep back from the head of its queue (a watermark).
+KEPT_BACK = 0.01
+# How much more one must lack than another for its queue to be cut: this share of its memory, and
+# so many requests as large as most that wait.
+UNEVEN_SHARE, UNEVEN_REQUESTS = 0.1, 4
+
+
+def queues(view: ClusterView, terms: Terms, allowed: Allowed) -> list[Pair]:
+    """The moves of one round (a `rebalance.Planner`)."""
+    found = from_queues(view, terms, allowed)
+    taken = {instance for pair in found for instance in pair[:2]}
+    return found + [p for p in pairs(view, terms, allowed) if taken.isdisjoint(p[:2])]
+
+
+def from_queues(view: ClusterView, terms: Terms, allowed: Allowed) -> list[Pair]:
+    """Those of them that move what waits."""
+    known = [
+        (info, load)
+        for i, load in view.loads.items()
+        if (info := view.instances.get(i)) is not None and is_candidate(view, info)
+    ]
+    blocked = sorted((-load.waiting, info.id) for info, load in known if is_blocked(info, load))
+    if not blocked:
+        return []
+    takers = sorted((-unclaimed(info, load), info.id) for info, load in known if not load.waiting)
+    found: list[Pair] = []
+    taken: set[InstanceId] = set()
+    for _, source in blocked:
+        for _, taker in takers:
+            pair = Pair(source, taker, QUEUE)
+            if taker not in taken and can_begin(view, pair, terms) and allowed(pair):
+                found.append(pair)
+                taken.update((source, taker))
+                break
+    lacking = sorted((unclaimed(info, load), info.id) for info, load in known)
+    for _, source in blocked:
+        pair = Pair(source, lacking[-1][1], TAIL)
+        if taken.isdisjoint(pair[:2]) and _is_uneven(view, pair) and allowed(pair):
+            found.append(pair)
+            taken.update(pair[:2])
+    return found
+
+
+def is_blocked(info: InstanceInfo, load: InstanceLoad) -> bool:
+    """Whether the head of a queue waits for memory."""
+    free = info.total_blocks - load.used_blocks
+    return load.waiting > 0 and load.head_blocks > free - KEPT_BACK * info.total_blocks
+
+
+def can_begin(view: ClusterView, pair: Pair, terms: Terms) -> bool:
+    """Whether the destination can begin with one of those that wait: the head, or one as most."""
+    free = room(view, pair, terms)
+    if free is None or not fit(view, pair):
+        return False
+    load = view.loads[pair.source]
+    return free.fits(load.head_blocks) or free.fits(_behind(load))
+
+
+def _behind(load: InstanceLoad) -> float:
+    """Blocks that one of those behind the head asks for, in the mean."""
+    if load.waiting < 2:
+        return load.head_blocks
+    return (load.waiting_blocks - load.head_blocks) / (load.waiting - 1)
+
+
+def _is_uneven(view: ClusterView, pair: Pair) -> bool:
+    """Whether the one lacks so much more than the other that this is no chance."""
+    if pair.source == pair.destination or not fit(view, pair):
+        return False
+    (source, load), (destination, other) = (
+        (view.instances[i], view.loads[i]) for i in (pair.source, pair.destination)
+    )
+    more = unclaimed(destination, other) - unclaimed(source, load)
+    mean = load.waiting_blocks / load.waiting
+    return load.waiting > 1 and more > max(
+        UNEVEN_SHARE * source.total_blocks, UNEVEN_REQUESTS * mean
+    )
