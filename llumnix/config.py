@@ -14,21 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llumnix.addresses import address, is_address, own_address
+from llumnix.callers import CallerConfig
 from llumnix.connections import ConnectionConfig
 from llumnix.knob import ConfigError as ConfigError
 from llumnix.knob import knob as _knob
+from llumnix.secrecy import SecretError, read_secret, secret, sounds_secret
 
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
-_ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\s/:@\[\]]+):(?P<port>[0-9]{1,5})")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
-def _state_dir() -> str:
+def default_state_dir() -> str:
+    """The user's folder for state, unless --state-dir names another."""
     base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
     return str(Path(base) / "llumnix")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ConnectionConfig):
+class Config(CallerConfig, ConnectionConfig):
     """llumnix's own configuration of one node."""
 
     cluster: str = _knob("default", "name of the cluster; etcd keys live below /llumnix/<cluster>/")
@@ -44,6 +47,7 @@ class Config(ConnectionConfig):
     )
     etcd_user: str = _knob("", "etcd user")
     etcd_password: str = _knob("", "etcd password", secret=True)
+    etcd_password_file: str = _knob("", "file with the etcd password")
     etcd_ca: str = _knob("", "file with the certificate authority of etcd's servers")
     etcd_cert: str = _knob("", "file with the client certificate for etcd")
     etcd_key: str = _knob("", "file with the key of the client certificate for etcd")
@@ -54,6 +58,7 @@ class Config(ConnectionConfig):
     cluster_token: str = _knob(
         "", "secret of the peer channel (default: generated, and kept in etcd)", secret=True
     )
+    cluster_token_file: str = _knob("", "file with the secret of the peer channel")
     state_dir: str = _knob(
         "", "folder for the embedded etcd's data and the engines' logs (default: user's state)"
     )
@@ -189,25 +194,41 @@ class Config(ConnectionConfig):
 
         Raises ConfigError for values that contradict each other.
         """
+        read = self._with_secrets()
         name = socket.gethostname()
         reachable = host if host not in (None, "", "0.0.0.0", "::") else None
         filled = dataclasses.replace(
-            self,
+            read,
             node=self.node or f"{re.sub(r'[^A-Za-z0-9.-]', '-', name)}-{port}",
-            advertise_address=self.advertise_address or _address(reachable or "127.0.0.1", port),
-            state_dir=self.state_dir or _state_dir(),
+            advertise_address=self.advertise_address or address(reachable or "127.0.0.1", port),
+            state_dir=self.state_dir or default_state_dir(),
             etcd_endpoints=[e for item in self.etcd_endpoints or [] for e in item.split(",") if e],
         )
         filled.check()
         if not filled.etcd_endpoints or self.advertise_address or reachable:
             return filled
         # Nodes on other machines must find this one, and it listens on all addresses.
-        return dataclasses.replace(filled, advertise_address=_address(_own_address(), port))
+        return dataclasses.replace(filled, advertise_address=address(own_address(), port))
+
+    def _with_secrets(self) -> "Config":
+        """This with the secrets that files have."""
+        found: dict[str, Any] = {}
+        for knob in sorted(_secrets()):
+            option = f"--{knob.replace('_', '-')}"
+            if not (path := getattr(self, f"{knob}_file")):
+                continue
+            if getattr(self, knob):
+                raise ConfigError(f"{option} and {option}-file are two of one kind: give one")
+            try:
+                found[knob] = read_secret(f"{option}-file", path)
+            except SecretError as error:
+                raise ConfigError(str(error)) from None
+        return dataclasses.replace(self, **found)
 
     def check(self) -> None:
         """Raise ConfigError for the first knob whose value cannot work."""
         for knob in ("cluster", "node"):
-            if not _NAME.match(getattr(self, knob)):
+            if not _NAME.fullmatch(getattr(self, knob)):
                 raise ConfigError(
                     f"--{knob} must be letters, digits, '.', '_' and '-', not "
                     f"{getattr(self, knob)!r}"
@@ -254,6 +275,7 @@ class Config(ConnectionConfig):
                 raise ConfigError(f"--{knob.replace('_', '-')} must not be negative")
         self._check_scaling()
         self.check_connections()
+        self.check_callers()
         self._check_addresses()
         if bool(self.etcd_cert) != bool(self.etcd_key):
             raise ConfigError("--etcd-cert and --etcd-key go together")
@@ -283,41 +305,23 @@ class Config(ConnectionConfig):
         for endpoint in self.etcd_endpoints or ():
             if endpoint.startswith("unix:///"):  # that of another node's embedded etcd
                 continue
-            if not _is_address(re.sub("^https?://", "", endpoint).removesuffix("/")):
+            if not is_address(re.sub("^https?://", "", endpoint).removesuffix("/")):
                 raise ConfigError(
                     "--etcd-endpoints must be host:port, http://host:port, https://host:port or "
                     f"unix:///path, not {endpoint!r}"
                 )
-        if self.advertise_address and not _is_address(self.advertise_address):
-            raise ConfigError(
-                "--advertise-address must be host:port, with an IPv6 address in brackets, not "
-                f"{self.advertise_address!r}"
-            )
-
-
-def _is_address(text: str) -> bool:
-    """Whether it is host:port, where an IPv6 address stands in brackets."""
-    found = _ADDRESS.fullmatch(text)
-    return found is not None and 0 < int(found["port"]) < 2**16
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _own_address() -> str:
-    """The address by which this machine reaches others; no packet is sent to find it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # documentation range: only the route matters
-            return str(probe.getsockname()[0])
-        except OSError:
-            return "127.0.0.1"
+        for knob in ("advertise_address", "admin_address"):
+            if (given := getattr(self, knob)) and not is_address(given):
+                raise ConfigError(
+                    f"--{knob.replace('_', '-')} must be host:port, with an IPv6 address in "
+                    f"brackets, not {given!r}"
+                )
 
 
 def knobs() -> list[dataclasses.Field[Any]]:
     """Every knob, in the order in which a reader meets them."""
-    inherited = ConnectionConfig.__annotations__  # which dataclasses put first
+    # Which dataclasses put first.
+    inherited = {**CallerConfig.__annotations__, **ConnectionConfig.__annotations__}
     return sorted(dataclasses.fields(Config), key=lambda knob: knob.name in inherited)
 
 
@@ -328,10 +332,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         options = {k: v for k, v in knob.metadata.items() if k not in ("help", "secret")}
         if "action" not in options:
             options["type"] = type(knob.default) if knob.default is not None else str
+        if knob.metadata.get("secret"):
+            options["type"] = secret  # which argparse would have a default of "" go through, too
         default = "" if knob.default in (None, "") else " (default: %(default)s)"
         group.add_argument(
             f"--{knob.name.replace('_', '-')}",
-            default=knob.default,
+            default=None if knob.metadata.get("secret") else knob.default,
             help=knob.metadata["help"] + default,
             **options,
         )
@@ -340,6 +346,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def from_arguments(arguments: argparse.Namespace) -> Config:
     """The configuration that a parsed command line describes. Raises ConfigError."""
     values = {k.name: getattr(arguments, k.name) for k in dataclasses.fields(Config)}
+    values |= {n: values[n] or "" for n in _secrets()}
     config = Config(**values).resolved(arguments.host, arguments.port)
     only_here = getattr(arguments, "uds", None) and not values["advertise_address"]
     if only_here and config.etcd_endpoints:
@@ -352,7 +359,8 @@ def from_arguments(arguments: argparse.Namespace) -> Config:
 
 def is_secret(name: str) -> bool:
     """Whether an option of that name, llumnix's or vLLM's, must not be printed."""
-    secrets = {k.name for k in dataclasses.fields(Config) if k.metadata.get("secret")}
-    words = name.lower().replace("-", "_")
-    # Not every token is a secret: max_num_batched_tokens, decode_token_threshold.
-    return name in secrets or re.search(r"(^|_)token$|password|secret|api_?key", words) is not None
+    return name in _secrets() or sounds_secret(name)
+
+
+def _secrets() -> set[str]:
+    return {k.name for k in dataclasses.fields(Config) if k.metadata.get("secret")}

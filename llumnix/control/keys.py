@@ -18,6 +18,7 @@ class Kind(StrEnum):
     DRAIN = "drain"
     POLICY = "policy"
     TOKEN = "token"
+    ADMIN_TOKEN = "admin-token"
     MIGRATION = "migrations"
     C10D = "c10d"
 
@@ -37,6 +38,7 @@ class Keys:
         self.leader = self.prefix + Kind.LEADER
         self.policy = self.prefix + Kind.POLICY
         self.token = self.prefix + Kind.TOKEN
+        self.admin_token = self.prefix + Kind.ADMIN_TOKEN
 
     def node(self, node: NodeId) -> str:
         """The node's address; kept by its lease."""

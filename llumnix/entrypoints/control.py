@@ -16,6 +16,7 @@ from tenacity import (
 
 from llumnix.cluster import ClusterView, NodeInfo
 from llumnix.config import Config
+from llumnix.control.admin_token import made_admin_token
 from llumnix.control.alarms import Alarms
 from llumnix.control.claim import MORE, Claim
 from llumnix.control.codec import encode_node, encode_text
@@ -139,6 +140,13 @@ class ControlPlane:
         """Of the tokens that the other nodes have."""
         nodes = self.registry.view.nodes.values()
         return [node.token_mark for node in nodes if node.id != self._config.node]
+
+    def admin_token(self) -> str:
+        """The cluster's own token for operators, made if there is none. Raises EtcdError."""
+        assert self._etcd is not None
+        token = _patiently(made_admin_token, self._etcd, self._keys)
+        self.session.keep(self._keys.admin_token, encode_text(token))
+        return token
 
     def _look_at_keys(self, items: Mapping[str, KeyValue]) -> None:
         if self._sentinel is not None:

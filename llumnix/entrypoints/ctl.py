@@ -5,12 +5,16 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from http import HTTPStatus
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import orjson
+
+from llumnix.entrypoints.tokens import find_token
+from llumnix.secrecy import SecretError
 
 SECONDS = 150.0  # longer than the longest migration
 DRAIN_SECONDS = 600.0  # that a drain is watched for, unless --wait says
@@ -27,8 +31,10 @@ class CommandError(Exception):
 class Cluster:
     """One node's HTTP server, through which the whole cluster can be seen."""
 
-    def __init__(self, url: str, token: str | None) -> None:
+    def __init__(self, url: str, token: str | None, token_hint: str = "") -> None:
+        """`token`: an operator's; `token_hint`: what to tell if the node wants another one."""
         self._url = url.rstrip("/")
+        self._token_hint = token_hint
         self._headers = {"Content-Type": "application/json"}
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
@@ -47,7 +53,10 @@ class Cluster:
             with urlopen(request, timeout=SECONDS) as answer:
                 return orjson.loads(answer.read())
         except HTTPError as error:
-            raise CommandError(_message(error.read()) or f"the node answers {error}") from error
+            said = _message(error.read()) or f"the node answers {error}"
+            if error.code == HTTPStatus.UNAUTHORIZED:
+                said = f"{said}; {self._token_hint}"
+            raise CommandError(said) from error
         except (URLError, OSError) as error:
             reason = getattr(error, "reason", error)
             raise CommandError(
@@ -197,6 +206,19 @@ def make_parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="how to print (default: table)",
     )
+    common.add_argument(
+        "--admin-token-file",
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="file with the operators' token (default: $LLUMNIX_ADMIN_TOKEN, "
+        "$LLUMNIX_ADMIN_TOKEN_FILE, or what a node of this user has left for $LLUMNIX_CLUSTER)",
+    )
+    common.add_argument(
+        "--admin-token",
+        default=argparse.SUPPRESS,
+        metavar="TOKEN",
+        help="the token itself, which other users of this machine can see",
+    )
     parser = argparse.ArgumentParser(
         prog="llumnixctl",
         description="Look at a cluster, move its requests, and empty parts of it.",
@@ -228,10 +250,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     url = getattr(arguments, "url", None) or _url(
         os.environ.get("LLUMNIX_URL", "http://127.0.0.1:8000")
     )
-    cluster = Cluster(url, os.environ.get("VLLM_API_KEY"))
     try:
+        token = getattr(arguments, "admin_token", ""), getattr(arguments, "admin_token_file", "")
+        cluster = Cluster(url, *find_token(*token, os.environ))
         rows = COMMANDS[arguments.command](cluster, arguments)
-    except CommandError as error:
+    except (CommandError, SecretError) as error:
         print(f"llumnixctl: {error}", file=sys.stderr)
         return 1
     if getattr(arguments, "output", "table") == "json":

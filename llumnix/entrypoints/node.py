@@ -26,8 +26,8 @@ from llumnix.engine.exchange import Exchange
 from llumnix.engine.hosted import HostedInstance
 from llumnix.engine.peer import PATH, Peers, Self
 from llumnix.engine.placer import NoInstance, Route
-from llumnix.engine.vllm.frontend import authorised
 from llumnix.engine.waiting import WaitLimits
+from llumnix.entrypoints.access import AccessRules
 from llumnix.entrypoints.acting import Acting
 from llumnix.entrypoints.connecting import connection_limits
 from llumnix.entrypoints.control import ControlPlane
@@ -44,11 +44,14 @@ from llumnix.entrypoints.server.contents import Contents
 from llumnix.entrypoints.server.cors import allow_origins
 from llumnix.entrypoints.server.drains import Drains
 from llumnix.entrypoints.server.generate import DemoRoute
+from llumnix.entrypoints.server.guard import Guard
 from llumnix.entrypoints.server.limits import body_limits
 from llumnix.entrypoints.server.listener import Listener
 from llumnix.entrypoints.server.moves import Moves
 from llumnix.entrypoints.server.priority import Priorities
+from llumnix.entrypoints.server.request_ids import give_request_id
 from llumnix.entrypoints.supervision import Supervision
+from llumnix.entrypoints.tokens import write_token
 from llumnix.metrics import (
     DISPATCH_SECONDS,
     FAILOVER_SECONDS,
@@ -79,6 +82,7 @@ class Node:
         self._vllm_config = vllm_config
         self.standing = Standing()
         self._policies = read_policies(config)
+        self._rules = AccessRules(config, arguments)
         self._control = ControlPlane(config)
         self._make_engine = engine_maker(config, vllm_config, self._control.rendezvous)
         self._collector = NodeCollector(self._snapshot)
@@ -105,7 +109,8 @@ class Node:
         ends = self._ends
         ends.push_async_callback(asyncio.to_thread, self._control.close)
         await asyncio.to_thread(self._control.open, self._on_view)
-        self._connect()
+        made = await asyncio.to_thread(self._token) if self._rules.needs_token else ""
+        self._connect(self._rules.guard(made))
         ends.push_async_callback(self._listener.close)
         await self._listener.open()
         ends.push_async_callback(self._exchange.close)
@@ -142,7 +147,13 @@ class Node:
         finally:
             await self._ends.aclose()
 
-    def _connect(self) -> None:
+    def _token(self) -> str:
+        """The cluster's own token for operators, left in a file for them."""
+        token = self._control.admin_token()
+        write_token(token, self._config.state_dir, self._config.cluster)
+        return token
+
+    def _connect(self, door: Guard) -> None:
         """Make the way of a request: server, frontend's client, exchange, peers."""
         config = self._config
         ssl = Listener.client_ssl(self._arguments)
@@ -168,7 +179,7 @@ class Node:
         )
         self._opening.on_try = lambda: self._acting.supervise.notify("announce_all")
         self._opening.on_open = self._opened
-        self._gateway = Gateway(lambda: self._opening.frontend, self.standing)
+        self._gateway = Gateway(lambda: self._opening.frontend, self.standing, door.routes)
         root = self._arguments.root_path or ""
         admission = Admission(config.max_requests, config.max_prompt_tokens, root)
         priorities = Priorities(self._policies.terms.classes)
@@ -176,9 +187,8 @@ class Node:
         self._client.on_close.append(admission.leave)
         warnings = self._control.alarms.now
         admin = Admin(config.node, self.standing, self._view_and_age, self._fault, warnings)
-        may = partial(authorised, self._arguments)
-        moves = Moves(lambda: self._acting.migrations, may)
-        drains = Drains(lambda: self._control.registry, lambda: self._acting.migrations, may)
+        moves = Moves(lambda: self._acting.migrations)
+        drains = Drains(lambda: self._control.registry, lambda: self._acting.migrations)
         demo = DemoRoute(lambda: self._opening.frontend, self.standing, self._gateway.answering)
         peer = (PATH, self._peers.accept)
         model = self._vllm_config.model_config
@@ -188,9 +198,12 @@ class Node:
         bodies = Bodies(config.body_timeout, config.body_budget)
         app = make_app(
             *(self._gateway, admin, moves, drains, admission, contents, priorities, demo.handle),
-            *(peer, allow_origins(self._arguments), bodies),
+            *(peer, allow_origins(self._arguments), bodies, door),
         )
-        self._listener = Listener(app, self._arguments, connection_limits(config))
+        if self._arguments.enable_request_id_headers:
+            app.on_response_prepare.append(give_request_id)
+        limits = connection_limits(config)
+        self._listener = Listener(app, self._arguments, limits, config.admin_address)
 
     def _start_actors(self) -> None:
         around = Surroundings(

@@ -1,5 +1,6 @@
 """When clients' requests are taken, and when they are told to come again."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from llumnix.entrypoints.server.app import Gateway
 from llumnix.entrypoints.server.bodies import Bodies
 from llumnix.entrypoints.server.contents import Contents
 from llumnix.entrypoints.server.limits import BodyLimits
+from llumnix.entrypoints.server.routes import RouteTable
 from tests.kit.loop import on_loop
 
 
@@ -24,10 +26,19 @@ class Served(Gateway):
 class Post:
     """As much of a request as is looked at before vLLM sees it."""
 
-    method, content_type, path = "POST", "application/json", "/v1/completions"
+    method, content_type = "POST", "application/json"
+
+    def __init__(self, path: str = "/v1/completions") -> None:
+        self.path = path
 
     async def read(self) -> bytes:
         return b"{}"
+
+
+def made(frontend: bool, standing: Standing) -> Served:
+    """A gateway of which the frontend, once there, knows the routes of completions alone."""
+    opened: Any = SimpleNamespace(has=lambda path: path == "/v1/completions") if frontend else None
+    return Served(lambda: opened, standing, RouteTable())
 
 
 @pytest.mark.parametrize(
@@ -43,7 +54,7 @@ class Post:
 def test_requests_wait_while_an_instance_starts(
     frontend: bool, standing: Standing, status: int
 ) -> None:
-    gateway = Served(lambda: object() if frontend else None, standing)  # type: ignore[arg-type]
+    gateway = made(frontend, standing)
 
     @on_loop
     async def check() -> None:
@@ -68,3 +79,23 @@ async def test_what_has_been_read_is_looked_at() -> None:
         for body, status in ((b'{"n": 2}', 200), (b'{"n": 99999}', 400), (b"[" * 999, 400)):
             async with client.post("/", data=body) as got:
                 assert got.status == status, await got.text()
+
+
+@pytest.mark.parametrize(
+    ("frontend", "path", "status"),
+    [
+        (False, "/v1/completions", 503),
+        (False, "/v1/embeddings", 503),  # it may turn out to be there
+        (False, "/v1/batches", 404),
+        (True, "/v1/embeddings", 404),
+        (True, "/v1/completions", 503),
+    ],
+)
+def test_routes_are_judged_before_instances(frontend: bool, path: str, status: int) -> None:
+    gateway = made(frontend, Standing(False, "no instance is ready"))
+
+    @on_loop
+    async def check() -> None:
+        assert (await gateway.handle(Post(path))).status == status  # type: ignore[arg-type]
+
+    check()

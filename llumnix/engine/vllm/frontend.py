@@ -6,15 +6,15 @@ Its FastAPI application is handed out as a plain ASGI application.
 import argparse
 import asyncio
 import contextlib
-import hmac
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import HTTPException as FastapiHTTPException
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.routing import BaseRoute, Match
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.usage.usage_lib import UsageContext
@@ -45,6 +45,7 @@ class Frontend:
         self._grammars = Grammars(config, arguments.grammar_timeout)
         self.llm: AsyncLLM | None = None
         self.app: Any = None  # an ASGI application, once open
+        self._routes: list[BaseRoute] = []
         self.streams: Streams | None = None
         self.shapes: Shapes | None = None
         self._aborts: set[asyncio.Future[None]] = set()  # kept: a loop holds its tasks weakly
@@ -70,13 +71,15 @@ class Frontend:
         tasks = facts.tasks
         # It has documents scored where the embedding of their query is: in one engine's worker.
         self._arguments.enable_flash_late_interaction = False
-        app = compat.server_symbol("build_app")(self._arguments, tasks, llm.model_config)
-        await compat.server_symbol("init_app_state")(llm, app.state, self._arguments, tasks)
+        arguments = without_keys(self._arguments)
+        app = compat.server_symbol("build_app")(arguments, tasks, llm.model_config)
+        await compat.server_symbol("init_app_state")(llm, app.state, arguments, tasks)
         # vLLM answers FastAPI's errors in OpenAI's shape; those of the router are Starlette's.
         _answer_alike(app, StarletteHTTPException, FastapiHTTPException)
         await self._stack.enter_async_context(app.router.lifespan_context(app))
         self.streams = Streams(app, self._arguments)
         self.shapes = Shapes(app, self._arguments.root_path or "")
+        self._routes = app.router.routes
         self.app = app
         # vLLM looks environment variables up for every token; none changes from here on.
         envs.enable_envs_cache()
@@ -86,9 +89,11 @@ class Frontend:
         """Whether vLLM's frontend still passes outputs on."""
         return self.llm is not None and not self.llm.errored
 
-    def authorised(self, headers: Mapping[str, str]) -> bool:
-        """Whether a request shows one of the API keys, if there are any."""
-        return authorised(self._arguments, headers)
+    def has(self, path: str) -> bool:
+        """Whether the application has a route for this path, whatever the method."""
+        scope = {"type": "http", "method": "GET", "path": path, "headers": []}
+        scope["root_path"] = self._arguments.root_path or ""
+        return any(route.matches(scope)[0] != Match.NONE for route in self._routes)
 
     async def close(self) -> None:
         """End vLLM's background tasks."""
@@ -127,13 +132,13 @@ class Frontend:
         self._config.model_config.max_model_len = facts.max_model_len
 
 
-def authorised(arguments: argparse.Namespace, headers: Mapping[str, str]) -> bool:
-    """Whether a request shows one of the server's API keys, if there are any (as vLLM checks)."""
-    keys = [key for key in (arguments.api_key or [envs.VLLM_API_KEY]) if key]
-    scheme, _, given = headers.get("Authorization", "").partition(" ")
-    token = given.encode(errors="surrogateescape")
-    known = [hmac.compare_digest(token, key.encode()) for key in keys]
-    return not keys or (scheme.lower() == "bearer" and any(known))
+def without_keys(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with no key for vLLM's own check, which guards some of its routes only.
+
+    The server in front has let in whoever comes here, by keys of which vLLM may not know. An empty
+    key is none, and is taken before VLLM_API_KEY.
+    """
+    return argparse.Namespace(**{**vars(arguments), "api_key": [""]})
 
 
 def _answer_alike(app: Any, unhandled: type[Exception], handled: type[Exception]) -> None:

@@ -16,7 +16,7 @@ from vllm import envs
 from llumnix.engine.vllm.compat import stream_handlers
 
 # Options of vLLM's server that its middleware implements.
-_MIDDLEWARE = ("api_key", "middleware", "enable_request_id_headers", "enable_server_load_tracking")
+_MIDDLEWARE = ("middleware", "enable_request_id_headers", "enable_server_load_tracking")
 
 
 class Streams:
@@ -27,7 +27,7 @@ class Streams:
         self._root = (arguments.root_path or "").rstrip("/")  # which the application takes off too
         plain = not any(getattr(arguments, option, None) for option in _MIDDLEWARE)
         plain = plain and not getattr(arguments, "sse_keep_alive_interval", 0)
-        plain = plain and not envs.VLLM_API_KEY and not envs.VLLM_DEBUG_LOG_API_SERVER_RESPONSE
+        plain = plain and not envs.VLLM_DEBUG_LOG_API_SERVER_RESPONSE
         self._handlers = stream_handlers(app.state) if plain else {}
 
     async def open(self, scope: dict[str, Any], body: bytes) -> AsyncGenerator[str, None] | None:

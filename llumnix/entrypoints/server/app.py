@@ -17,10 +17,12 @@ from llumnix.entrypoints.server.bodies import Bodies
 from llumnix.entrypoints.server.contents import Contents, content
 from llumnix.entrypoints.server.drains import Drains
 from llumnix.entrypoints.server.errors import RETRY_AFTER, Handler, error_response, openai_errors
+from llumnix.entrypoints.server.guard import Guard
 from llumnix.entrypoints.server.moves import Moves
 from llumnix.entrypoints.server.opened import opened
 from llumnix.entrypoints.server.outlet import Outlet
 from llumnix.entrypoints.server.priority import Priorities
+from llumnix.entrypoints.server.routes import RouteTable
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +30,11 @@ logger = logging.getLogger(__name__)
 class Gateway:
     """Takes what is not the node's own business to vLLM's application."""
 
-    def __init__(self, frontend: Callable[[], Frontend | None], standing: Standing) -> None:
+    def __init__(
+        self, frontend: Callable[[], Frontend | None], standing: Standing, routes: RouteTable
+    ) -> None:
         self._frontend = frontend
+        self._routes = routes
         self._standing = standing
         self._running: set[asyncio.Task[Any]] = set()
 
@@ -43,11 +48,19 @@ class Gateway:
         body = await request.read()
         frontend = self._frontend()
         if frontend is None or not self._standing.admits:
+            if not self._known(request, frontend):
+                return error_response(404, "Not Found")
             return error_response(503, self._standing.sentence, RETRY_AFTER)
         if (problem := refuse(request, body)) is not None:
             return problem
         with self.answering():
             return await self._answer(frontend, request, body)
+
+    def _known(self, request: web.Request, frontend: Frontend | None) -> bool:
+        """Whether there is such a route, as far as can be told now."""
+        if frontend is None:
+            return self._routes.access(request.path) is not None
+        return frontend.has(request.path)
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[None]:
@@ -112,18 +125,6 @@ def refuse(request: web.Request, body: bytes) -> web.Response | None:
     return None
 
 
-async def _get_only(request: web.Request) -> web.StreamResponse:
-    raise web.HTTPMethodNotAllowed(request.method, ["GET"])
-
-
-async def _post_only(request: web.Request) -> web.StreamResponse:
-    raise web.HTTPMethodNotAllowed(request.method, ["POST"])
-
-
-async def _get_or_post_only(request: web.Request) -> web.StreamResponse:
-    raise web.HTTPMethodNotAllowed(request.method, ["GET", "POST"])
-
-
 def make_app(
     gateway: Gateway,
     admin: Admin,
@@ -136,32 +137,44 @@ def make_app(
     peer: tuple[str, Handler],
     origins: Middleware,
     bodies: Bodies,
+    door: Guard,
 ) -> web.Application:
-    """The application, with every route in its place."""
+    """The application, with every route in its place, behind the door."""
 
     def guard(handler: Handler) -> Handler:
         inner = admission.guard(priorities.guard(handler))
         return admission.door(bodies.guard(contents.guard(inner)))
 
-    app = web.Application(client_max_size=contents.body_bytes, middlewares=[origins, openai_errors])
-    app.router.add_get(*peer)
-    looks = {
-        "/livez": admin.livez,
-        "/readyz": admin.readyz,
-        "/health": admin.health,
-        "/status": admin.status,
-        "/metrics": admin.metrics,
-        "/llumnix/requests": moves.requests,
+    middlewares = [origins, openai_errors, door.middleware]
+    app = web.Application(client_max_size=contents.body_bytes, middlewares=middlewares)
+    own: dict[str, dict[str, Handler]] = {
+        "/livez": {"GET": admin.livez},
+        "/readyz": {"GET": admin.readyz},
+        "/health": {"GET": admin.health},
+        "/status": {"GET": admin.status},
+        "/metrics": {"GET": admin.metrics},
+        "/llumnix/requests": {"GET": moves.requests},
+        "/llumnix/migrate": {"POST": bodies.guard(moves.migrate)},
+        "/llumnix/drain": {"GET": drains.list, "POST": bodies.guard(drains.drain)},
+        "/generate": {"POST": guard(generate)},
+        peer[0]: {"GET": peer[1]},
     }
-    for path, handler in looks.items():
-        app.router.add_get(path, handler)
-        app.router.add_route("*", path, _get_only)
-    app.router.add_post("/llumnix/migrate", bodies.guard(moves.migrate))
-    app.router.add_route("*", "/llumnix/migrate", _post_only)
-    app.router.add_get("/llumnix/drain", drains.list)
-    app.router.add_post("/llumnix/drain", bodies.guard(drains.drain))
-    app.router.add_route("*", "/llumnix/drain", _get_or_post_only)
-    app.router.add_post("/generate", guard(generate))
-    app.router.add_route("*", "/generate", _post_only)
+    for path, handlers in own.items():
+        for place in door.routes.places(path):
+            _add(app.router, place, handlers)
     app.router.add_route("*", "/{path:.*}", guard(gateway.handle))
     return app
+
+
+def _add(router: web.UrlDispatcher, path: str, handlers: dict[str, Handler]) -> None:
+    """A route of llumnix's own, with 405 for every other method, which no other may answer."""
+
+    async def other(request: web.Request) -> web.StreamResponse:
+        raise web.HTTPMethodNotAllowed(request.method, handlers)
+
+    for method, handler in handlers.items():
+        if method == "GET":
+            router.add_get(path, handler)  # and HEAD
+        else:
+            router.add_route(method, path, handler)
+    router.add_route("*", path, other)

@@ -7,6 +7,7 @@ import ssl
 
 from aiohttp import web
 
+from llumnix.addresses import parts
 from llumnix.config import ConfigError
 from llumnix.entrypoints.server.acceptor import Acceptor
 from llumnix.entrypoints.server.doors import Doors
@@ -27,11 +28,17 @@ class Listener:
     """Runs the application on --host and --port (or --uds)."""
 
     def __init__(
-        self, app: web.Application, arguments: argparse.Namespace, limits: Limits | None = None
+        self,
+        app: web.Application,
+        arguments: argparse.Namespace,
+        limits: Limits | None = None,
+        admin_address: str = "",
     ) -> None:
+        """`admin_address`: host:port of a second socket; the application tells the two apart."""
         self._app = web.AppRunner(app)
         self._arguments = arguments
         self._limits = limits or Limits()
+        self._admin_address = admin_address
         longest = arguments.h11_max_incomplete_event_size  # bytes; vLLM's limit of all headers
         quiet = getattr(arguments, "disable_uvicorn_access_log", False)
         self._options = {
@@ -47,7 +54,7 @@ class Listener:
         }
         self._doors: Doors | None = None
         self._acceptor: Acceptor | None = None
-        self._bound: asyncio.AbstractServer | None = None  # which keeps the address, and no more
+        self._bound: list[asyncio.AbstractServer] = []  # which keep the addresses, and no more
         self._watching: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -59,20 +66,28 @@ class Listener:
         arguments = self._arguments
         self._acceptor = Acceptor(self._doors, _server_ssl(arguments), self._limits.header_timeout)
         if getattr(arguments, "uds", None):
-            self._bound = await loop.create_unix_server(
-                self._doors, arguments.uds, start_serving=False
+            self._bound.append(
+                await loop.create_unix_server(self._doors, arguments.uds, start_serving=False)
             )
         else:
-            address = (arguments.host, arguments.port)
-            self._bound = await loop.create_server(self._doors, *address, start_serving=False)
-        self._acceptor.listen(self._bound, BACKLOG)
+            await self._bind(arguments.host, arguments.port)
+        if self._admin_address:
+            await self._bind(*parts(self._admin_address))
+        for bound in self._bound:
+            self._acceptor.listen(bound, BACKLOG)
         self._watching = loop.create_task(self._doors.watch(), name="connections")
 
+    async def _bind(self, host: str | None, port: int) -> None:
+        assert self._doors is not None
+        loop = asyncio.get_running_loop()
+        self._bound.append(await loop.create_server(self._doors, host, port, start_serving=False))
+
     async def refuse_new(self) -> None:
-        """Close the listening socket; open connections go on."""
-        if self._acceptor is not None and self._bound is not None:
+        """Close the listening sockets; open connections go on."""
+        if self._acceptor is not None:
             self._acceptor.refuse_new()
-            self._bound.close()
+        for bound in self._bound:
+            bound.close()
 
     async def close(self) -> None:
         """Close everything."""

@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a node until SIGTERM or SIGINT; the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     _log_to_stderr()
+    os.umask(0o077)  # logs, keys and etcd's data are for this user alone
     # Actors' threads run beside a busy event loop: hand the interpreter over more often.
     sys.setswitchinterval(0.001)
     looks = any(word.partition("=")[0] in _ONLY_LOOKS for word in argv)
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         print(arguments.show(parser, parsed), end="")
         return 0
     _check_policies(parser, config)
+    _check_callers(parser, config, parsed)
     engines = arguments.engine_config(parser, parsed)
     if parsed.validate_config:
         return _validate(config, engines)
@@ -76,6 +78,19 @@ def _check_policies(parser: "argparse.ArgumentParser", config: "Config") -> None
 
     try:
         read_policies(config)
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+def _check_callers(
+    parser: "argparse.ArgumentParser", config: "Config", parsed: "argparse.Namespace"
+) -> None:
+    """See that keys and the doors for them go together; else end with status 2."""
+    from llumnix.config import ConfigError
+    from llumnix.entrypoints.access import AccessRules
+
+    try:
+        AccessRules(config, parsed)
     except ConfigError as error:
         parser.error(str(error))
 

@@ -1,0 +1,118 @@
+"""The keys that callers show, each under a name; compared without giving anything away by time."""
+
+import hashlib
+import hmac
+import logging
+import os
+import re
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from llumnix.config import ConfigError
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0  # between two looks at a file whose keys are in use
+LARGEST_FILE = 2**20  # bytes
+
+# Digests are of this process alone, so that the time a look-up takes tells nothing of a key.
+_SALT = os.urandom(32)
+
+_LINE = re.compile(r"(?P<name>[\w.@+-]{1,64})(?:\s*:\s*|\s+)(?P<key>\S+)")
+
+
+def digest(key: str) -> bytes:
+    """What is kept and compared in a key's place."""
+    return hashlib.blake2b(key.encode(errors="surrogateescape"), key=_SALT).digest()
+
+
+class Keyring:
+    """Keys with the names of those who hold them."""
+
+    def __init__(self, keys: Iterable[tuple[str, str]]) -> None:
+        """`keys`: pairs of a name and a key. Raises ConfigError for a key of two names."""
+        self._names: dict[bytes, str] = {}
+        for name, key in keys:
+            if self._names.setdefault(digest(key), name) != name:
+                raise ConfigError(f"{name} and {self._names[digest(key)]} have the same key")
+
+    def __bool__(self) -> bool:
+        return bool(self._names)
+
+    def name(self, shown: bytes) -> str | None:
+        """Whose key has this digest; None: nobody's."""
+        for known in (shown,) if shown in self._names else ():
+            if hmac.compare_digest(known, shown):
+                return self._names[known]
+        return None
+
+
+class KeyFile:
+    """A file of keys, `name:key` or `name key` in each line, that is read again when it changes.
+
+    A file that can't be read, or not understood, leaves the keys as they were, and is told once.
+    """
+
+    def __init__(self, path: str, option: str, taken: Mapping[str, str] | None = None) -> None:
+        """Raises ConfigError. `taken`: keys given elsewhere, with the names of their holders."""
+        self._path = Path(path)
+        self._option = option
+        self._taken = dict(taken or {})
+        self._seen = self._signature()
+        self._looked = time.monotonic()
+        self._keys = self._read()
+
+    def name(self, shown: bytes) -> str | None:
+        """Whose key has this digest; None: nobody's."""
+        now = time.monotonic()
+        if now - self._looked >= LOOK_SECONDS:
+            self._looked = now
+            self._look()
+        return self._keys.name(shown)
+
+    def _look(self) -> None:
+        signature = self._signature()
+        if signature == self._seen:
+            return
+        self._seen = signature
+        try:
+            self._keys = self._read()
+        except ConfigError as error:
+            logger.error("%s; the keys stay as they were", error)
+        else:
+            logger.info("%s %s has changed and was read again", self._option, self._path)
+
+    def _signature(self) -> tuple[int, ...]:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return ()
+        return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
+
+    def _read(self) -> Keyring:
+        said = f"{self._option} {self._path}"
+        try:
+            if self._path.stat().st_size > LARGEST_FILE:
+                raise ConfigError(f"{said} has more than {LARGEST_FILE} bytes")
+            lines = self._path.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is no text"
+            raise ConfigError(f"{said} can't be read: {reason}") from None
+        keys = []
+        for number, line in enumerate((line.strip() for line in lines), start=1):
+            if not line or line.startswith("#"):
+                continue
+            found = _LINE.fullmatch(line)
+            if found is None:
+                raise ConfigError(f"{said}: line {number} is neither name:key nor name key")
+            keys.append((found["name"], found["key"]))
+            if found["key"] in self._taken:
+                holder = self._taken[found["key"]]
+                raise ConfigError(f"{said}: the key in line {number} is {holder} as well")
+        if not keys:
+            logger.warning("%s names no key: no client gets in by it", said)
+        try:
+            return Keyring(keys)
+        except ConfigError as error:
+            raise ConfigError(f"{said}: {error}") from None
