@@ -63,8 +63,9 @@ bench: install ## Run the benchmarks; JSON goes to build/bench/
 paper: install ## Run the paper's evaluation in the simulator; writes docs/paper.md (ARGS="--seeds 4 5")
 	$(BIN)/python -m benchmarks.paper $(ARGS)
 
-docs: install ## Write docs/options.md out of the code
+docs: install ## Write docs/options.md and the routes of docs/security.md out of the code
 	@$(BIN)/python deploy/options.py
+	@$(BIN)/python deploy/routes.py
 
 clean: ## Remove .venv and everything that was built; the model stays in the user's cache
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

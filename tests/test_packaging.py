@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from deploy import install, model, options
+from deploy import install, model, options, routes
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_table_of_the_routes_is_up_to_date() -> None:
+    assert routes.TARGET.read_text() == routes.page(), "run `make docs`"
 
 
 def test_the_reference_of_the_options_is_up_to_date() -> None:

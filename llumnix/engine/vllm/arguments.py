@@ -26,6 +26,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from llumnix import config
 from llumnix.engine.vllm import scheduler
 from llumnix.engine.vllm.compat import client_errors, server_symbol
+from llumnix.engine.vllm.ignored import check_ignored
 
 logger = logging.getLogger(__name__)
 
@@ -140,10 +141,7 @@ def check(parser: NodeArgumentParser, arguments: argparse.Namespace) -> config.C
         node = config.from_arguments(arguments)
         _load_parsers(arguments)
         server_symbol("validate_parsed_serve_args")(arguments)
-        if arguments.data_parallel_size > 1:
-            raise config.ConfigError(
-                "--data-parallel-size belongs to vLLM's own scale-out; use --initial-instances"
-            )
+        check_ignored(parser, arguments)
     except _REFUSALS as error:
         parser.error(_sentence(error))
     return node
