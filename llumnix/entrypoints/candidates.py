@@ -9,6 +9,7 @@ def candidates(hosted: HostedInstance) -> list[Candidate]:
     """Those that may leave it, in the order in which they came."""
     size = hosted.facts.block_size if hosted.facts else 1
     queue = hosted.order.queue
+    inside = frozenset(tenant.request_id for tenant in queue)
     waiting = frozenset(tenant.request_id for tenant in queue if not tenant.started)
     head = queue[0].request_id if queue else None  # which may be one that was preempted
     return [
@@ -21,6 +22,7 @@ def candidates(hosted: HostedInstance) -> list[Candidate]:
             order=order,
             generated=tenant.position,
             head=tenant.request_id == head,
+            queued=tenant.request_id in inside,
         )
         for order, tenant in enumerate(hosted.tenants)
         if tenant.stuck is None and not tenant.leaving

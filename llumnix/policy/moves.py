@@ -29,6 +29,7 @@ class Moves:
         self._due: dict[Pair, deque[int]] = {}  # the tick by which each move must have ended
         self._busy: Counter[InstanceId] = Counter()  # moves from and to each instance
         self._setbacks: dict[Pair, _Setback] = {}
+        self._tried: set[Pair] = set()  # in this tick, by those that wait, in vain
         self._again: dict[Pair, int] = {}  # the tick from which on those may be tried again
 
     def next_tick(self) -> list[Pair]:
@@ -41,6 +42,7 @@ class Moves:
         old = [p for p, s in self._setbacks.items() if self._now > s.until + BACKOFF_LONGEST]
         for pair in old:
             del self._setbacks[pair]
+        self._tried.clear()
         self._again = {p: tick for p, tick in self._again.items() if tick > self._now}
         return late
 
@@ -74,7 +76,8 @@ class Moves:
         """A move has ended; whether there was one.
 
         A failure is `blameless` if it says nothing about the pair: the request has ended, or there
-        was no room for any. Then it may be tried again from the next tick on, and no later.
+        was no room for any. Then it may be tried again from the next tick on, and no later; those
+        that wait together may be tried once more at once.
         """
         due = self._due.get(pair)
         if due is None:
@@ -86,6 +89,8 @@ class Moves:
             self._busy.subtract((pair.source, pair.destination))
         if moved:
             self._setbacks.pop(pair, None)
+        elif blameless and pair.rule in TOGETHER and pair not in self._tried:
+            self._tried.add(pair)  # it costs a message, and those that wait shall not
         elif blameless:
             self._again[pair] = self._now + 1
         elif not self.rest(pair):  # moves that fail together are one setback

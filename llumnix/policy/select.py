@@ -23,6 +23,7 @@ class Candidate:
     order: int  # its place of arrival: the lower, the earlier
     generated: int  # output tokens so far
     head: bool = False  # next in the queue
+    queued: bool = False  # holds no KV cache now: it has not begun yet, or was preempted
 
 
 _NO_HEADROOM: Mapping[int, int] = MappingProxyType({})
@@ -161,9 +162,10 @@ def choose_together(
     """Those that leave together, `count` at most: as many of the queued as the destination takes.
 
     By the rule `queue` the most important go first, and of these the first come. By `tail` it is
-    the other way round, for where they go they have to wait again.
+    the other way round, for where they go they have to wait again; whoever has outputs stays.
     """
-    waiting = sorted((c for c in candidates if not c.running), key=lambda c: (c.priority, c.order))
+    may = (c for c in candidates if c.queued and not (rule == TAIL and c.generated))
+    waiting = sorted(may, key=lambda c: (c.priority, c.order))
     chosen: list[Candidate] = []
     for candidate in reversed(waiting) if rule == TAIL else waiting:
         if len(chosen) < count and room.takes(candidate):

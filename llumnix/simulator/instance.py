@@ -112,6 +112,7 @@ class SimInstance:
         size = self.engine.config.block_size
         queued = self.engine.queued()
         head = queued[0] if queued else None  # which may be one that was preempted
+        inside = frozenset(queued)
         waiting = frozenset(name for name in queued if name not in self._started)
         found = []
         for order, (name, story) in enumerate(self.stories.items()):
@@ -128,6 +129,7 @@ class SimInstance:
                     order=order,
                     generated=len(story.times),
                     head=name == head,
+                    queued=name in inside,
                 )
             )
         return found

@@ -123,3 +123,12 @@ def test_those_that_wait_keep_nobody_busy(moves: Moves) -> None:
     moves.begin(waiting)
     assert moves.busy(waiting) and moves.vacant(AB, 1) == 1 and moves.of("a") == 0
     assert moves.end(waiting, moved=True) and not moves.busy(waiting)
+
+
+def test_those_that_wait_are_tried_twice_in_a_tick(moves: Moves) -> None:
+    waiting = Pair("a", "b", "queue")
+    for rest in (0, 1):
+        moves.begin(waiting)
+        assert moves.end(waiting, moved=False, blameless=True) and moves.rest(waiting) == rest
+    moves.next_tick()
+    assert moves.rest(waiting) == 0

@@ -120,7 +120,7 @@ def test_the_paper_s_pace_knows_neither_books_nor_haste() -> None:
 
 def test_those_that_leave_together_fit_together_in_their_order() -> None:
     def one(name: str, blocks: int, order: int, priority: int = 0) -> Candidate:
-        return Candidate(name, priority, blocks * 16, blocks, False, order, 0)
+        return Candidate(name, priority, blocks * 16, blocks, False, order, 0, queued=True)
 
     waiting = [one("a", 20, 0), one("b", 5, 1), one("c", 9, 2), one("d", 3, 3, -1)]
     running = [Candidate("r", 0, 16, 1, True, 9, 1)]
@@ -132,5 +132,8 @@ def test_those_that_leave_together_fit_together_in_their_order() -> None:
     assert names("queue", Room(17)) == "dbc" and names("queue", Room(28)) == "dab"
     assert names("tail", Room(17)) == "cbd" and names("queue", Room(99), 2) == "da"
     assert names("queue", Room(20, 2, floor=4.0)) == "d", "all keep room to grow"
+    back = Candidate("p", 0, 32, 2, True, 1, 4, queued=True)  # preempted, and in no batch
+    assert [c.request for c in choose_together([*waiting, back], "queue", Room(5), 9)] == ["d", "p"]
+    assert back not in choose_together([back], "tail", Room(5), 9)
     kept = Room(20, headroom={-1: 15})
     assert names("queue", kept) == "d", "headroom is taken along, once"
