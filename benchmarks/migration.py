@@ -27,6 +27,7 @@ from vllm import SamplingParams
 
 from benchmarks.migration_stage import Stage, make_stage, request_of
 from benchmarks.servers import model_folder
+from llumnix.entrypoints.engines import ladder
 
 CONTEXTS = (256, 512, 1024, 2048)
 WARM = 24  # tokens before a stream is moved
@@ -188,8 +189,13 @@ def table(gap_rows: list[dict[str, Any]], slow: dict[str, Any] | None) -> str:
 
 async def run(args: argparse.Namespace) -> dict[str, Any]:
     """All measurements on one pair of engines."""
-    async with make_stage(args.model, args.engine_args, args.timeout) as stage:
-        result: dict[str, Any] = {"model": Path(args.model).name, "device": stage.device}
+    ways = ladder(args.carrier)
+    async with make_stage(args.model, args.engine_args, args.timeout, ways) as stage:
+        result: dict[str, Any] = {
+            "model": Path(args.model).name,
+            "device": stage.device,
+            "carrier": ways[0],
+        }
         if args.identity:
             result["identity"] = await identity(stage, args.identity, args.contexts[0])
             print(f"the same tokens: {result['identity']}", flush=True)
@@ -214,6 +220,9 @@ def main() -> None:
     parser.add_argument("--others", type=int, default=2, help="other streams on each engine")
     parser.add_argument(
         "--slow-down-context", type=int, default=512, help="prompt tokens of what moves"
+    )
+    parser.add_argument(
+        "--carrier", default="auto", help="how blocks go, as the node's --migration-carrier"
     )
     parser.add_argument(
         "--timeout", type=float, default=600.0, help="seconds for the engines to start"

@@ -225,7 +225,9 @@ def engine_arguments(model: str, extra: Sequence[str]) -> VllmConfig:
 
 
 @asynccontextmanager
-async def make_stage(model: str, extra: Sequence[str], seconds: float) -> AsyncIterator[Stage]:
+async def make_stage(
+    model: str, extra: Sequence[str], seconds: float, ladder: tuple[str, ...]
+) -> AsyncIterator[Stage]:
     """Two engines that are up, with an etcd of their own; everything ends with the block."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     start_fork_server()
@@ -239,7 +241,7 @@ async def make_stage(model: str, extra: Sequence[str], seconds: float) -> AsyncI
         session.start()
         actor = MigrationActor.start(Handshake(etcd, session, keys), 4, 0)
         arguments = {"endpoints": list(embedded.endpoints), "prefix": f"{keys.prefix}{Kind.C10D}/"}
-        meet = Rendezvous("llumnix.control.c10d_store.EtcdStore", arguments, "127.0.0.1")
+        meet = Rendezvous("llumnix.control.c10d_store.EtcdStore", arguments, "127.0.0.1", ladder)
         exchange = Exchange(NODE, Peers(Self(NODE, "", "bench"), "bench", lambda node: None))
         home = _Home()
         hosted = []
