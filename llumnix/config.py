@@ -105,9 +105,9 @@ class Config(CallerConfig, ConnectionConfig):
         action=argparse.BooleanOptionalAction,
     )
     migration_policy: str = _knob(
-        "llumnix",
-        "between which instances requests move: llumnix (the paper's rule), queues (what waits "
-        "goes first, and many at once), lookahead (the first that waits behind a blocked one), "
+        "queues",
+        "between which instances requests move: queues (what waits goes first, and many at once; "
+        "else the paper's rule), llumnix (the paper's rule alone), lookahead (the first that waits behind a blocked one), "
         "artifact, none, or the name of an entry point in llumnix.rescheduling",
     )
     migration_interval: float = _knob(1.0, "seconds between two rounds of rescheduling")

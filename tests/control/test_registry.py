@@ -98,7 +98,8 @@ def test_an_operator_can_read_it(single: EtcdCluster, registry: Registry, keys: 
         '"waiting_blocks":0,"head_blocks":0,"prefill_tokens":0,'
         '"preempted":0,"preemptions":0,"priorities":{},"received":{"b":12}}}}',
         keys.node("a"),
-        '{"address":"10.0.0.1:8000","version":"1.0","epoch":7,"max_instances":2,"initial_instances":1}',
+        '{"address":"10.0.0.1:8000","version":"1.0","epoch":7,"max_instances":2,'
+        '"initial_instances":1,"token_mark":""}',
     ]
 
 
