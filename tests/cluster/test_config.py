@@ -231,7 +231,11 @@ def test_a_policy_that_the_environment_has_chosen(
 @pytest.mark.parametrize(
     "option, value, sentence",
     [
-        ("--dispatch-policy", "best", "no policy 'best' for dispatch; there are load, memory, "),
+        (
+            "--dispatch-policy",
+            "best",
+            "no policy 'best' for dispatch; there are load, freeness, memory, ",
+        ),
         ("--migration-policy", "best", "no policy 'best' for rescheduling; there are none, llum"),
         ("--latency-profile", "warp", "warp is no file, and not one of instant, "),
         ("--priority-classes", "/no/such/file", "/no/such/file can't be read: "),
