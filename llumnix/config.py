@@ -108,7 +108,7 @@ class Config(CallerConfig, ConnectionConfig):
         "queues",
         "between which instances requests move: queues (what waits goes first, and many at once; "
         "else the paper's rule), llumnix (the paper's rule alone), lookahead (the first that waits "
-        "behind a blocked one), artifact, none, or the name of an entry point in llumnix.rescheduling",
+        "behind a blocked one), artifact, none, or an entry point in llumnix.rescheduling",
     )
     migration_interval: float = _knob(1.0, "seconds between two rounds of rescheduling")
     migration_out_below: float = _knob(
