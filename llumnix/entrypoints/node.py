@@ -67,6 +67,7 @@ logger = logging.getLogger(__name__)
 
 SUCCESSOR_SECONDS = 1.0  # for which the successor of an actor that has died is waited for
 LINK_SECONDS = 2.0  # in which a node that leaves connects to the others
+SCRAPE_SECONDS = 10.0  # for which a scrape of the metrics waits for the loop
 HALT_SECONDS = 30.0  # for all engines to end
 POLL = 0.05  # seconds between looks while something ends
 
@@ -85,7 +86,7 @@ class Node:
         self._rules = AccessRules(config, arguments)
         self._control = ControlPlane(config)
         self._make_engine = engine_maker(config, vllm_config, self._control.rendezvous)
-        self._collector = NodeCollector(self._snapshot)
+        self._collector = NodeCollector(self._scraped)
         self._serving = False  # between a complete start and the beginning of the end
         # Called with one sentence when this node cannot go on and has to be stopped.
         self.on_giving_up: Callable[[str], None] = lambda sentence: None
@@ -312,6 +313,15 @@ class Node:
 
     def _view_and_age(self) -> tuple[ClusterView, float]:
         return self.view, self._control.registry.age
+
+    def _scraped(self) -> Snapshot:
+        """The facts for the metrics; called on the thread that writes them."""
+
+        async def look() -> Snapshot:
+            return self._snapshot()
+
+        looking = asyncio.run_coroutine_threadsafe(look(), self._loop)
+        return looking.result(SCRAPE_SECONDS)
 
     def _snapshot(self) -> Snapshot:
         classes = self._policies.terms.classes

@@ -1,5 +1,6 @@
 """The routes by which operators and probes look at a node."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -42,6 +43,7 @@ class Admin:
         self._standing = standing
         self._view = view  # and its age in seconds
         self._fault = fault  # what has died or hangs, as a sentence; empty if nothing
+        self._writing = asyncio.Lock()  # one scrape at a time
         self._warnings = warnings  # of what was found wrong in etcd lately
 
     async def livez(self, request: web.Request) -> web.Response:
@@ -70,8 +72,10 @@ class Admin:
         return json_response(describe(self._node, view, age) | {"warnings": self._warnings()})
 
     async def metrics(self, request: web.Request) -> web.Response:
-        """vLLM's metrics and llumnix's, for Prometheus."""
-        return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        """vLLM's metrics and llumnix's, for Prometheus; they are long, so beside the loop."""
+        async with self._writing:
+            text = await asyncio.to_thread(generate_latest)
+        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 def json_response(value: Any) -> web.Response:
