@@ -180,7 +180,7 @@ class Config(CallerConfig, ConnectionConfig):
     )
     grammar_timeout: float = _knob(
         2.0,
-        "seconds that a request's grammar or schema may take to compile, in a process of its own "
+        "seconds of CPU that a request's grammar or schema may take to compile, in a process of its own "
         "before an engine has it; beyond them: 400",
     )
     max_body_bytes: int = _knob(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from llumnix.engine.vllm.scratch import scratch
 from tests.kit.wait import eventually
 
 LONGEST = 120.0  # seconds; a test that hangs fails
@@ -37,6 +38,7 @@ def _leave_modules_out() -> None:
     """Spare each collection the million objects that vLLM's modules are made of."""
     gc.collect()
     gc.freeze()
+    scratch()  # which a process has from its first engine on, locked until it ends
 
 
 async def _whole(test: Coroutine[Any, Any, None]) -> None:

@@ -58,7 +58,7 @@ class Frontend:
             self._grammars.warm()
         with compat.engine_core_client(self._client):
             self.llm = llm = DoorLLM(
-                grammars=self._grammars,
+                grammars=None if self._arguments.engine == "sim" else self._grammars,
                 vllm_config=self._config,
                 executor_class=Executor.get_class(self._config),
                 log_stats=not self._arguments.disable_log_stats,

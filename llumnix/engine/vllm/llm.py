@@ -1,16 +1,23 @@
 """vLLM's AsyncLLM with a door of its own, through which all routes' requests come."""
 
+from http import HTTPStatus
 from typing import Any
 
 from vllm import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from llumnix.engine.turns import Turns
+from llumnix.engine.vllm.compat import failed
 from llumnix.engine.vllm.grammars import Grammars
+
+NO_GRAMMAR = "a modelled engine's tokens follow no grammar"
 
 
 class DoorLLM(AsyncLLM):
-    """Takes requests in slices, and those with a grammar once it was tried elsewhere."""
+    """Takes requests in slices, and those with a grammar once it was tried elsewhere.
+
+    Without `grammars`, as over modelled engines, none is taken.
+    """
 
     def __init__(self, *args: Any, grammars: Grammars | None = None, **kwargs: Any) -> None:
         self._grammars = grammars
@@ -24,7 +31,9 @@ class DoorLLM(AsyncLLM):
         choices = 1
         if isinstance(params, SamplingParams):
             choices = params.n
-            if params.structured_outputs is not None and self._grammars is not None:
+            if params.structured_outputs is not None:
+                if self._grammars is None:
+                    raise failed(NO_GRAMMAR, HTTPStatus.BAD_REQUEST)
                 await self._grammars.admit(params)
         await self._turns.take(choices)
         return await super().add_request(request_id, prompt, params, *args, **kwargs)

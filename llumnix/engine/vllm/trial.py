@@ -1,10 +1,13 @@
 """A process in which grammars are compiled on trial, and which may die of it."""
 
 import contextlib
+import math
 import multiprocessing
 import os
 import pickle
 import resource
+import signal
+import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
@@ -20,7 +23,11 @@ from llumnix.engine.vllm.mortal import end_with_node
 MEMORY = 2 * 2**30  # bytes of address space beyond what the process has when it is ready
 START_SECONDS = 60.0  # until it has read the tokenizer
 NICE = 5  # below the API server, whose streams go on meanwhile
+WALL = 20  # times the limit, until a process that gets little of the machine is given up
 SENTENCE = 500  # characters of an error that are told
+
+
+_NONE = object()
 
 
 class TrialFailed(Exception):
@@ -44,7 +51,8 @@ class Trial:
     def __init__(self, config: bytes, seconds: float, memory: int = MEMORY) -> None:
         """`config` is vLLM's configuration, pickled: to do that at a start would hold the loop up.
 
-        `seconds`: the longest that a grammar may take; `memory`: what it may, in bytes.
+        `seconds`: of CPU, the longest that a grammar may take: that a busy machine is slow is not
+        its fault. `memory`: what it may take, in bytes.
         """
         self._config = config
         self._seconds = seconds
@@ -63,7 +71,7 @@ class Trial:
             return self._pipe
         ours, theirs = multiprocessing.Pipe()
         context = start_fork_server()
-        arguments = (theirs, self._config, self._memory)
+        arguments = (theirs, self._config, self._seconds, self._memory)
         self._process = context.Process(target=_serve, args=arguments, name="grammars", daemon=True)
         self._process.start()
         theirs.close()
@@ -82,23 +90,31 @@ class Trial:
         pipe = self.start()
         try:
             pipe.send(params)
-            if not pipe.poll(self._seconds):
-                raise TrialFailed(
-                    f"the grammar or schema takes longer than {self._seconds:g} s to compile; "
-                    "make it simpler"
-                )
+            if not pipe.poll(WALL * self._seconds):
+                raise TrialFailed(self._too_long)
             answer: Verdict | str = pipe.recv()
         except TrialFailed:
             self.close()
             raise
         except (EOFError, OSError) as error:
-            self.close()
-            raise TrialFailed(
-                "the grammar or schema takes too much memory to compile; make it simpler"
-            ) from error
+            memory = "the grammar or schema takes too much memory to compile; make it simpler"
+            raise TrialFailed(self._too_long if self._was_slow() else memory) from error
         if isinstance(answer, str):
             raise TrialFailed(answer)
         return answer
+
+    @property
+    def _too_long(self) -> str:
+        limit = f"{self._seconds:g} s"
+        return f"the grammar or schema takes longer than {limit} to compile; make it simpler"
+
+    def _was_slow(self) -> bool:
+        """Whether the process, which has ended, was ended by its limit of CPU time."""
+        assert self._process is not None
+        self._process.join(1.0)
+        slow = self._process.exitcode == -signal.SIGXCPU
+        self.close()
+        return slow
 
     def kill(self) -> None:
         """Have the process end, from any thread; what it tries has failed."""
@@ -119,13 +135,14 @@ class Trial:
             self._process = None
 
 
-def _serve(pipe: Connection, config: bytes, memory: int) -> None:
+def _serve(pipe: Connection, config: bytes, seconds: float, memory: int) -> None:
     """The main function of the process."""
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)  # a Ctrl-C at the terminal is the node's business
     end_with_node()
     os.nice(NICE)
     compiler = Compiler(pickle.loads(config))
+    compiler.warm()
     with open("/proc/self/statm") as statm:
         size = int(statm.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + memory, size + memory))
@@ -136,6 +153,7 @@ def _serve(pipe: Connection, config: bytes, memory: int) -> None:
             params = pipe.recv()
         except EOFError:
             return
+        _allow(seconds)
         try:
             answer: Verdict | str = compiler.try_out(params)
         except MemoryError:
@@ -144,6 +162,13 @@ def _serve(pipe: Connection, config: bytes, memory: int) -> None:
             words = " ".join(str(error).split())[:SENTENCE]
             answer = f"the grammar or schema can't be used: {words or type(error).__name__}"
         pipe.send(answer)
+
+
+def _allow(seconds: float) -> None:
+    """Have the kernel end this process when it has computed for so many seconds more."""
+    used = time.process_time()
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used + seconds), most))
 
 
 class Compiler:
@@ -155,6 +180,11 @@ class Compiler:
         self._config = config
         self._manager = StructuredOutputManager(config)
         self._backends: dict[str, Any] = {}
+
+    def warm(self) -> None:
+        """Make the backend that most grammars take, so that the first one does not pay for it."""
+        with contextlib.suppress(Exception):  # whoever needs it hears what is wrong with it
+            self._backend("xgrammar")
 
     def try_out(self, params: StructuredOutputsParams) -> Verdict:
         """Validate and compile. Raises whatever vLLM and its backends raise."""
@@ -171,7 +201,9 @@ class Compiler:
         kind, spec = get_structured_output_key(checked)
         self._backend(checked._backend).compile_grammar(kind, spec)
         after = vars(checked)
-        return Verdict({name: value for name, value in after.items() if before[name] != value})
+        # What no constructor has made, as /generate's, lacks the fields that only have defaults.
+        changed = {n: value for n, value in after.items() if before.get(n, _NONE) != value}
+        return Verdict(changed)
 
     def _backend(self, name: str) -> Any:
         if name not in self._backends:
