@@ -180,8 +180,8 @@ class Config(CallerConfig, ConnectionConfig):
     )
     grammar_timeout: float = _knob(
         2.0,
-        "seconds of CPU that a request's grammar or schema may take to compile, in a process of its own "
-        "before an engine has it; beyond them: 400",
+        "seconds of CPU that a request's grammar or schema may take to compile, in a process of "
+        "its own before an engine has it; beyond them: 400",
     )
     max_body_bytes: int = _knob(
         0,

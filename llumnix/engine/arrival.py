@@ -134,9 +134,9 @@ class Arrivals:
         """Be ready to take what the source lends. Raises EngineError."""
         arrival = self._accepted(migration)
         transfer = Transfer(pair, group, 0, len(theirs), 0.0)
+        arrival.lent = True  # also where the engine's answer comes too late
         blocks = arrival.hosted.engine.blocks
         await blocks.expect(migration, arrival.request_id, transfer, theirs)
-        arrival.lent = True
 
     async def end(self, instance: InstanceId, migration: str, moved: bool) -> None:
         """Nothing more will come; the blocks stay held until the request uses them, if it moved.
@@ -151,10 +151,12 @@ class Arrivals:
             if not arrival.coming.done():
                 arrival.coming.set_result(None)
         ending = self._finish(migration, arrival)
-        if moved and arrival.lent and ending is not None:
+        if not arrival.lent:
+            return
+        if ending is not None:
             await asyncio.shield(ending)
-            if not arrival.begun:
-                raise EngineError(f"request {arrival.request_id} did not begin")
+        if moved and not arrival.begun:
+            raise EngineError(f"request {arrival.request_id} did not begin")
 
     async def close(self) -> None:
         """End what waits here, and accept nothing more."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from llumnix.cluster import InstanceId, NodeId, kv_blocks
-from llumnix.engine.base import LEND_SECONDS, EngineError, SetupFailed, Transfer
+from llumnix.engine.base import LEND_SECONDS, EngineDead, EngineError, SetupFailed, Transfer
 from llumnix.engine.exchange import Exchange
 from llumnix.engine.groups import Groups, pair_name
 from llumnix.engine.hosted import HostedInstance
@@ -100,7 +100,8 @@ class Departure:
         self._pair = pair_name(source.id, destination)
         self._life = ""  # of the destination's engine
         self._covered = 0  # blocks that are at the destination
-        self._lent = 0  # blocks behind these that the destination can read when it needs them
+        self._lent = False  # whether the destination may read blocks here when the request comes
+        self._preemptions = 0  # of the request, when they were lent
 
     async def run(self) -> None:
         """Move the request. Raises MigrationError, after which it goes on where it was.
@@ -192,12 +193,15 @@ class Departure:
         while 0 < -self._tenant.tokens % size < MARGIN:
             await self._next_output(self._limits.within)
         name = self._groups.name(self._pair, self._lives)
+        self._preemptions = self._tenant.preemptions
         try:
             async with asyncio.timeout(self._limits.within):
                 theirs = await blocks.lend(self.migration, self._tenant.name)
+            self._lent = True
             await self._ask("migration_expect", self.migration, self._pair, name, theirs)
-            self._lent = len(theirs)
         except (EngineError, TimeoutError) as error:
+            # Without an answer it may be that the destination goes by it nevertheless.
+            self._lent &= isinstance(error, EngineDead | TimeoutError)
             logger.info("request %s takes no blocks along: %s", self._tenant.request_id, error)
 
     async def _until_block_full(self) -> None:
@@ -251,6 +255,9 @@ class Departure:
             # Right behind an output no step's work is lost but the one that has just begun.
             await self._next_output(self._limits.within)
         self._check()
+        if self._lent and self._tenant.preemptions != self._preemptions:
+            # What was lent is not where the request has computed since.
+            raise MigrationError(f"request {self._tenant.request_id} was preempted")
         if not await self._source.hand_over(self._tenant, self._destination, self._node):
             raise Ended(f"request {self._tenant.request_id} has ended")
         return True
@@ -271,8 +278,8 @@ class Departure:
     async def _release(self, handed_over: bool) -> None:
         """Neither side holds blocks any more; a side that is gone holds none anyway."""
         works: list[Awaitable[Any]]
-        if self._lent and handed_over:
-            works = [self._taken()]
+        if self._lent:
+            works = [self._taken(handed_over)]
         else:
             works = [
                 self._source.engine.blocks.drop(self.migration),
@@ -285,10 +292,10 @@ class Departure:
             if error is not None:
                 logger.info("the end of migration %s: %s", self.migration, error)
 
-    async def _taken(self) -> None:
+    async def _taken(self, handed_over: bool) -> None:
         """Hold what was lent until the request computes elsewhere, or can't take it any more."""
         try:
-            await self._ask("migration_end", self.migration, True)
+            await self._ask("migration_end", self.migration, handed_over)
         except (EngineError, TimeoutError) as error:
             logger.info("the end of migration %s is not known: %s", self.migration, error)
             await asyncio.sleep(LENT_SECONDS)

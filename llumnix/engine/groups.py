@@ -1,8 +1,11 @@
 """Which way KV blocks take between two instances: names of transfer groups, and what has failed."""
 
 import asyncio
+import time
 import uuid
 from dataclasses import dataclass, field
+
+AGAIN = 900.0  # seconds until a way that failed may be tried again
 
 Lives = tuple[str, str]  # of the two engines; another one after a restart
 
@@ -11,7 +14,8 @@ Lives = tuple[str, str]  # of the two engines; another one after a restart
 class _Pair:
     lives: Lives
     name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
-    skips: int = 0  # ways that could not be set up, each tried once
+    skips: int = 0  # ways that could not be set up
+    until: float = 0.0  # monotonic; when these are tried again
 
 
 class Groups:
@@ -19,7 +23,8 @@ class Groups:
 
     A group's name is new after a failure, and when one of the two engines has been restarted: the
     other's end of the former group leads nowhere. A way that could not be set up is not tried again
-    between the same two engines, but the next one; with none left the pair has none.
+    between the same two engines for a long while, but the next one; with none left the pair has
+    none.
     """
 
     def __init__(self) -> None:
@@ -43,6 +48,7 @@ class Groups:
         """The way that the pair was to take could not be set up: the next one is tried."""
         if (known := self._pairs.get(pair)) is not None:
             known.skips += 1
+            known.until = time.monotonic() + AGAIN
             self.renew(pair)
 
     def lock(self, pair: str) -> asyncio.Lock:
@@ -59,6 +65,8 @@ class Groups:
         known = self._pairs.get(pair)
         if known is None or known.lives != lives:
             known = self._pairs[pair] = _Pair(lives)
+        if known.skips and time.monotonic() > known.until:
+            known.skips = 0
         return known
 
 

@@ -292,7 +292,9 @@ class HostedInstance:
         """
         assert output.events is not None
         kinds = [event.type for event in output.events]
-        self._preemptions += kinds.count(EngineCoreEventType.PREEMPTED)
+        preempted = kinds.count(EngineCoreEventType.PREEMPTED)
+        self._preemptions += preempted
+        tenant.preemptions += preempted
         if tenant.resumed and EngineCoreEventType.QUEUED in kinds:
             output.events = [e for e in output.events if e.type != EngineCoreEventType.QUEUED]
 

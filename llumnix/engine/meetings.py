@@ -20,7 +20,8 @@ MOST = 32  # other instances that each of this node's meets ahead, the others wh
 WITHIN = 5.0  # seconds for a meeting
 AGAIN = 240.0  # seconds until those that have met do so again, which keeps their way from closing
 TRIES = 3  # of a meeting that fails, other than for want of a way
-PAUSE = 2.0  # seconds between them, times the number of tries
+PAUSE = 2.0  # seconds between them
+SOON = 0.2  # seconds in which more may change at once
 
 
 class Meetings:
@@ -32,12 +33,24 @@ class Meetings:
         self._view = view
         self._met: dict[str, Lives] = {}
         self._failures: dict[str, int] = {}
+        self._known: dict[InstanceId, object] = {}
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         exchange.procedures |= {"migration_life": self._life, "migration_meet": self._meet}
 
     def look(self) -> None:
-        """The cluster has changed; begins with the first call."""
+        """The view has changed; begins with the first call, and goes by who is up, and where."""
+        known: dict[InstanceId, object] = {
+            i.id: (i.node, i.model, i.block_size)
+            for i in self._view().instances.values()
+            if i.state is InstanceState.READY
+        }
+        if known == self._known and self._task is not None:
+            return
+        for instance in self._known.keys() - known.keys():
+            self._groups.forget(instance)
+        self._known = known
+        self._failures.clear()
         self._changed.set()
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
@@ -51,19 +64,30 @@ class Meetings:
     async def _run(self) -> None:
         while True:
             self._changed.clear()
-            later = False
-            pairs = self._pairs(self._view())
-            for pair in self._met.keys() - pairs.keys():
-                del self._met[pair]
-            for pair, (source, destination) in pairs.items():
-                later |= not await self._introduce(pair, source, destination)
             try:
-                async with asyncio.timeout(PAUSE if later else AGAIN):
+                later = not await self._introduce_all()
+            except Exception:  # whatever it is, others are to meet nevertheless
+                logger.exception("a meeting failed")
+                later = True
+            if later:
+                await asyncio.sleep(PAUSE)
+                continue
+            try:
+                async with asyncio.timeout(AGAIN):
                     await self._changed.wait()
-                await asyncio.sleep(0.2)  # more may change at once
+                await asyncio.sleep(SOON)
             except TimeoutError:
-                if not later:
-                    self._met.clear()
+                self._met.clear()
+
+    async def _introduce_all(self) -> bool:
+        """Have all meet who have not; False if some are to be tried again."""
+        done = True
+        pairs = self._pairs(self._view())
+        for pair in self._met.keys() - pairs.keys():
+            del self._met[pair]
+        for pair, (source, destination) in pairs.items():
+            done &= await self._introduce(pair, source, destination)
+        return done
 
     def _pairs(self, view: ClusterView) -> dict[str, tuple[HostedInstance, InstanceInfo]]:
         """Whom to introduce: each instance here that is up to the first others of its kind."""

@@ -41,6 +41,7 @@ class Tenant:
     suspect: bool = False  # it may be what has killed its engines
     started: bool = False
     leaving: bool = False  # a migration of it is under way
+    preemptions: int = 0  # here
     watcher: asyncio.Future[None] | None = None  # done at its next output, or its end
 
     @property

@@ -308,3 +308,25 @@ def test_an_export_behind_a_loan_holds_no_block_twice() -> None:
     source.depot.drop("m")
     source.end("r")
     assert source.free == TOTAL
+
+
+def test_blocks_outside_a_sliding_window_are_not_lent() -> None:
+    source = Scheduler()
+    source.run("r", prompt(1, 10))
+    blocks = source.kv_cache_manager.coordinator.single_type_managers[0].req_to_blocks["r"]
+    source.depot.export("m", "r")
+    source.depot.drop("m")
+    held, blocks[0] = blocks[0], source.kv_cache_manager.block_pool.null_block
+    assert source.depot.export("m", "r")[0] == []
+    with pytest.raises(DepotError, match="not all blocks"):
+        source.depot.lend("m", "r")
+    blocks[0] = held
+
+
+def test_an_adopted_request_gives_its_blocks_back() -> None:
+    """When somebody who is before it needs the memory, and nobody runs."""
+    _, destination, request, adopted = _moved(1, Workers())
+    assert adopted
+    destination.depot.disown(request)
+    assert request.num_computed_tokens == 0
+    assert destination.free == TOTAL

@@ -13,7 +13,7 @@ import torch
 from llumnix.engine.base import SetupFailed, Transfer
 from llumnix.engine.vllm import mapped, peer_memory
 from llumnix.engine.vllm.blocks import Rendezvous
-from llumnix.engine.vllm.carrier import LADDER, Self, SetupError, agree
+from llumnix.engine.vllm.carrier import LADDER, RECEIVER, SENDER, Self, ways
 from llumnix.engine.vllm.kv_memory import KvMemory
 from tests.kit.etcd import EtcdCluster
 from tests.kit.loop import on_loop
@@ -131,12 +131,12 @@ async def test_a_stranger_at_the_door_gets_nothing(
 def test_two_processes_on_one_gpu_never_take_nccl() -> None:
     here = {"host": "h", "ladder": list(LADDER)}
     one = Self(device="gpu-1", memory={"handles": []}, **here)
-    assert agree(one, Self(device="gpu-1", **here)) == ["memory", "host"]
-    assert agree(one, Self(device="gpu-2", **here)) == ["memory", "group", "host"]
+    beside = Self(device="gpu-1", **here)
+    assert ways(one, beside, SENDER) == ways(beside, one, RECEIVER) == ["memory", "host"]
+    assert ways(one, Self(device="gpu-2", **here), SENDER) == ["memory", "group", "host"]
     far = Self(host="other", device="gpu-2", ladder=list(LADDER))
-    assert agree(one, far) == ["group", "host"]
-    with pytest.raises(SetupError, match="no way"):
-        agree(one, Self(host="other", device="gpu-2", ladder=["memory"]))
+    assert ways(one, far, SENDER) == ["group", "host"]
+    assert not ways(one, Self(host="other", device="gpu-2", ladder=["memory"]), SENDER)
 
 
 @pytest.mark.parametrize(

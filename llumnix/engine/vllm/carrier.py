@@ -10,6 +10,7 @@ Both workers are told the same ladder, which gets shorter by its first way each 
 not be set up.
 """
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -23,6 +24,7 @@ import torch
 from llumnix.engine.vllm.kv_memory import KvMemory
 
 SENDER, RECEIVER = 0, 1
+READ_SECONDS = 1.0  # for the other worker to read that there is no way
 LADDER = ("memory", "group", "host")  # the ways, in the order in which they are tried
 
 # While blocks are read or written; raises TimeoutError after the transfer was cut off.
@@ -33,11 +35,20 @@ class SetupError(Exception):
     """Two workers could not make a way for blocks; the message is one sentence."""
 
 
+class Absent(Exception):
+    """The other worker did not come in time, which says nothing of the ways to it."""
+
+
 class Carrier(ABC):
     """One direction between two workers; used by one thread, aborted from any."""
 
     kind: str
     aborted = False
+
+    @property
+    def gone(self) -> bool:
+        """Whether the other end is known to have gone, and nothing will come any more."""
+        return False
 
     @abstractmethod
     def send(self, blocks: list[int], deadline: float, touching: Touching) -> None:
@@ -76,8 +87,9 @@ def identify(memory: KvMemory, ladder: list[str]) -> Self:
     return Self(host, device, ladder)
 
 
-def agree(sender: Self, receiver: Self) -> list[str]:
-    """The ways that both can go, the best first. Raises SetupError if there is none."""
+def ways(me: Self, other: Self, rank: int) -> list[str]:
+    """The ways that both can go, the best first, for the worker of this rank."""
+    sender, receiver = (me, other) if rank == SENDER else (other, me)
     found = []
     for kind in sender.ladder:
         if kind not in receiver.ladder:
@@ -87,17 +99,22 @@ def agree(sender: Self, receiver: Self) -> list[str]:
         if kind == "group" and sender.device == receiver.device != "cpu":
             continue  # NCCL has no way between two processes on one GPU
         found.append(kind)
-    if found:
-        return found
-    raise SetupError("the two workers have no way for KV blocks in common")
+    return found
 
 
 def exchange(store: Any, rank: int, me: Self, seconds: float) -> Self:
-    """Tell the other worker who this is, and hear who it is. Raises SetupError."""
+    """Tell the other worker who this is, and hear who it is. Raises Absent."""
     other = f"self/{1 - rank}"
     try:
         store.set(f"self/{rank}", msgspec.msgpack.encode(me))
         store.wait([other], timedelta(seconds=seconds))
-        return msgspec.msgpack.decode(store.get(other), type=Self)
+        found = msgspec.msgpack.decode(store.get(other), type=Self)
+        if not ways(me, found, rank):
+            # Both end here, but not before the other has read what this one said: that it says, or
+            # its own has gone by then.
+            store.set(f"read/{rank}", b"1")
+            with contextlib.suppress(RuntimeError):
+                store.wait([f"read/{1 - rank}"], timedelta(seconds=min(seconds, READ_SECONDS)))
+        return found
     except (RuntimeError, msgspec.MsgspecError) as error:
-        raise SetupError(f"the other worker did not come: {error}") from error
+        raise Absent(f"the other worker did not come: {error}") from error

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request
 
 from llumnix.engine.base import LEND_SECONDS
@@ -160,6 +161,10 @@ class BlockDepot:
         blocks = list(self._manager.get_blocks(request_id).blocks[0])
         if blocks[: len(held.blocks)] != held.blocks:
             raise DepotError(f"request {request_id} was preempted")
+        if self.why_not is not None or any(block.is_null for block in blocks):
+            raise DepotError(
+                "not all blocks of the request are there"
+            )  # a sliding window's are not
         tail = blocks[len(held.blocks) :]
         self._pool.touch(tail[len(held.tail) :])
         held.tail = tail
@@ -202,6 +207,8 @@ class BlockDepot:
         loan = self._loans.pop(request.request_id.rpartition("~")[0], None)
         if loan is None or time.monotonic() > loan.until:
             return False
+        if getattr(self._scheduler, "pause_state", PauseState.UNPAUSED) != PauseState.UNPAUSED:
+            return False  # what holds memory may be run though new requests are not
         held = self._held.get(loan.migration)
         if held is None or held.cached != len(held.blocks) or request.num_computed_tokens:
             return False
@@ -227,6 +234,11 @@ class BlockDepot:
         request.num_computed_tokens = computed
         self._manager.cache_blocks(request, computed)
         return True
+
+    def disown(self, request: Request) -> None:
+        """Take the blocks back from an adopted request that waits; it finds most of them again."""
+        self._manager.free(request)
+        request.num_computed_tokens = 0
 
     def drop(self, migration: str) -> None:
         """Give all blocks of a migration back to the pool; unknown ones are no error."""

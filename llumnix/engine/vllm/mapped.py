@@ -15,14 +15,14 @@ from typing import Any
 import msgspec
 import torch
 
-from llumnix.engine.vllm.carrier import Carrier, Self, SetupError, Touching
+from llumnix.engine.vllm.carrier import Absent, Carrier, Self, SetupError, Touching
 from llumnix.engine.vllm.kv_memory import KvMemory
 from llumnix.engine.vllm.peer_memory import NotReadable, PeerMemory, export
 
 _KEY_BYTES = 16
 _LENGTH = struct.Struct("!I")
 _MOST_BYTES = 1 << 24  # of a message
-_COPIED, _READABLE, _UNREADABLE, _WELCOME = (bytes([n]) for n in range(1, 5))
+_COPIED, _READABLE, _UNREADABLE, _WELCOME, _KEPT = (bytes([n]) for n in range(1, 6))
 
 
 class Offer:
@@ -39,7 +39,7 @@ class Offer:
         me.address = (address, self._listener.getsockname()[1])
 
     def accept(self, deadline: float) -> "Lender | None":
-        """Wait for the receiver; None if it can't read this memory. Raises SetupError."""
+        """Wait for the receiver; None if it can't read this memory. Raises Absent."""
         assert self._listener is not None
         try:
             while True:  # whoever does not know the key is not the one
@@ -56,7 +56,7 @@ class Offer:
                     pass
                 channel.close()
         except OSError as error:
-            raise SetupError(f"the other worker did not come for its blocks: {error}") from error
+            raise Absent(f"the other worker did not come for its blocks: {error}") from error
         finally:
             self.close()
 
@@ -82,6 +82,12 @@ class Lender(Carrier):
         self._channel.settimeout(_left(deadline))
         if _take(self._channel, 1) != _COPIED:
             raise OSError("the other worker could not copy the blocks")
+        self._channel.sendall(_KEPT)
+
+    @property
+    def gone(self) -> bool:
+        """Whether the reader has ended the connection."""
+        return _ended(self._channel)
 
     def receive(self, blocks: list[int], deadline: float, touching: Touching) -> None:
         """Never called: a sender only sends."""
@@ -104,10 +110,15 @@ class Reader(Carrier):
     kind = "memory"
 
     def __init__(self, memory: KvMemory, sender: Self, deadline: float) -> None:
-        """Connect to a sender. Raises SetupError, and NotReadable if both are to go another way."""
+        """Connect to a sender.
+
+        Raises Absent, SetupError, and NotReadable if both know that they are to go another way.
+        """
         self._cuda = memory.device.type == "cuda"
         try:
             channel = socket.create_connection(sender.address, _left(deadline))
+        except TimeoutError as error:
+            raise Absent(f"the other worker does not answer: {error}") from error
         except OSError as error:
             raise SetupError(f"the other worker can't be reached: {error}") from error
         self._channel = _quick(channel)
@@ -118,7 +129,7 @@ class Reader(Carrier):
             self._welcomed(deadline)
         except OSError as error:
             channel.close()
-            raise SetupError(str(error)) from error
+            raise Absent(str(error)) from error
         except NotReadable:
             channel.sendall(_UNREADABLE)
             self._welcomed(deadline)
@@ -150,6 +161,15 @@ class Reader(Carrier):
             if self._cuda:
                 torch.cuda.current_stream().synchronize()
         self._channel.sendall(_COPIED)
+        # They were what they had to be only if the sender has held them until now.
+        self._channel.settimeout(_left(deadline))
+        if _take(self._channel, 1) != _KEPT:
+            raise OSError("the other worker sends nonsense")
+
+    @property
+    def gone(self) -> bool:
+        """Whether the lender has ended the connection, as its death does."""
+        return _ended(self._channel)
 
     def pull(self, theirs: Sequence[int], mine: Sequence[int]) -> None:
         """Fill blocks at once, on a GPU on the current stream; for whoever knows they are ready."""
@@ -187,6 +207,16 @@ def _take(channel: socket.socket, count: int) -> bytes:
             raise ConnectionError("the other worker has ended the connection")
         found += more
     return found
+
+
+def _ended(channel: socket.socket) -> bool:
+    """Whether the other end has closed a connection on which nothing is under way."""
+    try:
+        return channel.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _shut(channel: socket.socket) -> None:

@@ -19,6 +19,8 @@ from llumnix.engine.vllm.kv_memory import KvMemory, Piece
 _MOST_VECTORS = 1024  # of one system call (IOV_MAX)
 _SET_PTRACER, _ANY_PROCESS = 0x59616D61, ctypes.c_ulong(-1)  # of prctl: Yama's rule on who may read
 
+_PROOF = torch.randint(0, 256, (16,), dtype=torch.uint8)  # which only this process has
+
 Copy = Callable[[Sequence[int], Sequence[int]], None]
 
 
@@ -38,7 +40,9 @@ def export(memory: KvMemory) -> dict[str, Any] | None:
         except RuntimeError:  # memory of an allocator that has no handles, as vLLM's for sleeping
             return None
     _allow_reading()
-    return {"pieces": pieces, "pid": os.getpid(), "bases": [s.data_ptr() for s in storages]}
+    proof = [_PROOF.data_ptr(), bytes(_PROOF.tolist())]
+    bases = [s.data_ptr() for s in storages]
+    return {"pieces": pieces, "pid": os.getpid(), "bases": bases, "proof": proof}
 
 
 class PeerMemory:
@@ -108,8 +112,12 @@ def _from_process(mine: KvMemory, pieces: Sequence[Piece], theirs: dict[str, Any
         for start in range(0, len(spans), _MOST_VECTORS):
             _read(pid, spans[start : start + _MOST_VECTORS])
 
-    probe = torch.empty(8, dtype=torch.uint8)
-    _read(pid, [(bases[0], probe.data_ptr(), 8)])  # whether one may
+    # Whether one may, and whether it is that process: another container has other numbers.
+    address, proof = theirs["proof"]
+    found = torch.empty(len(proof), dtype=torch.uint8)
+    _read(pid, [(address, found.data_ptr(), len(proof))])
+    if bytes(found.tolist()) != proof:
+        raise ValueError(f"process {pid} is another one")
     return pull
 
 

@@ -21,12 +21,13 @@ class _Moving:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.depot = BlockDepot(self)
+        self._adopted: set[str] = set()  # of those that wait, who holds blocks already
 
     def add_request(self, request: Request) -> None:
         """Queue a request; one that brought outputs is resumed, before those that are new."""
         put_in_place(request, self.structured_output_manager)  # type: ignore[attr-defined]
-        if request.num_output_tokens:
-            self.depot.adopt(request)
+        if request.num_output_tokens and self.depot.adopt(request):
+            self._adopted.add(request.request_id)
         super().add_request(request)  # type: ignore[misc]
         if request.num_output_tokens and request in self.waiting:  # type: ignore[attr-defined]
             self.waiting.remove_request(request)  # type: ignore[attr-defined]
@@ -37,12 +38,28 @@ class _Moving:
 
         Model runner V2 is told by vLLM itself; V1 is not, and takes them in `plugin`.
         """
+        if self._adopted and not self.running:  # type: ignore[attr-defined]
+            self._unblock()
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         for new in output.scheduled_new_reqs:
+            self._adopted.discard(new.req_id)
             request = self.requests[new.req_id]
             if new.prefill_token_ids is None and request.num_output_tokens:
                 new.prefill_token_ids = list(request._all_token_ids)
         return output
+
+    def _unblock(self) -> None:
+        """Nobody runs who could be preempted for the first: those behind may hold the memory.
+
+        vLLM has blocks of waiting requests with KV connectors only, and looks at those first from
+        0.32 on (`kv_holding_waiting`); before that it would wait for ever.
+        """
+        waiting = list(self.waiting)  # type: ignore[attr-defined]
+        self._adopted.intersection_update(self.requests)
+        for request in waiting[1:]:
+            if request.request_id in self._adopted:
+                self._adopted.discard(request.request_id)
+                self.depot.disown(request)
 
 
 class MovingScheduler(_Moving, Scheduler):

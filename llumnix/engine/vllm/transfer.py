@@ -27,9 +27,9 @@ from llumnix.engine.vllm.carrier import (
     Carrier,
     Self,
     SetupError,
-    agree,
     exchange,
     identify,
+    ways,
 )
 from llumnix.engine.vllm.group import TransferGroup
 from llumnix.engine.vllm.kv_memory import KvMemory
@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 MEET_SECONDS = 3.0  # to make a carrier; a Gloo listener whose peer dies then waits five times that
 IDLE_SECONDS = 600.0  # after which a thread without jobs ends, and its carrier with it
+# Between looks whether the other worker lives: a GPU's memory that is mapped here stays taken.
+LOOK_SECONDS = 2.0
 
 
 class Job(msgspec.Struct, array_like=True):
@@ -115,25 +117,32 @@ class _Lane(threading.Thread):
         if self.memory.device.type == "cuda":
             torch.cuda.set_device(self.memory.device)
             self._stream = torch.cuda.Stream()
-        with contextlib.suppress(queue.Empty):
-            while not self._aborted:
-                order = self._orders.get(timeout=IDLE_SECONDS)
-                if order is not None:
-                    self._carry_out(order)
+        idle = 0.0
+        while not self._aborted and idle < IDLE_SECONDS:
+            try:
+                order = self._orders.get(timeout=LOOK_SECONDS)
+            except queue.Empty:
+                idle += LOOK_SECONDS
+                if self.carrier is not None and self.carrier.gone:
+                    self._leave()
+                continue
+            idle = 0.0
+            if order is not None:
+                self._carry_out(order)
         self._leave()
 
     def _carry_out(self, order: _Order) -> None:
-        began, size, error, setup = time.thread_time(), 0, None, True
+        began, size, error, setup = time.thread_time(), 0, None, False
         try:
             with torch.cuda.stream(self._stream):  # no stream, on a CPU, is no error
                 deadline = time.monotonic() + order.job.seconds
                 carrier = self._join(order.job, order.sends, deadline)
-                setup = False
                 if order.blocks:
                     self._pass(carrier, order, deadline)
                     size = len(order.blocks) * self.memory.block_bytes
         except Exception as failure:
             self._leave()
+            setup = isinstance(failure, SetupError)
             text = " ".join(str(failure).split())[:300]
             error = f"{type(failure).__name__}: {text}"
         kind = self.carrier.kind if self.carrier is not None else ""
@@ -167,7 +176,8 @@ class _Lane(threading.Thread):
                 carrier = self._make(job, sends, deadline)
             except (RuntimeError, OSError) as error:
                 raise SetupError(str(error)) from error
-            self.carrier, self.name_of_carrier = carrier, job.group
+            self.name_of_carrier = job.group  # first: nobody may take it for another one
+            self.carrier = carrier
             if self._aborted:
                 carrier.abort()
         return carrier
@@ -177,23 +187,24 @@ class _Lane(threading.Thread):
         seconds = min(deadline - time.monotonic(), MEET_SECONDS)
         factory, options = job.store
         prefix = f"{options['prefix']}{self._pair}/{job.group}/{self._rank}/"
-        store = resolve_obj_by_qualname(factory)(
+        store: Any = resolve_obj_by_qualname(factory)(
             **(options | {"prefix": prefix, "timeout": seconds})
         )
         keep, offer = False, None
         try:
             me = identify(self.memory, job.ladder)
             offer = Offer(self.memory, job.address, me) if sends else None
-            other = exchange(store, SENDER if sends else RECEIVER, me, seconds)
-            ways = agree(me, other) if sends else agree(other, me)
+            rank = SENDER if sends else RECEIVER
+            other = exchange(store, rank, me, seconds)
+            kinds = ways(me, other, rank)
             until = time.monotonic() + seconds
-            if ways[0] == "memory":
+            if kinds[:1] == ["memory"]:
                 if (carrier := self._by_memory(offer, other, until)) is not None:
                     return carrier
-                ways = ways[1:]
-            if not ways:
-                raise SetupError("the one worker can't read the other's memory")
-            kind = ways[0]
+                kinds = kinds[1:]
+            if not kinds:
+                raise SetupError("the two workers have no way for KV blocks in common")
+            kind = kinds[0]
             device = torch.device("cpu") if kind == "host" else self.memory.device
             group = TransferGroup(sends, device)
             group.open(store, job.address, seconds)
@@ -261,7 +272,8 @@ class TransferExtension:
             return False
         try:
             reader.pull(theirs, mine)
-        except OSError:
+        except Exception:  # whatever it is, the request can be computed anew
+            logger.exception("blocks that were lent could not be read")
             return False
         return True
 
