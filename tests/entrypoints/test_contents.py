@@ -110,6 +110,7 @@ FIELDS = (
     *limits.STRING_BYTES,
     "prompt",
     "input",
+    "items",
     "use_beam_search",
 )
 
@@ -128,6 +129,8 @@ def test_any_fields_weigh_something(content: dict[str, Any]) -> None:
     [
         ({"prompt": "x"}, 1),
         ({"prompt": "x", "n": 4}, 4),
+        ({"query": "x", "items": ["a", "b", "c"]}, 3),
+        ({"text_1": "x", "text_2": ["a", "b"]}, 2),
         ({"prompt": "x", "n": "4"}, 4),
         ({"prompt": "x", "n": 4, "use_beam_search": True}, 4),
         ({"prompt": ["x", "y", "z"], "n": 2}, 6),
@@ -154,6 +157,7 @@ def test_what_a_body_counts_for(content: Any, requests: int) -> None:
         {"n": 33, "use_beam_search": True},
         {"sampling_params": {"n": 65}},
         {"prompt": ["x"] * 513},
+        {"query": "x", "items": ["x"] * 513},
         {"stop": ["x"] * 65},
         {"stop": "x" * 20_000},
         {"logit_bias": {str(n): 1 for n in range(1025)}},
@@ -223,6 +227,9 @@ async def test_refusals_over_http() -> None:
         text = orjson.dumps({"prompt": "word " * 30_000})
         assert (await post(text))[0] == 200 and len(seen) == 4
         status, body = await post(text, "/tokenize")
+        assert status == 400 and b"at most 131072 bytes" in body
+        text = orjson.dumps({"prompt": "word " * 30_000, "truncate_prompt_tokens": 10})
+        status, body = await post(text)
         assert status == 400 and b"at most 131072 bytes" in body
         admission.requests = 3
         assert (await post(b'{"prompt": "x", "n": 6}'))[0] == 429

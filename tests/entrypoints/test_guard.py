@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,14 @@ def test_bad_files_of_keys_are_refused_in_a_sentence(tmp_path: Path, text: str) 
     with pytest.raises(ConfigError, match=BAD_FILES[text]) as refused:
         rules(KEYS, api_key_file=str(file), admin_token="boss")
     assert "k1" not in str(refused.value)
+
+
+def test_a_pipe_is_no_file_of_keys(tmp_path: Path) -> None:
+    """Whoever opened it would wait for somebody to write there."""
+    pipe = tmp_path / "keys"
+    os.mkfifo(pipe)
+    with pytest.raises(ConfigError, match="is no file"):
+        rules(KEYS, api_key_file=str(pipe))
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,13 @@ content: ContextVar[Any] = ContextVar("content", default=None)
 
 # Objects of a body in which some routes have the parameters of sampling.
 _INNER = ("sampling_params", "parameters")
-_PROMPTS = ("prompt", "input")
+# Fields that hold one prompt, or a list of them: for each an engine gets a request.
+_PROMPTS = ("prompt", "input", "items", "text_1", "text_2", "data_1", "data_2")
 _TALK = ("messages", "input")  # lists whose items are wrong in many ways, if they are
+_TOKENIZING = ("/tokenize", "/count_tokens")
+# Fields by which a text is cut to what a model can take, and their values that cut nothing.
+_CUT = (("truncate_prompt_tokens", None), ("truncation", "disabled"))
+_GENERATING = ("/completions", "/responses", "/messages", "/generate")
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 
@@ -53,8 +58,8 @@ class Contents:
                 return await handler(request)
             body = await request.read()
             try:
-                self._fits(request.path, body)
                 said = self._read(request.content_type, body)
+                self._fits(request.path, body, said)
                 asked.set(weigh(said))
             except TooMuch as error:
                 REFUSALS.labels("content").inc()
@@ -71,10 +76,19 @@ class Contents:
 
         return look
 
-    def _fits(self, path: str, body: bytes) -> None:
+    def _fits(self, path: str, body: bytes, said: Any) -> None:
+        """Refuse long texts that vLLM would tokenise whole, however little a model can take.
+
+        A prompt beyond the context is refused by its length, but not one that is to be truncated.
+        """
         most = self._within.tokenize_bytes
-        if path.endswith("/tokenize") and len(body) > most:
+        if len(body) <= most:
+            return
+        if path.endswith(_TOKENIZING):
             raise TooMuch(f"a text to tokenize must have at most {most} bytes with this model")
+        cut = isinstance(said, dict) and any(said.get(n) not in (None, off) for n, off in _CUT)
+        if cut and path.endswith(_GENERATING):
+            raise TooMuch(f"a body with a text to truncate must have at most {most} bytes")
 
     def _read(self, content_type: str, body: bytes) -> Any:
         if content_type in _FORMS:

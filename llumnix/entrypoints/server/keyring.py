@@ -5,6 +5,7 @@ import hmac
 import logging
 import os
 import re
+import stat
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -93,7 +94,10 @@ class KeyFile:
     def _read(self) -> Keyring:
         said = f"{self._option} {self._path}"
         try:
-            if self._path.stat().st_size > LARGEST_FILE:
+            found = self._path.stat()
+            if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+                raise ConfigError(f"{said} is no file")  # a pipe would be waited for
+            if found.st_size > LARGEST_FILE:
                 raise ConfigError(f"{said} has more than {LARGEST_FILE} bytes")
             lines = self._path.read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -103,12 +107,12 @@ class KeyFile:
         for number, line in enumerate((line.strip() for line in lines), start=1):
             if not line or line.startswith("#"):
                 continue
-            found = _LINE.fullmatch(line)
-            if found is None:
+            match = _LINE.fullmatch(line)
+            if match is None:
                 raise ConfigError(f"{said}: line {number} is neither name:key nor name key")
-            keys.append((found["name"], found["key"]))
-            if found["key"] in self._taken:
-                holder = self._taken[found["key"]]
+            keys.append((match["name"], match["key"]))
+            if match["key"] in self._taken:
+                holder = self._taken[match["key"]]
                 raise ConfigError(f"{said}: the key in line {number} is {holder} as well")
         if not keys:
             logger.warning("%s names no key: no client gets in by it", said)
