@@ -9,31 +9,20 @@ rule: a long prompt holds up all that decode beside it, and here fewer and fewer
 All the rest is as in the paper.
 """
 
-from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceLoad
-from llumnix.policy.board import is_candidate
-from llumnix.policy.load import unclaimed
+from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad
+from llumnix.policy.queues import behind, longest_first, open_ones, to_idle_queues
 from llumnix.policy.rebalance import SPILL, Allowed, Pair, fit, pairs, room
 from llumnix.policy.terms import Terms
 
 
 def lookahead(view: ClusterView, terms: Terms, allowed: Allowed) -> list[Pair]:
     """The moves of one round (a `rebalance.Planner`)."""
-    known = [
-        (info, load)
-        for i, load in view.loads.items()
-        if (info := view.instances.get(i)) is not None and is_candidate(view, info)
-    ]
-    takers = sorted((-unclaimed(info, load), info.id) for info, load in known if not load.waiting)
-    blocked = sorted((-load.waiting, info.id) for info, load in known if _holds_up(info, load))
-    found: list[Pair] = []
-    taken: set[InstanceId] = set()
-    for _, source in blocked:
-        for _, taker in takers:
-            pair = Pair(source, taker, SPILL)
-            if taker not in taken and _has_room(view, pair, terms) and allowed(pair):
-                found.append(pair)
-                taken.update((source, taker))
-                break
+    known = open_ones(view)
+    blocked = longest_first(known, _holds_up)
+    found = to_idle_queues(
+        known, blocked, SPILL, lambda p: _has_room(view, p, terms) and allowed(p)
+    )
+    taken = {instance for pair in found for instance in pair[:2]}
     return found + [p for p in pairs(view, terms, allowed) if taken.isdisjoint(p[:2])]
 
 
@@ -44,7 +33,5 @@ def _holds_up(info: InstanceInfo, load: InstanceLoad) -> bool:
 
 def _has_room(view: ClusterView, pair: Pair, terms: Terms) -> bool:
     """Whether the taker can begin at once with one of those behind the head, as large as most."""
-    load = view.loads[pair.source]
-    behind = (load.waiting_blocks - load.head_blocks) / (load.waiting - 1)
     free = room(view, pair, terms)
-    return fit(view, pair) and free is not None and free.fits(behind)
+    return fit(view, pair) and free is not None and free.fits(behind(view.loads[pair.source]))

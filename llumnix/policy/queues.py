@@ -12,6 +12,8 @@ both out, so it can't go to and fro; and nothing is done about a difference that
 All else is the paper's rule (policy/rebalance): running requests leave where there is little room.
 """
 
+from collections.abc import Callable
+
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceLoad
 from llumnix.policy.board import is_candidate
 from llumnix.policy.load import unclaimed
@@ -35,30 +37,57 @@ def queues(view: ClusterView, terms: Terms, allowed: Allowed) -> list[Pair]:
 
 def from_queues(view: ClusterView, terms: Terms, allowed: Allowed) -> list[Pair]:
     """Those of them that move what waits."""
-    known = [
-        (info, load)
-        for i, load in view.loads.items()
-        if (info := view.instances.get(i)) is not None and is_candidate(view, info)
-    ]
-    blocked = sorted((-load.waiting, info.id) for info, load in known if is_blocked(info, load))
+    known = open_ones(view)
+    blocked = longest_first(known, is_blocked)
     if not blocked:
         return []
-    takers = sorted((-unclaimed(info, load), info.id) for info, load in known if not load.waiting)
-    found: list[Pair] = []
-    taken: set[InstanceId] = set()
-    for _, source in blocked:
-        for _, taker in takers:
-            pair = Pair(source, taker, QUEUE)
-            if taker not in taken and can_begin(view, pair, terms) and allowed(pair):
-                found.append(pair)
-                taken.update((source, taker))
-                break
+    found = to_idle_queues(
+        known, blocked, QUEUE, lambda p: can_begin(view, p, terms) and allowed(p)
+    )
+    taken = {instance for pair in found for instance in pair[:2]}
     lacking = sorted((unclaimed(info, load), info.id) for info, load in known)
-    for _, source in blocked:
+    for source in blocked:
         pair = Pair(source, lacking[-1][1], TAIL)
         if taken.isdisjoint(pair[:2]) and _is_uneven(view, pair) and allowed(pair):
             found.append(pair)
             taken.update(pair[:2])
+    return found
+
+
+Known = list[tuple[InstanceInfo, InstanceLoad]]
+
+
+def open_ones(view: ClusterView) -> Known:
+    """The instances that may get requests, with their loads."""
+    return [
+        (info, load)
+        for i, load in view.loads.items()
+        if (info := view.instances.get(i)) is not None and is_candidate(view, info)
+    ]
+
+
+def longest_first(
+    known: Known, blocked: Callable[[InstanceInfo, InstanceLoad], bool]
+) -> list[InstanceId]:
+    """Those whose queue is blocked, the longest first."""
+    queued = sorted((-load.waiting, info.id) for info, load in known if blocked(info, load))
+    return [instance for _, instance in queued]
+
+
+def to_idle_queues(
+    known: Known, blocked: list[InstanceId], rule: str, may: Callable[[Pair], bool]
+) -> list[Pair]:
+    """Each blocked one with the roomiest instance without a queue that may take from it."""
+    takers = sorted((-unclaimed(info, load), info.id) for info, load in known if not load.waiting)
+    found: list[Pair] = []
+    taken: set[InstanceId] = set()
+    for source in blocked:
+        for _, taker in takers:
+            pair = Pair(source, taker, rule)
+            if taker not in taken and may(pair):
+                found.append(pair)
+                taken.update((source, taker))
+                break
     return found
 
 
@@ -74,10 +103,10 @@ def can_begin(view: ClusterView, pair: Pair, terms: Terms) -> bool:
     if free is None or not fit(view, pair):
         return False
     load = view.loads[pair.source]
-    return free.fits(load.head_blocks) or free.fits(_behind(load))
+    return free.fits(load.head_blocks) or free.fits(behind(load))
 
 
-def _behind(load: InstanceLoad) -> float:
+def behind(load: InstanceLoad) -> float:
     """Blocks that one of those behind the head asks for, in the mean."""
     if load.waiting < 2:
         return load.head_blocks

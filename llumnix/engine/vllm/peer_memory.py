@@ -8,6 +8,7 @@ at all between two processes on one GPU.
 """
 
 import ctypes
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,8 +19,6 @@ from llumnix.engine.vllm.kv_memory import KvMemory, Piece
 
 _MOST_VECTORS = 1024  # of one system call (IOV_MAX)
 _SET_PTRACER, _ANY_PROCESS = 0x59616D61, ctypes.c_ulong(-1)  # of prctl: Yama's rule on who may read
-
-_PROOF = torch.randint(0, 256, (16,), dtype=torch.uint8)  # which only this process has
 
 Copy = Callable[[Sequence[int], Sequence[int]], None]
 
@@ -40,7 +39,7 @@ def export(memory: KvMemory) -> dict[str, Any] | None:
         except RuntimeError:  # memory of an allocator that has no handles, as vLLM's for sleeping
             return None
     _allow_reading()
-    proof = [_PROOF.data_ptr(), bytes(_PROOF.tolist())]
+    proof = [_proof().data_ptr(), bytes(_proof().tolist())]
     bases = [s.data_ptr() for s in storages]
     return {"pieces": pieces, "pid": os.getpid(), "bases": bases, "proof": proof}
 
@@ -145,6 +144,12 @@ def _read(pid: int, spans: Sequence[tuple[int, int, int]]) -> None:
         raise OSError(code, os.strerror(code))
     if count != wanted:
         raise OSError(f"only {count} of {wanted} bytes of process {pid} could be read")
+
+
+@functools.cache
+def _proof() -> torch.Tensor:
+    """Bytes that only this process has; not made before it is forked, nor from torch's own seed."""
+    return torch.tensor(list(os.urandom(16)), dtype=torch.uint8)
 
 
 def _allow_reading() -> None:

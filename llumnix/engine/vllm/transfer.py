@@ -91,7 +91,7 @@ class _Lane(threading.Thread):
         self._pool = pool
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
         self.carrier: Carrier | None = None
-        self.name_of_carrier = ""  # of the carrier
+        self.name_of_carrier = ""
         self._store: Any = None  # of a group that uses it as long as it lives, as NCCL does
         self._stream: Any = None
         self._aborted = False
@@ -168,7 +168,7 @@ class _Lane(threading.Thread):
             yield
 
     def _join(self, job: Job, sends: bool, deadline: float) -> Carrier:
-        """The carrier that the job names, made on first use. Raises SetupError."""
+        """The carrier that the job names, made on first use. Raises SetupError, Absent."""
         carrier = self.carrier
         if carrier is None or self.name_of_carrier != job.group or carrier.aborted:
             self._leave()
