@@ -17,6 +17,7 @@ from llumnix.entrypoints.server.bodies import Bodies
 from llumnix.entrypoints.server.contents import BadContent, Contents, check_form, weigh
 from llumnix.entrypoints.server.limits import BodyLimits, body_limits
 from llumnix.entrypoints.server.scan import TooMuch, _depth, _outside, scan
+from llumnix.entrypoints.server.strings import check_strings
 from tests.kit.loop import on_loop
 
 MILLIONS = b'{"prompt":"x","a":[' + b",".join([b'{"a":{}}'] * 400_000) + b"]}"
@@ -104,6 +105,90 @@ def test_any_bytes_are_read_or_refused(body: bytes) -> None:
             assert "form" in str(error)
 
 
+def call(arguments: Any) -> dict[str, Any]:
+    """A tool's call in a chat's history."""
+    function = {"name": "f", "arguments": arguments}
+    calls = [{"id": "1", "type": "function", "function": function}]
+    return {"messages": [{"role": "assistant", "content": None, "tool_calls": calls}]}
+
+
+def result(content: Any, role: str = "tool") -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content}]}
+
+
+DEEP = "[" * 200_000
+MANY = json.dumps({str(n): [] for n in range(40_000)})
+FEW = json.dumps({str(n): n for n in range(4000)})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        call(DEEP),
+        call(MANY),
+        call(json.dumps(MANY)),
+        call(json.dumps(json.dumps(DEEP))),
+        call(f" \n{DEEP}"),
+        call('{"a":' * 129 + "1" + "}" * 129),
+        call("[" + ",".join(["1" * 4000] * 300) + "]"),
+        {"messages": call(FEW)["messages"] * 16},
+        {"input": [{"type": "function_call", "arguments": DEEP}]},
+        {"input": [{"type": "function_call_output", "output": MANY}]},
+        {"structured_outputs": {"json": DEEP}},
+        {"sampling_params": {"structured_outputs": {"structural_tag": DEEP}}},
+        {"chat_template_kwargs": {"tools": DEEP}},
+        {"vllm_xargs": DEEP},
+        result(MANY),
+        result([{"type": "text", "text": DEEP}], "TOOL"),
+        result([{"type": "tool_result", "content": [{"type": "text", "text": DEEP}]}], "user"),
+    ],
+)
+def test_json_within_strings(content: Any) -> None:
+    """It is measured as a body is; vLLM parses it on the loop."""
+    body = json.dumps(content).encode()
+    scan(body)
+    began = time.perf_counter()
+    with pytest.raises(TooMuch, match="JSON within strings"):
+        check_strings(content)
+    assert time.perf_counter() - began < 0.5
+    with pytest.raises(TooMuch, match="JSON within strings"):
+        Contents(BodyLimits())._read("application/json", body)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        call(FEW),
+        call("not JSON " + DEEP),
+        call(""),
+        call({"a": "[" * 1000}),
+        call('{"code": ' + json.dumps(DEEP) + "}"),
+        call("\ud800"),
+        call('"' + "x" * 100_000),
+        {"messages": call(FEW)["messages"] * 5},
+        result(DEEP, "user"),
+        result("Found: " + DEEP),
+        {"prompt": [1] * 100_000},
+        {"prompt": DEEP, "structured_outputs": {"json": FEW}},
+        {"arguments": None, "json": [1, "x", None]},
+        [DEEP],
+        DEEP,
+        None,
+    ],
+)
+def test_strings_that_are_no_json_or_little_of_it(content: Any) -> None:
+    check_strings(content)
+
+
+@settings(max_examples=200, deadline=None)
+@given(JSON, st.integers(0, 3))
+def test_any_string_is_looked_at(value: Any, layers: int) -> None:
+    for _ in range(layers):
+        value = json.dumps(value)
+    check_strings(call(value))
+    check_strings(result(value))
+
+
 FIELDS = (
     *limits.LARGEST,
     *limits.ITEMS,
@@ -162,6 +247,10 @@ def test_what_a_body_counts_for(content: Any, requests: int) -> None:
         {"stop": "x" * 20_000},
         {"logit_bias": {str(n): 1 for n in range(1025)}},
         {"bad_words": ["x"] * 257},
+        {"structured_outputs": {"regex": "(a|b)*c" * 40_000}},
+        {"sampling_params": {"structured_outputs": {"choice": ["x" * 1000] * 300}}},
+        {"response_format": {"json_schema": {"schema": {str(n): [] for n in range(30_000)}}}},
+        {"text": {"format": {"schema": {"const": "\ud800" * 300_000}}}},
         {"messages": [{}] * 2049},
         {"tools": [{}] * 513},
         {"messages": [{"role": "user", "content": [{}] * 257}]},
@@ -180,6 +269,10 @@ def test_forms() -> None:
     part = b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\n'
     check_form(part + b"x" * 10**6 + b"\r\n--b--\r\n")
     check_form(b"model=m&language=en")
+    xargs = b'--b\r\nContent-Disposition: form-data; name="vllm_xargs"\r\n\r\n'
+    check_form(xargs + b'{"a": 1}\r\n--b--\r\n')
+    with pytest.raises(TooMuch, match="JSON within strings"):
+        check_form(xargs + b"[" * 20_000 + b"\r\n--b--\r\n")
     for form in (part * 100, b"--b\r\nX: " + b"y" * 10**6, b"a=1&" * 100, b"a=" + b"x" * 10**6):
         with pytest.raises(TooMuch):
             check_form(form)
@@ -223,6 +316,8 @@ async def test_refusals_over_http() -> None:
         assert status == 400 and orjson.loads(body)["error"]["param"] == "n"
         status, body = await post(MILLIONS)
         assert status == 400 and b"more than" in body
+        status, body = await post(json.dumps(call(DEEP)).encode())
+        assert status == 400 and b"JSON within strings" in body
         assert len(seen) == 3
         text = orjson.dumps({"prompt": "word " * 30_000})
         assert (await post(text))[0] == 200 and len(seen) == 4

@@ -8,10 +8,12 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from llumnix.engine.vllm.grammars import SPEC_BYTES
 from llumnix.entrypoints.server import limits
 from llumnix.entrypoints.server.errors import Handler, error_response
 from llumnix.entrypoints.server.limits import BodyLimits
-from llumnix.entrypoints.server.scan import TooMuch, scan
+from llumnix.entrypoints.server.scan import TooMuch, scan, scan_texts
+from llumnix.entrypoints.server.strings import check_strings
 from llumnix.metrics import REFUSALS
 
 # How many requests for engines an HTTP request will be; set in its handler's task.
@@ -27,6 +29,8 @@ _TALK = ("messages", "input")  # lists whose items are wrong in many ways, if th
 _TOKENIZING = ("/tokenize", "/count_tokens")
 # Fields by which a text is cut to what a model can take, and their values that cut nothing.
 _CUT = (("truncate_prompt_tokens", None), ("truncation", "disabled"))
+# Objects that a grammar is made of. A parser of tools may compile it on the loop, before it is tried.
+_GRAMMARS = ("structured_outputs", "response_format", "text")
 _GENERATING = ("/completions", "/responses", "/messages", "/generate")
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
@@ -94,7 +98,9 @@ class Contents:
         if content_type in _FORMS:
             return check_form(body)
         scan(body, self._within.values)
-        return read(body)
+        said = read(body)
+        check_strings(said, self._within.values)
+        return said
 
 
 def read(body: bytes) -> Any:
@@ -152,6 +158,17 @@ def _check(part: Mapping[str, Any]) -> None:
         strings = value if isinstance(value, list) else [value]
         if sum(len(s) for s in strings if isinstance(s, str)) > size:
             raise BadContent(f"{name} must have at most {size} characters", name)
+    for name in _GRAMMARS:
+        if isinstance(value := part.get(name), dict) and written(value) > SPEC_BYTES:
+            raise BadContent(f"{name} must have at most {SPEC_BYTES} bytes", name)
+
+
+def written(value: Any) -> int:
+    """The size of a value in JSON."""
+    try:
+        return len(orjson.dumps(value))
+    except TypeError:  # half a surrogate, or a large number
+        return len(json.dumps(value))
 
 
 def _check_inside(name: str, value: Any) -> None:
@@ -207,8 +224,10 @@ def check_form(body: bytes) -> None:
     parts = body.split(boundary, limits.FORM_PARTS + 2)
     if len(parts) > limits.FORM_PARTS + 2:
         raise TooMuch(f"a form must have at most {limits.FORM_PARTS} parts")
-    heads = sum(len(part.partition(b"\r\n\r\n")[0]) for part in parts)
-    if heads > limits.FORM_HEAD_BYTES:
+    halves = [part.partition(b"\r\n\r\n") for part in parts]
+    if sum(len(head) for head, _, _ in halves) > limits.FORM_HEAD_BYTES:
         raise TooMuch(
             f"the parts of a form must have at most {limits.FORM_HEAD_BYTES} bytes of headers"
         )
+    # vllm_xargs is JSON; no sound and no image begins so.
+    scan_texts([text for _, _, text in halves if text.lstrip(b" \t\r\n")[:1] in (b"{", b"[")])

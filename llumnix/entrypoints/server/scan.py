@@ -4,6 +4,8 @@ Text is cheap to parse, however long; millions of tiny objects are not. What sta
 strings is counted here by functions that run over the bytes at the speed of memory.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from llumnix.entrypoints.server import limits
@@ -28,29 +30,41 @@ def scan(body: bytes, values: int = limits.VALUES) -> None:
     """
     if b"\0" in body:  # as in UTF-16, which Python's parser takes, and in which signs hide
         raise TooMuch("the request body must be JSON in UTF-8")
-    if len(body) <= _SMALL and body.count(b"[") + body.count(b"{") <= limits.NESTING:
+    _measure([body], values, "the request body has")
+
+
+def scan_texts(texts: Sequence[bytes], values: int = limits.VALUES) -> None:
+    """The same for texts within a body, of which each is parsed for itself: all together."""
+    _measure(texts, values, "the JSON within strings of the request has")
+
+
+def _measure(texts: Sequence[bytes], values: int, has: str) -> None:
+    if sum(map(len, texts)) <= _SMALL and not any(map(_may_be_deep, texts)):
         return
-    outside = _outside(body, 2 * (values + limits.CONTAINERS))
-    opened = outside.count(b"[") + outside.count(b"{")
-    items, keys = outside.count(b","), outside.count(b":")
-    if opened + keys > limits.CONTAINERS:
-        raise TooMuch(
-            f"the request body has more than {limits.CONTAINERS} objects, arrays and keys"
-        )
+    outside = [_outside(text, 2 * (values + limits.CONTAINERS), has) for text in texts]
+    opened = [text.count(b"[") + text.count(b"{") for text in outside]
+    items, keys = (sum(text.count(sign) for text in outside) for sign in (b",", b":"))
+    if sum(opened) + keys > limits.CONTAINERS:
+        raise TooMuch(f"{has} more than {limits.CONTAINERS} objects, arrays and keys")
     if items > values:
-        raise TooMuch(f"the request body has more than {values} values")
-    if len(outside) > limits.VALUE_BYTES * (items + keys) + _SMALL:
-        raise TooMuch("the request body has numbers, or other words outside of strings, too long")
-    if opened > limits.NESTING and _depth(outside) > limits.NESTING:
-        raise TooMuch(f"the request body is nested more than {limits.NESTING} levels deep")
+        raise TooMuch(f"{has} more than {values} values")
+    if sum(map(len, outside)) > limits.VALUE_BYTES * (items + keys) + _SMALL:
+        raise TooMuch(f"{has} numbers, or other words outside of strings, too long")
+    for text, brackets in zip(outside, opened, strict=True):
+        if brackets > limits.NESTING and _depth(text) > limits.NESTING:
+            raise TooMuch(f"{has} more than {limits.NESTING} levels of objects and arrays")
 
 
-def _outside(body: bytes, quotes: int) -> bytes:
+def _may_be_deep(text: bytes) -> bool:
+    return text.count(b"[") + text.count(b"{") > limits.NESTING
+
+
+def _outside(body: bytes, quotes: int, has: str = "it has") -> bytes:
     """What stands outside of strings, without blanks."""
     if b"\\" in body:
         body = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # in this order: \\" ends a string
     if body.count(b'"') > quotes:
-        raise TooMuch(f"the request body has more than {quotes // 2} strings")
+        raise TooMuch(f"{has} more than {quotes // 2} strings")
     return b"".join(body.split(b'"')[::2]).translate(None, _BLANK)
 
 
