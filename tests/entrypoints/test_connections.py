@@ -333,6 +333,37 @@ def test_what_is_no_http_gets_a_sentence(request_: bytes, caplog: pytest.LogCapt
     assert not [r for r in caplog.records if r.exc_info]
 
 
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (head("POST", "/", {"Transfer-Encoding": "gzip, chunked"}) + b"0\r\n\r\n", 501),
+        (head("POST", "/", {"Transfer-Encoding": "chunked, chunked"}) + b"0\r\n\r\n", 400),
+        (head("GET", "/", {"Transfer-Encoding": "gzip, chunked"}) + b"0\r\n\r\n", 501),
+        (head("GET", "/", {"Expect": "200-ok"}), 417),
+        (head("POST", "/", {"Expect": "100-continue, x", "Content-Length": "1"}) + b"x", 417),
+        (b"GET /\r\n\r\n", 505),
+        (b"GET / HTTP/0.9\r\n\r\n", 505),
+        (b"GET / HTTP/2.0\r\nHost: x\r\n\r\n", 505),
+    ],
+)
+def test_heads_that_ask_for_what_is_not_served(request_: bytes, status: int) -> None:
+    async def check(ask: Callable[..., Awaitable[bytes]]) -> None:
+        answer = await ask(request_)
+        got, message = error(answer)
+        assert got == status and message
+
+    bodies_check(check)
+
+
+def test_chunked_is_taken_however_it_is_written() -> None:
+    async def check(ask: Callable[..., Awaitable[bytes]]) -> None:
+        for chunked in ("chunked", "Chunked", " chunked "):
+            request = head("POST", "/", {"Transfer-Encoding": chunked})
+            assert b"2 bytes" in await ask(request + b"2\r\nab\r\n0\r\n\r\n"), chunked
+
+    bodies_check(check)
+
+
 # ---- what is asked for ----
 
 

@@ -157,6 +157,10 @@ BAD_FILES = {
     "a:k\nb:k\n": "b and a have the same key",
     "a:boss\n": "the key in line 1 is the --admin-token as well",
     "a:k1\n": "the key in line 1 is one of --api-key as well",
+    "a:k2\0x\n": "line 1 is neither",
+    "a:k2\x7f\n": "line 1 is neither",
+    "a:k2\x1cb:k3\n": "line 1 is neither",
+    "\0\n": "line 1 is neither",
     "\xff": "can't be read: it is no text",
 }
 
@@ -205,12 +209,30 @@ def test_an_empty_variable_for_the_key_is_refused(monkeypatch: pytest.MonkeyPatc
 # ---- operators without a token ----
 
 
+PROXIES = ("X-Forwarded-For", "Forwarded", "X-Real-IP", "Via", "x-forwarded-host")
+PROXIES += ("CF-Connecting-IP", "CF-Ray", "True-Client-IP", "X-Client-IP", "Fastly-Client-IP")
+PROXIES += ("X-Cluster-Client-IP", "X-Original-Forwarded-For", "X-Original-URL", "CDN-Loop")
+PROXIES += ("X-Envoy-External-Address", "X-Amzn-Trace-Id", "X-ARR-SSL", "Fly-Client-IP")
+PROXIES += ("X-Azure-ClientIP", "WL-Proxy-Client-IP", "X-Remote-IP", "X-Remote-Addr")
+PROXIES += ("X-ProxyUser-Ip", "Tailscale-User-Login", "Proxy-Connection", "CF-Connecting-IPv6")
+
+
+@pytest.mark.parametrize("header", ["Accept", "X-Request-Id", "traceparent", "X-Client-Version"])
+def test_headers_that_tell_of_no_proxy(header: str) -> None:
+    class Transport(asyncio.Transport):
+        def get_extra_info(self, name: str, default: Any = None) -> Any:
+            return {"peername": ("127.0.0.1", 5)}.get(name)
+
+    given = {"headers": {header: "x"}, "transport": Transport()}
+    assert is_local(make_mocked_request("GET", "/status", **given))
+
+
 @on_loop
 async def test_without_any_key_operators_call_from_the_machine_itself() -> None:
     async with door() as node:
         for path in OPERATORS:
             assert await node.status(path) == 200
-            for header in ("X-Forwarded-For", "Forwarded", "X-Real-IP", "Via", "x-forwarded-host"):
+            for header in PROXIES:
                 status, text = await node.ask(path, headers={header: "127.0.0.1"})
                 assert status == 403 and "on the node's own machine alone" in text
         assert await node.status("/v1/models", headers={"X-Forwarded-For": "1.2.3.4"}) == 200
@@ -314,7 +336,16 @@ async def test_operators_routes_refuse_pages_of_other_sites() -> None:
             assert await drain(node, Origin=origin) == 403
             assert await node.status("/sleep", method="POST", headers={"Origin": origin}) == 403
         assert not node.read
-        for origin in ("http://dash", f"http://127.0.0.1:{node.port}"):
+        own = f"127.0.0.1:{node.port}"
+        assert await drain(node, Origin=f"https://{own}") == 403, "another scheme, another site"
+        assert await drain(node, Origin=own) == 403
+        url = f"http://{own}/sleep"
+        for second in ("http://evil.example", "http://dash", f"http://{own}"):
+            both = [("Origin", "http://dash"), ("Origin", second)]
+            async with node._client.post(url, headers=both) as answer:
+                assert answer.status == 403
+                assert "http" not in answer.headers.get("Access-Control-Allow-Origin", "")
+        for origin in ("http://dash", f"http://{own}"):
             assert await drain(node, Origin=origin) == 200
         assert await node.status("/v1/models", headers={"Origin": "http://evil.example"}) == 200
 
@@ -323,7 +354,10 @@ async def test_operators_routes_refuse_pages_of_other_sites() -> None:
 async def test_a_name_of_another_site_that_leads_here_opens_nothing() -> None:
     """As after DNS rebinding: the page's own name, and so its own Origin, is this address."""
     async with door() as node:
-        for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "[", ""):
+        tricks = ("[::1].evil.example", "localhost:8772:evil", "localhost:evil", "x@localhost")
+        tricks += ("127.0.0.1%.evil.example", "[::1", "::1]", "[localhost]", "[]", "localhost:1:1")
+        tricks += ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "[", "")
+        for host in tricks:
             assert await node.status("/status", headers={"Host": host}) == 403, host
             origin = f"http://{host}"
             assert await drain(node, Host=host, Origin=origin) == 403

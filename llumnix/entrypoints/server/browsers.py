@@ -5,13 +5,15 @@ by a token is safe from that, as no page knows it; who is one by where he calls 
 """
 
 import ipaddress
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
 from aiohttp import hdrs, web
 
 from llumnix.entrypoints.server.callers import Caller
+
+_HOST = re.compile(r"(?:(?P<name>[^:\[\]]*)|\[(?P<v6>[^\[\]]+)\])(?::[0-9]{0,5})?")
 
 
 @dataclass(frozen=True)
@@ -42,28 +44,36 @@ class Pages:
 
     def named(self, request: web.Request) -> bool:
         """Whether it comes from a page that --allowed-origins names."""
-        return request.headers.get(hdrs.ORIGIN) in self.origins
+        return _given(request, hdrs.ORIGIN) in self.origins
 
     def _may(self, request: web.Request) -> bool:
-        origin = request.headers.get(hdrs.ORIGIN)
+        origin = _given(request, hdrs.ORIGIN)
         if origin is None or origin in self.origins:
             return True
-        return origin.partition("://")[2].lower() == request.headers.get(hdrs.HOST, "").lower()
+        own = f"{request.scheme}://{_given(request, hdrs.HOST) or ''}"
+        return origin.lower() == own.lower()
 
     def _is_ours(self, request: web.Request) -> bool:
-        given = request.headers.get(hdrs.HOST)
+        given = _given(request, hdrs.HOST)
         if given is None:
             return True  # no browser leaves it out
-        try:
-            host = urlsplit(f"//{given}").hostname or ""
-        except ValueError:
+        match = _HOST.fullmatch(given.lower())
+        if match is None:
             return False
-        return host in self.hosts or _is_address(host)
+        if match["v6"] is not None:
+            return _is_address(match["v6"].partition("%")[0])
+        return match["name"] in self.hosts or _is_address(match["name"])
+
+
+def _given(request: web.Request, header: str) -> str | None:
+    """What a header says; of several, which no browser sends, what none says."""
+    given = request.headers.getall(header, ())
+    return given[0] if len(given) == 1 else ("" if given else None)
 
 
 def _is_address(host: str) -> bool:
     try:
-        ipaddress.ip_address(host.partition("%")[0])
+        ipaddress.ip_address(host)
     except ValueError:
         return False
     return True

@@ -1,6 +1,7 @@
 """Who sends a request: an operator, a client by its name, or a stranger."""
 
 import ipaddress
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,7 +10,13 @@ from aiohttp import hdrs, web
 
 from llumnix.entrypoints.server.keyring import digest
 
-_FORWARDED = frozenset({"forwarded", "via", "x-real-ip", "x-client-ip", "true-client-ip"})
+# Headers by which proxies and the networks in front of them say for whom they ask, or that they do.
+_OF_A_PROXY = re.compile(
+    r"(?:.*-)?forwarded(?:-.*)?|.*(?:client|real|connecting|remote|originating|user)-?ip(?:v6)?"
+    r"|(?:cf|fastly|fly|x-envoy|x-original|x-arr|x-amz-cf|x-azure|x-appengine|x-vercel|x-proxy"
+    r"|tailscale|ngrok|proxy)-.*"
+    r"|via|cdn-loop|x-amzn-trace-id|x-remote-addr|x-host"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +100,7 @@ class Callers:
 
 def is_local(request: web.Request) -> bool:
     """Whether a request comes from this machine, and not through a proxy that says so."""
-    if any(_tells_of_a_proxy(name.lower()) for name in request.headers):
+    if any(_OF_A_PROXY.fullmatch(name.lower()) for name in request.headers):
         return False
     peer = _socket(request, "peername")
     if not isinstance(peer, tuple):
@@ -101,10 +108,6 @@ def is_local(request: web.Request) -> bool:
     address = ipaddress.ip_address(peer[0].partition("%")[0])
     mapped = getattr(address, "ipv4_mapped", None)
     return bool((mapped or address).is_loopback)
-
-
-def _tells_of_a_proxy(header: str) -> bool:
-    return header in _FORWARDED or header.startswith("x-forwarded-")
 
 
 def _socket(request: web.Request, which: str) -> object:

@@ -29,7 +29,7 @@ _TALK = ("messages", "input")  # lists whose items are wrong in many ways, if th
 _TOKENIZING = ("/tokenize", "/count_tokens")
 # Fields by which a text is cut to what a model can take, and their values that cut nothing.
 _CUT = (("truncate_prompt_tokens", None), ("truncation", "disabled"))
-# Objects that a grammar is made of. A parser of tools may compile it on the loop, before it is tried.
+# Objects that grammars are made of, which a parser of tools may compile before they are tried.
 _GRAMMARS = ("structured_outputs", "response_format", "text")
 _GENERATING = ("/completions", "/responses", "/messages", "/generate")
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")

@@ -13,7 +13,8 @@ def allow_origins(arguments: argparse.Namespace) -> Middleware:
     @web.middleware
     async def allow(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = await handler(request)
-        origin = request.headers.get(hdrs.ORIGIN)
+        given = request.headers.getall(hdrs.ORIGIN, ())
+        origin = given[0] if len(given) == 1 else None  # no browser sends several
         allowed = origin is not None and ("*" in origins or origin in origins)
         headers = response.headers
         if not allowed or response.prepared or hdrs.ACCESS_CONTROL_ALLOW_ORIGIN in headers:

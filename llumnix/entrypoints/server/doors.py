@@ -9,6 +9,7 @@ from multidict import CIMultiDictProxy
 
 from llumnix.entrypoints.server.connection import Connection
 from llumnix.entrypoints.server.errors import RETRY_SOON, error_response
+from llumnix.entrypoints.server.heads import problem
 from llumnix.entrypoints.server.places import Limits, Places
 from llumnix.metrics import REFUSALS
 
@@ -51,6 +52,9 @@ class Doors(web.Server):
         connection = cast(Connection, request.protocol)
         connection.begin()
         try:
+            if (refusal := problem(request)) is not None:
+                REFUSALS.labels("malformed").inc()
+                return refusal
             if not self._places.reserved(connection):
                 return await self._answer(request)
             return await self._answer_reserved(request)

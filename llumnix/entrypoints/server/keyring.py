@@ -20,7 +20,7 @@ LARGEST_FILE = 2**20  # bytes
 # Digests are of this process alone, so that the time a look-up takes tells nothing of a key.
 _SALT = os.urandom(32)
 
-_LINE = re.compile(r"(?P<name>[\w.@+-]{1,64})(?:\s*:\s*|\s+)(?P<key>\S+)")
+_LINE = re.compile(r"(?P<name>[\w.@+-]{1,64})(?:\s*:\s*|\s+)(?P<key>[^\s\x00-\x1f\x7f]+)")
 
 
 def digest(key: str) -> bytes:
@@ -99,7 +99,7 @@ class KeyFile:
                 raise ConfigError(f"{said} is no file")  # a pipe would be waited for
             if found.st_size > LARGEST_FILE:
                 raise ConfigError(f"{said} has more than {LARGEST_FILE} bytes")
-            lines = self._path.read_text().splitlines()
+            lines = self._path.read_text().split("\n")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is no text"
             raise ConfigError(f"{said} can't be read: {reason}") from None
