@@ -304,6 +304,130 @@ def test_a_client_that_asks_first_hears_that_its_body_is_wanted() -> None:
     bodies_check(check)
 
 
+def test_bodies_that_come_in_pieces_have_a_budget_of_their_own() -> None:
+    """The first 64 KiB are free, but not of any number of bodies that never end."""
+
+    async def check(ask: Callable[..., Awaitable[bytes]]) -> None:
+        part = body_of(bytes(60_000))[:-1]
+        waiting = [asyncio.create_task(ask(part)) for _ in range(4)]
+        await asyncio.sleep(0.3)
+        status, message = error(await ask(part))
+        assert status == 503 and "try again soon" in message
+        assert b"60000 bytes" in await ask(body_of(bytes(60_000))), "it comes with its head"
+        for answer in waiting:
+            assert error(await answer)[0] == 408
+        assert b"60000 bytes" in await ask(part, b"x"), "all is given back"
+
+    bodies_check(check, timeout=1.0, budget=500_000)
+
+
+# ---- heads ----
+
+
+def large(size: int) -> bytes:
+    """A head of so many bytes that does not end, in headers of 8 KiB."""
+    start, line = b"GET / HTTP/1.1\r\nHost: x\r\n", b"A: " + b"a" * 8187 + b"\r\n"
+    return (start + line * (size // len(line) + 1))[:size]
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_head_has_a_size(ends: bool) -> None:
+    async def check() -> None:
+        async with serving(ok) as port:
+            for size in (1000, 60_000):
+                client = Client(port).send(large(size) + b"\r\n\r\n")
+                assert b"200 OK" in await read(client)
+                assert b"200 OK" in await read(client.send(large(size) + b"\r\n\r\n"))
+                client.close()
+            for size in (66_000, 1_000_000):
+                for before in (b"", GET):
+                    client = Client(port).send(before)
+                    assert not before or b"200 OK" in await read(client)
+                    with contextlib.suppress(OSError):
+                        client.send(large(size) + b"\r\n\r\n" * ends)
+                    status, message = error(await read(client, all_of_it=True))
+                    assert status == 431 and "65536 bytes" in message
+                    client.close()
+            await soon(lambda: opened() == 0)
+
+    uvloop.run(check())
+
+
+def test_heads_share_a_budget() -> None:
+    """Those of some kilobytes do not count, so that ordinary clients get through."""
+
+    async def check() -> None:
+        async with serving(ok, Limits(heads_budget=500_000, header_timeout=1.0)) as port:
+            some = [Client(port).send(large(60_000)) for _ in range(9)]
+            await asyncio.sleep(0.2)
+            late = Client(port).send(large(60_000))
+            answer = await read(late, all_of_it=True)
+            status, message = error(answer)
+            assert status == 503 and "500000 bytes" in message and b"Retry-After: 1" in answer
+            small = Client(port).send(large(8_000) + b"\r\n\r\n")
+            assert b"200 OK" in await read(small)
+            for client in some:
+                assert await read(client) == b"", "its time is over"
+            again = Client(port).send(large(60_000) + b"\r\n\r\n")
+            assert b"200 OK" in await read(again)
+            for client in (*some, late, small, again):
+                client.close()
+
+    uvloop.run(check())
+
+
+def test_what_waits_behind_a_request_counts_as_well() -> None:
+    async def check() -> None:
+        until = asyncio.Event()
+
+        async def wait(request: web.Request) -> web.StreamResponse:
+            await until.wait()
+            return web.Response(text="ok")
+
+        async with serving(wait, Limits(heads_budget=500_000)) as port:
+            behind = large(50_000) + b"\r\n\r\n" + body_of(bytes(50_000))
+            clients = [Client(port).send(GET) for _ in range(6)]
+            await asyncio.sleep(0.1)
+            for client in clients:
+                client.send(behind)
+            await asyncio.sleep(0.3)
+            until.set()
+            answers = [await read(client, all_of_it=True) for client in clients[-1:]]
+            assert answers[0].count(b"200 OK") >= 1 and b" 503 " in answers[0]
+            for client in clients:
+                client.close()
+
+    uvloop.run(check())
+
+
+def test_bodies_and_heads_in_any_pieces() -> None:
+    """What ends in one piece and begins in it is told apart, wherever it is cut."""
+
+    async def check() -> None:
+        async def length(request: web.Request) -> web.StreamResponse:
+            return web.Response(text=f"<{len(await request.read())}>")
+
+        async with serving(length) as port:
+            chunked = head("POST", "/", {"Transfer-Encoding": "chunked"})
+            chunked += b"9c40\r\n" + bytes(40_000) + b"\r\n0\r\n\r\n"
+            whole = (GET + body_of(bytes(50_000)) + chunked + large(30_000) + b"\r\n\r\n") * 3
+            for size in (7000, 16_384, 16_385, 100_000, len(whole)):
+                client = Client(port)
+                for start in range(0, len(whole), size):
+                    await asyncio.to_thread(client.send, whole[start : start + size])
+                    await asyncio.sleep(0.002)
+                got = b""
+                while got.count(b"<") < 12:
+                    more = await read(client)
+                    assert more
+                    got += more
+                found = [int(part.partition(b">")[0]) for part in got.split(b"<")[1:]]
+                assert found == [0, 50_000, 40_000, 0] * 3
+                client.close()
+
+    uvloop.run(check())
+
+
 BROKEN = [
     b"\r\n\r\n\r\n\0\1\2\r\n\r\n",
     b"GET\r\n\r\n",

@@ -26,6 +26,7 @@ class _Held:
     """What one request holds of the budget."""
 
     size: int = 0
+    unfinished: int = 0  # bytes of what it does not count, while it is read
 
 
 class Bodies:
@@ -40,6 +41,9 @@ class Bodies:
         self._timeout = timeout
         self._budget = budget
         self.held = 0  # bytes of the budget
+        # Of a body that comes in pieces its first ones are free, but not of any number of bodies.
+        self._most = budget // 2
+        self._unfinished = 0
 
     def guard(self, handler: Handler) -> Handler:
         """The handler, with an error in its place for a body that can't be had."""
@@ -53,7 +57,7 @@ class Bodies:
                 return await handler(request)
             except Refused as refused:
                 REFUSALS.labels(refused.limit).inc()
-                again = RETRY_SOON if refused.status == 429 else None
+                again = RETRY_SOON if refused.limit == "body_budget" else None
                 return error_response(refused.status, str(refused), again)
             finally:
                 self.held -= held.size
@@ -70,8 +74,9 @@ class Bodies:
         content, chunks, size = request.content, [], 0
         try:
             chunk = content.read_nowait()
-            if content.at_eof():
-                return chunk  # all of it came with its head, as most do
+            if content.at_eof():  # all of it came with its head, as most do
+                self._hold(held, len(chunk) - FREE)
+                return chunk
             if isinstance(request.protocol, Connection):
                 request.protocol.go_on()
             async with asyncio.timeout(self._timeout):
@@ -80,6 +85,7 @@ class Bodies:
                     size += len(chunk)
                     self._see(request, size)
                     self._hold(held, size - FREE)
+                    self._wait(held, min(size, FREE))
                     chunk = await content.readany()
                     if not chunk:
                         break
@@ -89,6 +95,8 @@ class Bodies:
         except web.RequestPayloadError as error:
             text = f"the request body is broken: {str(error).strip().splitlines()[0]}"
             raise Refused("malformed", 400, text) from error
+        finally:
+            self._unfinished -= held.unfinished
         return b"".join(chunks)
 
     @staticmethod
@@ -107,3 +115,11 @@ class Bodies:
             raise Refused("body_budget", 429, f"{text}; try again soon")
         held.size += more
         self.held += more
+
+    def _wait(self, held: _Held, size: int) -> None:
+        more = size - held.unfinished
+        if 0 < self._most < self._unfinished + more:
+            text = "too many request bodies are unfinished at this server; try again soon"
+            raise Refused("body_budget", 503, text)
+        held.unfinished += more
+        self._unfinished += more

@@ -5,9 +5,12 @@ import logging
 from typing import Any, cast
 
 from aiohttp import web
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+from aiohttp.web_protocol import _ErrInfo
 
 from llumnix.entrypoints.server.errors import error_response
 from llumnix.entrypoints.server.places import Places
+from llumnix.entrypoints.server.unfinished import PIECE, HeadRefused, Heads, Share
 from llumnix.metrics import CLOSED, REFUSALS
 
 logger = logging.getLogger(__name__)
@@ -24,15 +27,21 @@ class Connection(web.RequestHandler):
     other kernel says that it has no room for what is in the send buffer.
     """
 
-    __slots__ = ("_places", "_send_timeout", "_stuck", "_wire", "asks_to_go_on", "busy")
+    __slots__ = (
+        *("_body", "_deaf", "_places", "_send_timeout", "_share", "_stuck", "_wire"),
+        *("asks_to_go_on", "busy"),
+    )
 
     def __init__(
-        self, manager: web.Server, places: Places, send_timeout: float, **options: Any
+        self, manager: web.Server, places: Places, heads: Heads, send_timeout: float, **options: Any
     ) -> None:
         """`send_timeout`: seconds for which the client may read nothing of an answer; 0: for ever;
         `options` are aiohttp's."""
         super().__init__(manager, **options)
         self._places = places
+        self._share = Share(heads)
+        self._body: StreamReader = EMPTY_PAYLOAD  # of the request that came last
+        self._deaf = False  # whether whatever still comes is no request
         self._send_timeout = send_timeout
         self._stuck: asyncio.TimerHandle | None = None
         self.busy = False  # while a request is being answered
@@ -50,17 +59,54 @@ class Connection(web.RequestHandler):
         self._wire = None
         self._unstick()
         self._places.leave(self)
+        self._share.release()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a request, which may not be whole."""
         if not self.busy:
             self._places.stir(self)
-        super().data_received(data)
+        if self._upgraded:
+            super().data_received(data)
+            return
+        self._take(data[:PIECE] if len(data) > PIECE else data)
+        for start in range(PIECE, len(data), PIECE):
+            self._take(data[start : start + PIECE])
         if len(self._messages) >= PIPELINED and self._wire is not None:
             # aiohttp would read no more, and so not hear of it when the client leaves.
             CLOSED.labels("pipelined").inc()
             self._wire.abort()
+
+    def _take(self, piece: bytes) -> None:
+        """Have a piece parsed, so small that little of a next head can follow what ends in it."""
+        if self._deaf:
+            return
+        of_a_head = self._body.is_eof()
+        seen = self._request_count
+        super().data_received(piece)
+        came = self._request_count > seen
+        if came:
+            message, self._body = self._messages[-1]
+            if isinstance(message, _ErrInfo):
+                self._deaf = True
+                return
+        try:
+            if of_a_head or came:
+                self._share.more(len(piece), message if came else None)
+            if of_a_head or (self.busy and self._messages):  # of a request that waits
+                self._share.wait(len(piece))
+        except HeadRefused as refused:
+            self._refuse(refused, came or not of_a_head)
+
+    def _refuse(self, refused: HeadRefused, came: bool) -> None:
+        """Answer with this in place of the request that came last, or that is to come."""
+        self._deaf = True
+        if came:
+            self._messages.pop()
+        error = _ErrInfo(status=refused.status, exc=refused, message=str(refused))
+        self._messages.append((error, EMPTY_PAYLOAD))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def eof_received(self) -> None:
         """The client has closed its side: what it has asked for ends."""
@@ -89,6 +135,11 @@ class Connection(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """The answer to what is no HTTP, of which there may be much; a bug is aiohttp's to tell."""
+        if isinstance(exc, HeadRefused):
+            REFUSALS.labels(exc.limit).inc()
+            response = error_response(status, str(exc), exc.headers)
+            response.force_close()
+            return response
         if status >= 500 or request.writer.output_size > 0:
             return super().handle_error(request, status, exc, message)
         REFUSALS.labels("malformed").inc()
@@ -103,6 +154,7 @@ class Connection(web.RequestHandler):
         """A request has come."""
         self.busy = True
         self._places.begin(self)
+        self._share.release()
         if self._stuck is not None and not self.writing_paused:
             self._unstick()
 

@@ -11,6 +11,7 @@ from llumnix.entrypoints.server.connection import Connection
 from llumnix.entrypoints.server.errors import RETRY_SOON, error_response
 from llumnix.entrypoints.server.heads import problem
 from llumnix.entrypoints.server.places import Limits, Places
+from llumnix.entrypoints.server.unfinished import Heads
 from llumnix.metrics import REFUSALS
 
 # What has a place while all others are taken: probes, what operators look at, other nodes.
@@ -32,11 +33,12 @@ class Doors(web.Server):
         self._limits = limits
         self._options = options
         self._places = Places(limits)
+        self._heads = Heads(limits.head_bytes, limits.heads_budget)
 
     def __call__(self) -> Connection:
         """A connection, for the socket that has just been accepted."""
         return Connection(
-            *(self, self._places, self._limits.send_timeout),
+            *(self, self._places, self._heads, self._limits.send_timeout),
             loop=asyncio.get_running_loop(),
             **self._options,
         )

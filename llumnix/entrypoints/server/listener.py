@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import dataclasses
 import logging
 import ssl
 
@@ -12,11 +13,13 @@ from llumnix.config import ConfigError
 from llumnix.entrypoints.server.acceptor import Acceptor
 from llumnix.entrypoints.server.doors import Doors
 from llumnix.entrypoints.server.places import Limits
+from llumnix.entrypoints.server.unfinished import PIECE
 
 ACCESS_FORMAT = '%a "%r" %s %b %Tfs'
 
 BACKLOG = 2048  # connections that may wait to be accepted, as at vLLM's server
 
+VLLM_HEAD_BYTES = 4 * 2**20  # vLLM's default of a head, which is more than anybody needs
 READ_AHEAD = 64 * 1024  # bytes of a body that are taken before anybody reads it
 LINGER = 2.0  # seconds in which a client may send the rest of a body that was refused
 SHUTDOWN = 2.0  # seconds for handlers to end when the node does
@@ -37,15 +40,19 @@ class Listener:
         """`admin_address`: host:port of a second socket; the application tells the two apart."""
         self._app = web.AppRunner(app)
         self._arguments = arguments
-        self._limits = limits or Limits()
-        self._admin_address = admin_address
+        limits = limits or Limits()
         longest = arguments.h11_max_incomplete_event_size  # bytes; vLLM's limit of all headers
+        if longest != VLLM_HEAD_BYTES:
+            limits = dataclasses.replace(limits, head_bytes=longest)
+        self._limits = limits
+        self._admin_address = admin_address
         quiet = getattr(arguments, "disable_uvicorn_access_log", False)
         self._options = {
             "access_log": None if quiet else access_log,
             "access_log_format": ACCESS_FORMAT,
-            "max_line_size": longest,
-            "max_field_size": longest,
+            # The connection refuses heads before the parser does, which knows single lines.
+            "max_line_size": limits.head_bytes + PIECE,
+            "max_field_size": limits.head_bytes + PIECE,
             "max_headers": arguments.h11_max_header_count,
             "auto_decompress": False,  # a few bytes could become any number
             "read_bufsize": READ_AHEAD,

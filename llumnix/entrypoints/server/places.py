@@ -24,12 +24,14 @@ LOOKS = 32  # connections that are looked at to find one that can give way
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How many connections there may be, and what each may take, in seconds."""
+    """How many connections there may be, and what each may take; times are in seconds."""
 
     connections: int = 1024
     reserve: int = 64  # places beyond these, for probes, operators and nodes
     header_timeout: float = 10.0  # for a head to be there, from its first byte
     idle_timeout: float = 75.0  # without a request
+    head_bytes: int = 64 * 1024  # of one head
+    heads_budget: int = 64 * 2**20  # bytes of all heads that are not whole, less some of each
     send_timeout: float = 300.0  # for which its client may read nothing of an answer; 0: for ever
 
 
