@@ -26,6 +26,7 @@ from benchmarks.servers import Server, model_folder
 from tests.kit.leaving import Client, head, post
 
 KEY = "client"
+OPERATOR = "operator"  # the token that shows the node's metrics
 GOAL = 50.0  # ms, for the longest gap
 WARM = 0.5  # seconds that are watched before an attack, and after it
 SETTLE = 30.0  # seconds in which the node is to be as it was
@@ -114,7 +115,7 @@ def state(server: Server) -> dict[str, float]:
 def requests_of(server: Server) -> int:
     """Requests open at the node."""
     request = urllib.request.Request(
-        f"{server.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}
+        f"{server.url}/metrics", headers={"Authorization": f"Bearer {OPERATOR}"}
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
         found = re.search(r"^llumnix_open_requests (\S+)", answer.read().decode(), re.MULTILINE)
@@ -180,7 +181,8 @@ def main() -> int:
     options = parser.parse_args()
     arguments = [
         *("--model", model_folder(), "--engine", "sim", "--sim-profile", "cpu-smoke"),
-        *("--api-key", KEY, "--initial-instances", "2", "--disable-uvicorn-access-log"),
+        *("--api-key", KEY, "--admin-token", OPERATOR),
+        *("--initial-instances", "2", "--disable-uvicorn-access-log"),
         *("--max-requests", "4096"),
     ]
     rows: list[dict[str, Any]] = []

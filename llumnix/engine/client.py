@@ -17,6 +17,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from llumnix.cluster import InstanceId, NodeId
 from llumnix.engine.base import EngineError
+from llumnix.engine.cancels import Cancels
 from llumnix.engine.exchange import Exchange
 from llumnix.engine.frames import HandOver, Lost, News
 from llumnix.engine.ledger import Entry, Ledger, Verdict
@@ -65,6 +66,7 @@ class ClusterClient(UtilityCalls):
         self._elsewhere = slots
         self._resumes = resumes
         self.placer = Placer(self.ledger, exchange, dispatch, self, limits or WaitLimits())
+        self._cancels = Cancels(self.placer.cancel)
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         # Called for a request that has to end: its id, one sentence, and the status that fits, 400
@@ -122,13 +124,8 @@ class ClusterClient(UtilityCalls):
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """End requests wherever they run; a node that is gone has ended them already."""
-        by_owner: dict[InstanceId, list[str]] = {}
-        for request_id in request_ids:
-            entry = self._close(request_id)
-            if entry is not None and entry.owner is not None:
-                by_owner.setdefault(entry.owner, []).append(request_id)
-        for instance, ids in by_owner.items():
-            await self.placer.cancel(instance, ids)
+        if (sending := self.end(request_ids)) is not None:
+            await asyncio.shield(sending)
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Nothing to end here: engines and links have other owners."""
@@ -138,6 +135,12 @@ class ClusterClient(UtilityCalls):
     def dp_engines_running(self) -> bool:
         """Whether any request is open."""
         return bool(len(self.ledger))
+
+    def end(self, request_ids: list[str]) -> asyncio.Task[None] | None:
+        """Likewise, at once; a task that is done when their engines have been told, if any are."""
+        ended = [(i, entry) for i in request_ids if (entry := self._close(i)) is not None]
+        owned = [(entry.owner, i) for i, entry in ended if entry.owner is not None]
+        return self._cancels.add(owned) if owned else None
 
     # ---- what comes back ----
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 AT_ONCE = 16  # requests of one slice: some milliseconds
 
@@ -23,9 +24,20 @@ class Turns:
         if self._left > 0 and not self._waiting:
             self._pass(requests)
             return
-        turn = asyncio.get_running_loop().create_future()
+        await self._wait(requests)
+
+    def call(self, work: Callable[[], None]) -> None:
+        """Do something in its turn: at once if there is room in this one."""
+        if self._left > 0 and not self._waiting:
+            self._pass(1)
+            work()
+        else:
+            self._wait(1).add_done_callback(lambda turn: work())
+
+    def _wait(self, requests: int) -> asyncio.Future[None]:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((turn, requests))
-        await turn
+        return turn
 
     def _pass(self, requests: int) -> None:
         self._left -= requests

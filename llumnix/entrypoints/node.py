@@ -97,6 +97,11 @@ class Node:
         """The cluster as this node sees it."""
         return self._control.registry.view
 
+    @property
+    def requests(self) -> int:
+        """How many requests of its clients are open, or have ended with handlers still to end."""
+        return max(len(self._client.ledger), self._gateway.running)
+
     async def start(self) -> None:
         """Join the cluster and begin to serve. Raises EtcdError, OSError, with one sentence.
 

@@ -241,3 +241,29 @@ async def test_events_on_another_machine_are_told_by_our_clock() -> None:
     step: EngineCoreOutputs = await client.get_output_async()
     assert abs(step.timestamp - time.monotonic()) < 5.0
     assert abs(event.timestamp - (step.timestamp - 0.25)) < 1e-6
+
+
+@on_loop
+async def test_a_crowd_that_leaves_at_once_is_one_message_to_each_engine() -> None:
+    """A thousand messages would hold up the node's loop, and each engine between two steps."""
+    exchange = HeldExchange()
+    client = make(exchange, *[("x-0", "home"), ("y-0", "m")] * 100)
+    names = [f"r{n}" for n in range(200)]
+    for name in names:
+        await client.add_request_async(core_request(name, [1, 2]))
+    await soon(lambda: len(exchange.submitted) == 200)
+    await asyncio.gather(*(client.abort_requests_async([name]) for name in names))
+    assert sorted(exchange.cancelled) == ["x-0", "y-0"] and not len(client.ledger)
+
+
+@on_loop
+async def test_requests_end_though_whoever_ends_them_is_cancelled() -> None:
+    exchange = HeldExchange()
+    client = make(exchange, ("x-0", "home"))
+    await client.add_request_async(core_request("r1", [1, 2]))
+    await soon(lambda: exchange.submitted)
+    ending = asyncio.create_task(client.abort_requests_async(["r1"]))
+    await asyncio.sleep(0)
+    ending.cancel()
+    await asyncio.gather(ending, return_exceptions=True)
+    await soon(lambda: exchange.cancelled == ["x-0"])

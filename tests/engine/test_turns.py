@@ -1,6 +1,7 @@
 """Requests in slices."""
 
 import asyncio
+import functools
 
 from llumnix.engine.turns import Turns
 from tests.kit.loop import on_loop
@@ -47,3 +48,16 @@ async def test_one_that_is_cancelled_takes_no_turn() -> None:
     gone.cancel()
     await next_one
     assert gone.cancelled()
+
+
+@on_loop
+async def test_what_is_called_in_turns_is_done_in_order_a_few_at_a_time() -> None:
+    turns, done = Turns(at_once=8), []
+    for number in range(100):
+        turns.call(functools.partial(done.append, number))
+    assert done == list(range(8)), "at once, as far as there is room"
+    most, before = 0, 8
+    while len(done) < 100:
+        await asyncio.sleep(0)
+        most, before = max(most, len(done) - before), len(done)
+    assert done == list(range(100)) and most <= 8

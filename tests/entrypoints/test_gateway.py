@@ -26,7 +26,7 @@ class Served(Gateway):
 class Post:
     """As much of a request as is looked at before vLLM sees it."""
 
-    method, content_type = "POST", "application/json"
+    method, content_type, protocol = "POST", "application/json", None
 
     def __init__(self, path: str = "/v1/completions") -> None:
         self.path = path

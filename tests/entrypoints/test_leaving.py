@@ -3,6 +3,7 @@
 import asyncio
 import gc
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,14 @@ from starlette.applications import Starlette
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
-from llumnix.entrypoints.server import asgi
+from llumnix.entrypoints.server import asgi, opened
+from llumnix.entrypoints.server.admin import Standing
+from llumnix.entrypoints.server.app import Gateway
+from llumnix.entrypoints.server.connection import Connection
+from llumnix.entrypoints.server.leaving import ENDING
 from llumnix.entrypoints.server.places import Limits
-from tests.kit.leaving import SMALL, WAYS, Client, post
+from llumnix.entrypoints.server.routes import RouteTable
+from tests.kit.leaving import SMALL, WAYS, Client, head, post
 from tests.kit.loop import soon
 from tests.kit.serving import serving
 
@@ -68,6 +74,99 @@ def test_streams_are_closed(way: str, piece: int) -> None:
         uvloop.run(check())
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("way", ("close", "half"))
+def test_those_that_leave_before_their_turn_never_begin(way: str) -> None:
+    """A crowd costs no more than its connections; a probe behind it does not wait for its turn."""
+    begun: list[str] = []
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        begun.append(request.path)
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async def check() -> None:
+        async with serving(handle) as port:
+            crowd = [Client(port).send(post("/", {})) for _ in range(300)]
+            for client in crowd:
+                client.leave(way)
+            probe = Client(port).send(head("GET", "/livez", {}))
+            await soon(lambda: "/livez" in begun)
+            assert len(begun) < 150
+            for client in (*crowd, probe):
+                client.close()
+
+    uvloop.run(check())
+
+
+def test_what_a_crowd_has_asked_for_ends_at_once_and_its_handlers_in_turns() -> None:
+    """The others' tokens get through while a hundred handlers unwind."""
+    left: list[int] = []
+    ended: list[int] = []
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        assert isinstance(request.protocol, Connection)
+        request.protocol.on_leaving = lambda: left.append(len(ended))
+        begun.append(request)
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(1)
+        raise AssertionError
+
+    begun: list[web.Request] = []
+
+    async def check() -> None:
+        async with serving(handle) as port:
+            clients = [Client(port).send(post("/", {})) for _ in range(100)]
+            await soon(lambda: len(begun) == 100)
+            for number, client in enumerate(clients):
+                client.leave(WAYS[number % len(WAYS)])
+            most, before = 0, 0
+            while len(ended) < 100:
+                await asyncio.sleep(0)
+                most, before = max(most, len(ended) - before), len(ended)
+            assert most <= ENDING
+            assert len(left) == 100 and max(left) <= 2 * ENDING
+            for client in clients:
+                client.close()
+
+    uvloop.run(check())
+
+
+@pytest.mark.parametrize("goes_on", (False, True), ids=("foreground", "background"))
+def test_requests_stop_when_their_client_leaves(goes_on: bool) -> None:
+    """Those that are opened while the handler ends as well; an answer to be fetched goes on."""
+    stopped: list[str] = []
+    frontend: Any = SimpleNamespace(stop=lambda ids: stopped.extend(ids))
+    gateway = Gateway(lambda: frontend, Standing(True, ""), RouteTable())
+    states: list[str] = []
+
+    def ask(name: str) -> None:
+        request: Any = SimpleNamespace(request_id=name)
+        opened.enter(request)
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        with gateway.answering(request, goes_on):
+            ask("first")
+            states.append("asked")
+            try:
+                await asyncio.sleep(60)
+            finally:
+                ask("late")
+                states.append("ended")
+        raise AssertionError
+
+    async def check() -> None:
+        async with serving(handle) as port:
+            client = Client(port).send(post("/", {}))
+            await soon(lambda: "asked" in states)
+            client.leave("close")
+            await soon(lambda: "ended" in states)
+            assert stopped == ([] if goes_on else ["first", "late"])
+
+    uvloop.run(check())
 
 
 def test_one_that_reads_nothing_is_cut_off() -> None:

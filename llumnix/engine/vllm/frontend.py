@@ -4,13 +4,12 @@ Its FastAPI application is handed out as a plain ASGI application.
 """
 
 import argparse
-import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
 
+import anyio
 from fastapi import HTTPException as FastapiHTTPException
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
@@ -48,7 +47,6 @@ class Frontend:
         self._routes: list[BaseRoute] = []
         self.streams: Streams | None = None
         self.shapes: Shapes | None = None
-        self._aborts: set[asyncio.Future[None]] = set()  # kept: a loop holds its tasks weakly
 
     async def open(self, facts: EngineFacts) -> None:
         """Build the application; `facts` are those of the first instance that is ready."""
@@ -77,6 +75,8 @@ class Frontend:
         # vLLM answers FastAPI's errors in OpenAI's shape; those of the router are Starlette's.
         _answer_alike(app, StarletteHTTPException, FastapiHTTPException)
         await self._stack.enter_async_context(app.router.lifespan_context(app))
+        async with anyio.create_task_group():
+            pass  # it is loaded at its first use, which would be in the middle of streams
         self.streams = Streams(app, self._arguments)
         self.shapes = Shapes(app, self._arguments.root_path or "")
         self._routes = app.router.routes
@@ -99,12 +99,19 @@ class Frontend:
         """End vLLM's background tasks."""
         await self._stack.aclose()
 
-    def end(self, request_ids: Iterable[str]) -> None:
+    def stop(self, request_ids: list[str]) -> None:
+        """End requests at their engines, whose handlers are to end soon and to clear up here."""
+        self._client.end(request_ids)
+
+    def end(self, request_ids: list[str]) -> None:
         """End requests that nobody waits for any more; those that have ended do not matter."""
-        left = [request_id for request_id in request_ids if request_id in self._client.ledger]
-        if left and self.llm is not None:
+        if self.llm is None:
+            return
+        known = self.llm.output_processor.request_states
+        left = [i for i in request_ids if i in known or i in self._client.ledger]
+        if left:
             self.llm.output_processor.abort_requests(left, internal=True)
-            self._abort(left)
+            self._client.end(left)
 
     def _fail(self, request_id: str, reason: str, status: HTTPStatus) -> None:
         """End a request whose outputs will never come: its client gets `reason` as an error."""
@@ -116,14 +123,9 @@ class Frontend:
         parent = state.parent_req  # with n > 1, the other choices end too
         whole = request_id if parent is None else parent.request_id
         ended = processor.abort_requests([whole], internal=True)
-        self._abort(ended)
+        self._client.end(ended)
         if state.queue is not None:
             state.queue.put(compat.failed(reason, status))
-
-    def _abort(self, request_ids: list[str]) -> None:
-        aborting = asyncio.ensure_future(self._client.abort_requests_async(request_ids))
-        self._aborts.add(aborting)
-        aborting.add_done_callback(self._aborts.discard)
 
     def _learn(self, facts: EngineFacts) -> None:
         """What vLLM's own client would have written into the configuration at engine start."""

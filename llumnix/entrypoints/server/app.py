@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -14,12 +15,13 @@ from llumnix.entrypoints.server import asgi
 from llumnix.entrypoints.server.admin import Admin, Standing
 from llumnix.entrypoints.server.admission import Admission
 from llumnix.entrypoints.server.bodies import Bodies
+from llumnix.entrypoints.server.connection import Connection
 from llumnix.entrypoints.server.contents import Contents, content
 from llumnix.entrypoints.server.drains import Drains
 from llumnix.entrypoints.server.errors import RETRY_AFTER, Handler, error_response, openai_errors
 from llumnix.entrypoints.server.guard import Guard
 from llumnix.entrypoints.server.moves import Moves
-from llumnix.entrypoints.server.opened import opened
+from llumnix.entrypoints.server.opened import Opened, opened
 from llumnix.entrypoints.server.outlet import Outlet
 from llumnix.entrypoints.server.priority import Priorities
 from llumnix.entrypoints.server.routes import RouteTable
@@ -53,8 +55,8 @@ class Gateway:
             return error_response(503, self._standing.sentence, RETRY_AFTER)
         if (problem := refuse(request, body)) is not None:
             return problem
-        with self.answering():
-            return await self._answer(frontend, request, body)
+        with self.answering(request, _goes_on(request, body)) as asked:
+            return await self._answer(frontend, request, body, asked)
 
     def _known(self, request: web.Request, frontend: Frontend | None) -> bool:
         """Whether there is such a route, as far as can be told now."""
@@ -63,18 +65,28 @@ class Gateway:
         return frontend.has(request.path)
 
     @contextlib.contextmanager
-    def answering(self) -> Iterator[None]:
-        """The context in which the request of this task counts as running."""
+    def answering(self, request: web.Request, goes_on: bool = False) -> Iterator[Opened]:
+        """The context in which the request of this task counts as running.
+
+        All that it opens ends with its client, unless it `goes_on` without.
+        """
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
+        frontend = self._frontend()
+        connection = request.protocol if isinstance(request.protocol, Connection) else None
         try:
-            yield
+            with opened() as asked:
+                if connection is not None and frontend is not None and not goes_on:
+                    connection.on_leaving = partial(asked.abandon, frontend.stop)
+                yield asked
         finally:
+            if connection is not None:
+                connection.on_leaving = None
             self._running.discard(task)
 
     async def _answer(
-        self, frontend: Frontend, request: web.Request, body: bytes
+        self, frontend: Frontend, request: web.Request, body: bytes, asked: Opened
     ) -> web.StreamResponse:
         if frontend.shapes is not None:
             wrong = await frontend.shapes.problem(request.path, content.get())
@@ -85,12 +97,11 @@ class Gateway:
             events = await frontend.streams.open(scope, body)
             if events is not None:
                 return await stream(request, events)
-        with opened() as asked:
-            try:
-                return await asgi.serve(frontend.app, scope, request, body)
-            finally:
-                if _gone(request) and not _goes_on(request, body):
-                    asked.abandon(frontend.end)
+        try:
+            return await asgi.serve(frontend.app, scope, request, body)
+        finally:
+            if _gone(request) and not _goes_on(request, body):
+                asked.abandon(frontend.end)
 
 
 def _gone(request: web.Request) -> bool:

@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from aiohttp import web
@@ -9,6 +11,7 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import _ErrInfo
 
 from llumnix.entrypoints.server.errors import error_response
+from llumnix.entrypoints.server.leaving import Leaving
 from llumnix.entrypoints.server.places import Places
 from llumnix.entrypoints.server.unfinished import PIECE, HeadRefused, Heads, Share
 from llumnix.metrics import CLOSED, REFUSALS
@@ -28,22 +31,33 @@ class Connection(web.RequestHandler):
     """
 
     __slots__ = (
-        *("_body", "_deaf", "_places", "_send_timeout", "_share", "_stuck", "_wire"),
-        *("asks_to_go_on", "busy"),
+        *("_body", "_deaf", "_leaving", "_places", "_send_timeout", "_share", "_stuck", "_wire"),
+        *("asks_to_go_on", "busy", "gone", "on_leaving"),
     )
 
     def __init__(
-        self, manager: web.Server, places: Places, heads: Heads, send_timeout: float, **options: Any
+        self,
+        manager: web.Server,
+        places: Places,
+        heads: Heads,
+        leaving: Leaving,
+        send_timeout: float,
+        **options: Any,
     ) -> None:
-        """`send_timeout`: seconds for which the client may read nothing of an answer; 0: for ever;
+        """`leaving`: the turns of all clients that leave;
+        `send_timeout`: seconds for which the client may read nothing of an answer; 0: for ever;
         `options` are aiohttp's."""
         super().__init__(manager, **options)
         self._places = places
         self._share = Share(heads)
         self._body: StreamReader = EMPTY_PAYLOAD  # of the request that came last
         self._deaf = False  # whether whatever still comes is no request
+        self._leaving = leaving
         self._send_timeout = send_timeout
         self._stuck: asyncio.TimerHandle | None = None
+        # Called when the client has left, before its handler ends: at once, so it must cost little.
+        self.on_leaving: Callable[[], None] | None = None
+        self.gone = False  # when the client has left; its handler may still be about to end
         self.busy = False  # while a request is being answered
         self.asks_to_go_on = False  # before it sends the body
         self._wire: asyncio.Transport | None = None  # aiohttp forgets its own when it closes it
@@ -55,12 +69,13 @@ class Connection(web.RequestHandler):
         self._places.enter(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """The connection is no more."""
+        """The connection is no more: what it has asked for ends, and its handler in its turn."""
         self._wire = None
         self._unstick()
         self._places.leave(self)
         self._share.release()
-        super().connection_lost(exc)
+        self._leave()
+        self._leaving.ending.call(partial(super().connection_lost, exc))
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a request, which may not be whole."""
@@ -108,14 +123,16 @@ class Connection(web.RequestHandler):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def eof_received(self) -> None:
-        """The client has closed its side: what it has asked for ends."""
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # as asyncio has it
+        """The client has closed its side: what it has asked for ends. True: it is closed here."""
         if self._wire is None:
-            return
-        if self.busy:
-            self._wire.abort()
-        else:  # asyncio closes it when all has been sent
-            self.expect()
+            return None
+        if not self.busy:
+            self.expect()  # asyncio closes it when all has been sent
+            return None
+        self._leave()
+        self._leaving.closing.call(self._wire.abort)
+        return self._wire.get_extra_info("sslcontext") is None  # TLS is closed in any case
 
     def pause_writing(self) -> None:
         """The send buffer is full."""
@@ -183,6 +200,12 @@ class Connection(web.RequestHandler):
         if self._send_timeout and self._stuck is None:
             loop = asyncio.get_running_loop()
             self._stuck = loop.call_later(self._send_timeout, self._cut_off)
+
+    def _leave(self) -> None:
+        self.gone = True
+        if self.on_leaving is not None:
+            leave, self.on_leaving = self.on_leaving, None
+            leave()
 
     def _unstick(self) -> None:
         if self._stuck is not None:

@@ -7,9 +7,11 @@ from typing import Any, cast
 from aiohttp import web
 from multidict import CIMultiDictProxy
 
+from llumnix.engine.turns import Turns
 from llumnix.entrypoints.server.connection import Connection
 from llumnix.entrypoints.server.errors import RETRY_SOON, error_response
 from llumnix.entrypoints.server.heads import problem
+from llumnix.entrypoints.server.leaving import Leaving
 from llumnix.entrypoints.server.places import Limits, Places
 from llumnix.entrypoints.server.unfinished import Heads
 from llumnix.metrics import REFUSALS
@@ -17,6 +19,8 @@ from llumnix.metrics import REFUSALS
 # What has a place while all others are taken: probes, what operators look at, other nodes.
 RESERVED = ("/livez", "/readyz", "/health", "/metrics", "/status")
 OWN = "/llumnix/"
+
+BEGINNING = 4  # requests that begin in one turn of the loop: some milliseconds with all they do
 
 
 class Doors(web.Server):
@@ -34,11 +38,13 @@ class Doors(web.Server):
         self._options = options
         self._places = Places(limits)
         self._heads = Heads(limits.head_bytes, limits.heads_budget)
+        self._beginning = Turns(BEGINNING)
+        self._leaving = Leaving()
 
     def __call__(self) -> Connection:
         """A connection, for the socket that has just been accepted."""
         return Connection(
-            *(self, self._places, self._heads, self._limits.send_timeout),
+            *(self, self._places, self._heads, self._leaving, self._limits.send_timeout),
             loop=asyncio.get_running_loop(),
             **self._options,
         )
@@ -57,6 +63,11 @@ class Doors(web.Server):
             if (refusal := problem(request)) is not None:
                 REFUSALS.labels("malformed").inc()
                 return refusal
+            if not _goes_first(request):
+                # Whoever leaves before his turn, as one of a crowd does, costs next to nothing.
+                await self._beginning.take()
+                if connection.gone:
+                    raise asyncio.CancelledError
             if not self._places.reserved(connection):
                 return await self._answer(request)
             return await self._answer_reserved(request)
@@ -65,7 +76,7 @@ class Doors(web.Server):
 
     async def _answer_reserved(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer on a place that is kept for some, and is to be free again soon."""
-        if request.path.endswith(RESERVED) or OWN in request.path:
+        if _goes_first(request):
             response = await self._answer(request)
         else:
             self._places.refuse()
@@ -75,6 +86,11 @@ class Doors(web.Server):
         if not response.prepared:
             response.force_close()
         return response
+
+
+def _goes_first(request: web.BaseRequest) -> bool:
+    """Whether others wait for it: probes, operators, other nodes."""
+    return request.path.endswith(RESERVED) or OWN in request.path
 
 
 def _without_expect(make: Callable[..., web.BaseRequest]) -> Callable[..., web.BaseRequest]:

@@ -24,7 +24,7 @@ class DemoRoute:
         self,
         frontend: Callable[[], Frontend | None],
         standing: Standing,
-        answering: Callable[[], AbstractContextManager[None]],
+        answering: Callable[[web.Request], AbstractContextManager[Any]],
     ) -> None:
         """`answering`: the context in which a request counts as one that is being answered."""
         self._frontend = frontend
@@ -38,7 +38,7 @@ class DemoRoute:
             return error_response(503, self._standing.sentence, RETRY_AFTER)
         body = await request.read()
         try:
-            with self._answering():
+            with self._answering(request):
                 return await self._answer(request, frontend.llm, Generation.parse(_read(body)))
         except BadRequest as error:
             refusal = error_response(400, str(error))

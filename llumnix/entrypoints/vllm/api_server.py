@@ -139,6 +139,7 @@ def _said(error: Exception) -> str:
 
 
 async def _serve(config: "Config", parsed: "argparse.Namespace", engines: "VllmConfig") -> int:
+    from llumnix.entrypoints.garbage import Garbage
     from llumnix.entrypoints.node import Node
 
     node = Node(config, parsed, engines)
@@ -166,12 +167,18 @@ async def _serve(config: "Config", parsed: "argparse.Namespace", engines: "VllmC
     node.on_giving_up = on_giving_up
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
+    collecting: list[asyncio.Task[None]] = []
     try:
         if not await _started(node):
             return 1
+        garbage = Garbage(lambda: node.requests)
+        collecting.append(loop.create_task(garbage.watch(), name="garbage"))
         await ended.wait()
     finally:
         await node.stop()
+        for task in collecting:
+            task.cancel()
+        await asyncio.gather(*collecting, return_exceptions=True)
     logger.info("the node has left the cluster")
     return 1 if failed else 0
 
