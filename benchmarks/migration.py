@@ -57,11 +57,12 @@ async def gaps(stage: Stage, rounds: int, contexts: Sequence[int]) -> list[dict[
     rows = []
     jobs = [(c, how) for c in contexts for how in ("live", "copy", "recompute")]
     for context, how in tqdm(jobs, desc="gaps", disable=None):
-        # One more round, to warm up.
-        runs = [await moved(stage, how, context, n) for n in range(rounds + 1)][1:]
+        # One more round, to warm up; the very first is the pair's first move.
+        first, *runs = [await moved(stage, how, context, n) for n in range(rounds + 1)]
         middle = {name: statistics.median(r[name] for r in runs) for name in runs[0]}
         worst = max(r["gap"] for r in runs)
-        rows.append({"context": context, "how": how, "worst_gap": worst, **middle, "runs": runs})
+        row = {"context": context, "how": how, "worst_gap": worst, **middle}
+        rows.append(row | {"first": first, "runs": runs})
     return rows
 
 

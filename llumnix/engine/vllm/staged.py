@@ -59,6 +59,13 @@ class Staged(Carrier):
         self._by_host = kind == "host" and memory.device.type == "cuda"
         size = max(kv_memory.STAGING_BYTES // memory.block_bytes, 1)
         self._bytes = size * memory.block_bytes
+        if memory.device.type == "cuda":
+            # CUDA loads a kernel when it first runs, for up to 0.1 s; not while a request waits.
+            # Nothing reads block 0, which is vLLM's null block.
+            buffer = torch.empty(memory.block_bytes, dtype=torch.uint8, device=memory.device)
+            for ids in memory.chunks([0]):
+                memory.scatter(ids, memory.gather(ids, buffer))
+            torch.cuda.current_stream().synchronize()
 
     def send(self, blocks: list[int], deadline: float, touching: Touching) -> None:
         """Gather and send, chunk by chunk."""
