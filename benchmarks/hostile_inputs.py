@@ -22,11 +22,14 @@ TALK = {"model": "smol", "messages": [{"role": "user", "content": "Hi"}], "max_t
 
 @dataclass(frozen=True)
 class Target:
-    """The node under attack, and a key that its operator has given to the attacker."""
+    """The node under attack, a key that its operator has given to the attacker, and the token
+    that he has not given."""
 
     port: int
     key: str
-    idle: Callable[[], bool]  # whether it runs nothing but the stream that is watched
+    token: str
+    idle: Callable[[], bool]  # whether it has nothing open but what watches it
+    gap: Callable[[], float]  # the longest of the stream that is watched since the last look, ms
 
     @property
     def headers(self) -> dict[str, str]:
@@ -75,6 +78,7 @@ class Attack:
     what: str
     strike: Callable[[Target, Any], str]
     make: Callable[[Target], Any] = lambda target: None
+    engines: bool = False  # whether it is meant for real ones: modelled ones take no grammar
 
 
 def ask(path: str, content: Callable[[], Any], times: int = 1, **headers: str) -> dict[str, Any]:
@@ -125,12 +129,14 @@ def crowd(target: Target, moment: float, number: int = 1000) -> str:
     ]
     with target.clients(number, data, SMALL) as clients:
         time.sleep(moment)
+        before = target.gap()
         for turn, client in enumerate(clients):
             client.leave(WAYS[turn % len(WAYS)])
         left = time.monotonic()
         while not target.idle() and time.monotonic() - left < 60:
             time.sleep(0.1)  # asking is work for the node, too
-        return f"idle after {time.monotonic() - left:.2f} s"
+        seconds = time.monotonic() - left
+        return f"all ended {seconds:.2f} s later; gap until they left {before:.0f} ms"
 
 
 def half_body(target: Target) -> bytes:
@@ -203,16 +209,16 @@ ATTACKS: tuple[Attack, ...] = (
         **ask(COMPLETIONS, lambda: {"model": "smol", "prompt": ["x"] * 10_000, "max_tokens": 1}),
     ),
     Attack("choices", "n = 16,384", **ask(COMPLETIONS, prompt(10, n=16_384))),
-    Attack("schema", "a schema of 20,000 properties", **ask(COMPLETIONS, schema)),
-    Attack("large schema", "one of 1,000 properties", **ask(
+    Attack("schema", "a schema of 20,000 properties", **ask(COMPLETIONS, schema), engines=True),
+    Attack("large schema", "one of 1,000 properties", engines=True, **ask(
         COMPLETIONS, grammar(json=optional(1000)))),
-    Attack("schemas", "8 of 300 properties each, at once",
+    Attack("schemas", "8 of 300 properties each, at once", engines=True,
            make=different_schemas, strike=lambda t, requests: t.send(*requests)),
-    Attack("choice", "200,000 strings to choose from", **ask(
+    Attack("choice", "200,000 strings to choose from", engines=True, **ask(
         COMPLETIONS, grammar(choice=[f"number {n}" for n in range(200_000)]))),
-    Attack("some choice", "4,000 strings to choose from", **ask(
+    Attack("some choice", "4,000 strings to choose from", engines=True, **ask(
         COMPLETIONS, grammar(choice=[f"number {n}" for n in range(4000)]))),
-    Attack("regex", "nested repeats", **ask(
+    Attack("regex", "nested repeats", engines=True, **ask(
         COMPLETIONS, grammar(regex="((a{1,200}b{1,200}){1,200}c){1,200}"))),
     Attack("messages", "2,048 messages", **ask(CHAT, talk(2048, {"role": "user", "content": "x"}))),
     Attack("wrong messages", "2,048 that are none", **ask(CHAT, talk(2048, {}))),
@@ -241,8 +247,9 @@ ATTACKS: tuple[Attack, ...] = (
     ),
     Attack("pipeline", "2,000 requests behind one another on each of 8 connections",
            **hold(lambda t: PIPELINE, 8, 3.0)),
-    Attack("metrics", "/metrics 20 times", lambda t, _: t.send(
-        *[head("GET", "/metrics", t.headers | {"Connection": "close"})] * 20, at_once=2)),
+    Attack("metrics", "the operators' /metrics, 20 times", lambda t, _: t.send(*[head(
+        "GET", "/metrics", {"Authorization": f"Bearer {t.token}", "Connection": "close"})] * 20,
+        at_once=2)),
     Attack("leave at once", "1,000 clients ask and leave", lambda t, _: crowd(t, 0.0)),
     Attack("leave later", "1,000 clients leave after 2 s", lambda t, _: crowd(t, 2.0)),
 )  # fmt: skip

@@ -127,11 +127,12 @@ class Connection(web.RequestHandler):
         """The client has closed its side: what it has asked for ends. True: it is closed here."""
         if self._wire is None:
             return None
-        if not self.busy:
-            self.expect()  # asyncio closes it when all has been sent
-            return None
-        self._leave()
-        self._leaving.closing.call(self._wire.abort)
+        if self.busy:
+            self._leave()
+            self._leaving.closing.call(self._wire.abort)
+        else:
+            self.expect()
+            self._leaving.closing.call(self._wire.close)  # when all has been sent
         return self._wire.get_extra_info("sslcontext") is None  # TLS is closed in any case
 
     def pause_writing(self) -> None:
