@@ -12,6 +12,8 @@ from llumnix.control.etcd import Etcd
 from llumnix.control.keys import Keys
 from llumnix.control.kv import KeyValue
 
+LEAST = 16  # characters of a token that is given, of which so many different:
+DIFFERENT = 6
 POLL = 0.1  # seconds between looks whether a token was put back
 _ROUNDS = 100_000  # of PBKDF2: a mark can be read by many, and must not be quick to guess from
 
@@ -62,6 +64,20 @@ def agreed_token(
                 "back, or stop them all before the first starts with the new one"
             )
         time.sleep(POLL)
+
+
+def weakness(given: str) -> str | None:
+    """One sentence for a token that can be guessed; None for one that is long enough.
+
+    A node proves itself to whoever dials it, and who has such a proof can try tokens on it at
+    leisure: stretching makes each try slow, but not a short token long.
+    """
+    if len(given) >= LEAST and len(set(given)) >= DIFFERENT:
+        return None
+    return (
+        f"the cluster token can be guessed by whoever reaches a node: give one of {LEAST} or more "
+        "random characters, such as `openssl rand -hex 32` makes"
+    )
 
 
 def token_mark(token: str) -> str:

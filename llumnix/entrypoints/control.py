@@ -32,7 +32,14 @@ from llumnix.control.pulse import Pulse
 from llumnix.control.registry import Registry
 from llumnix.control.sentinel import Sentinel
 from llumnix.control.session import Session
-from llumnix.control.token import agreed_token, ensure_token, prevails, same_token, token_mark
+from llumnix.control.token import (
+    agreed_token,
+    ensure_token,
+    prevails,
+    same_token,
+    token_mark,
+    weakness,
+)
 from llumnix.engine.vllm.blocks import Rendezvous
 from llumnix.version import VERSION
 
@@ -96,6 +103,8 @@ class ControlPlane:
         )
         self._keys = keys = Keys(config.cluster)
         self.token = config.cluster_token
+        if self.token and (weak := weakness(self.token)) is not None:
+            logger.warning("%s", weak)
         if not self.token:
             _patiently(ensure_token, etcd, keys)
         self.session = Session(etcd, config.lease_ttl)

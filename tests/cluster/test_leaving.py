@@ -14,6 +14,7 @@ from tests.kit.node import Node, Nodes
 from tests.kit.wait import eventually
 
 CROWD, TURNS = 100, 3
+TEXTS = 200
 PROMPT: dict[str, Any] = {"model": "small", "prompt": "Hello", "max_tokens": 2000}
 CHAT = {"model": "small", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2000}
 DEMO = {"prompt": "Hello", "max_tokens": 2000}
@@ -86,6 +87,40 @@ def test_a_crowd_behind_a_middleware_leaves_nothing(behind: Node) -> None:
             for number, client in enumerate(clients):
                 client.leave(WAYS[number % len(WAYS)])
             eventually(behind.idle, within=3)
+
+
+TEXT = "".join(f"{n:x} " for n in range(30_000))
+TOKENISED: list[tuple[str, dict[str, Any]]] = [
+    ("/tokenize", {"prompt": TEXT[:90_000]}),
+    ("/tokenize", {"messages": [{"role": "user", "content": TEXT[:90_000]}]}),
+    ("/v1/completions", {"prompt": [TEXT[n : n + 8000] for n in range(0, 80_000, 8000)]}),
+]
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("path", "body"), TOKENISED)
+def test_texts_of_clients_that_have_left_are_not_tokenised(
+    one: Node, path: str, body: dict[str, Any]
+) -> None:
+    """There is one tokenizer, for which others would wait half a minute."""
+
+    def asked(data: bytes) -> float:
+        client, began = Client(one.port).send(data), time.perf_counter()
+        assert client.read()
+        client.close()
+        return time.perf_counter() - began
+
+    small = post("/tokenize", {"model": "small", "prompt": "Hi"})
+    long = post(path, {"model": "small"} | body)
+    each = max(asked(long), 0.02)
+    clients = [Client(one.port).send(long) for _ in range(TEXTS)]
+    for number, client in enumerate(clients):
+        client.leave(WAYS[number % len(WAYS)])
+    took = asked(small)
+    print(f"{path}: {each:.2f} s each, {took:.2f} s for one behind {TEXTS}")
+    assert took < each * TEXTS / 2
+    for client in clients:
+        client.close()
 
 
 @pytest.mark.cluster

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import pickle
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -110,6 +111,34 @@ async def test_a_client_that_leaves_takes_no_verdict_from_others() -> None:
 
 
 @on_loop
+async def test_what_nobody_waits_for_any_more_is_not_tried() -> None:
+    """Else a client that sends and leaves would keep the process busy for minutes."""
+    grammars, trial = scripted(module.Verdict({}))
+    until = threading.Event()
+    answer = trial.run
+
+    def run(params: StructuredOutputsParams) -> Any:
+        until.wait(10)
+        return answer(params)
+
+    trial.run = run  # type: ignore[method-assign]
+    first = asyncio.create_task(grammars.admit(asking(regex="a")))
+    leaving = [asyncio.create_task(grammars.admit(asking(regex=f"b{n}"))) for n in range(20)]
+    staying, twice = (asyncio.create_task(grammars.admit(asking(regex=r))) for r in ("c", "b1"))
+    await asyncio.sleep(0.05)
+    for task in (first, *leaving):
+        task.cancel()
+    await asyncio.gather(*leaving, first, return_exceptions=True)
+    assert grammars._small.waiting == len(grammars._trying) == 3, "one runs, and two are wanted"
+    again = asyncio.create_task(grammars.admit(asking(regex="b2")))
+    await asyncio.sleep(0)
+    until.set()
+    await asyncio.gather(staying, twice, again)
+    assert trial.asked == 4 and grammars._small.waiting == 0 and not grammars._trying
+    await grammars.close()
+
+
+@on_loop
 async def test_verdicts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     grammars, _ = scripted(module.Verdict({"grammar": "x" * 1000}))
     monkeypatch.setattr(module, "KEPT_BYTES", 20_000)
@@ -145,6 +174,24 @@ def trial(config: VllmConfig) -> Iterator[Trial]:
     made.start()
     yield made
     made.close()
+
+
+@on_loop
+async def test_the_first_grammar_of_a_fresh_node(config: VllmConfig, trial: Trial) -> None:
+    """It may take no longer than any other, and those behind it are compiled."""
+    grammars = Grammars(config, 1.0)
+    began = time.perf_counter()
+    first = asyncio.create_task(grammars.admit(asking(regex="(.{1,1000}x){1,1000}")))
+    await asyncio.sleep(0)
+    behind = [asking(regex="[ab]{3}"), asking(choice=[f"{n:06}" for n in range(1000)])]
+    others = asyncio.gather(*map(grammars.admit, behind))
+    with pytest.raises(VLLMValidationError, match="longer than 1 s"):
+        await first
+    assert time.perf_counter() - began < 15.0, "2 s, on a machine of one's own"
+    await others
+    # What xgrammar makes little of is nothing to refuse.
+    await grammars.admit(asking(regex="(a{1,1000}){1,1000}"))
+    await grammars.close()
 
 
 def test_a_process_compiles_refuses_and_dies(trial: Trial) -> None:

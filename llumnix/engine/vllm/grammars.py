@@ -10,8 +10,7 @@ import hashlib
 import json
 import pickle
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
 
@@ -46,6 +45,17 @@ class _Lane:
         self.thread.submit(self.trial.start)
 
 
+class _Attempt:
+    """A grammar on its way through a lane, and how many wait for it."""
+
+    def __init__(self, lane: _Lane, asked: StructuredOutputsParams) -> None:
+        lane.waiting += 1
+        self.lane = lane
+        self.running: Future[Verdict] = lane.thread.submit(lane.trial.run, asked)
+        self.verdict: asyncio.Future[Verdict | str]
+        self.wanted = 0  # by so many; if nobody is left before it begins, it never does
+
+
 class Grammars:
     """Says of each grammar whether requests may have it; lives on the API server's loop."""
 
@@ -55,7 +65,7 @@ class Grammars:
         self._small, self._large = (_Lane(packed, seconds) for _ in range(2))
         self._known: OrderedDict[bytes, tuple[Verdict | str, int]] = OrderedDict()
         self._bytes = 0
-        self._trying: dict[bytes, asyncio.Future[Verdict | str]] = {}
+        self._trying: dict[bytes, _Attempt] = {}
         self.trials = 0  # so far
 
     def warm(self) -> None:
@@ -86,36 +96,43 @@ class Grammars:
         if (known := self._known.get(key)) is not None:
             self._known.move_to_end(key)
             return known[0]
-        trying = self._trying.get(key)
-        if trying is None:
+        attempt = self._trying.get(key)
+        if attempt is None:
             lane = self._small if size <= SMALL_BYTES else self._large
             if lane.waiting >= WAITING:
                 raise failed(
                     "too many grammars wait to be compiled; try again soon",
                     HTTPStatus.SERVICE_UNAVAILABLE,
                 )
-            lane.waiting += 1
-            trying = asyncio.ensure_future(self._try(key, lane, asked))
-            self._trying[key] = trying
+            attempt = self._trying[key] = _Attempt(lane, asked)
+            attempt.verdict = asyncio.ensure_future(self._try(key, attempt))
+        attempt.wanted += 1
         try:
-            return await asyncio.shield(trying)  # others may wait for the same
+            return await asyncio.shield(attempt.verdict)  # others may wait for the same
         except TrialUnavailable as error:
             raise failed(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from error
+        finally:
+            attempt.wanted -= 1
+            if not attempt.wanted and attempt.running.cancel():  # it has not begun
+                self._end(key, attempt)
 
-    async def _try(self, key: bytes, lane: _Lane, asked: StructuredOutputsParams) -> Verdict | str:
-        self.trials += 1
-        loop = asyncio.get_running_loop()
+    async def _try(self, key: bytes, attempt: _Attempt) -> Verdict | str:
         verdict: Verdict | str
         try:
-            verdict = await loop.run_in_executor(lane.thread, partial(lane.trial.run, asked))
+            verdict = await asyncio.wrap_future(attempt.running)
         except TrialFailed as error:
             verdict = str(error)
-            lane.start()  # another in its place, if it has died of it
+            attempt.lane.start()  # another in its place, if it has died of it
         finally:
-            lane.waiting -= 1
-            del self._trying[key]
+            self._end(key, attempt)
+        self.trials += 1
         self._keep(key, verdict)
         return verdict
+
+    def _end(self, key: bytes, attempt: _Attempt) -> None:
+        if self._trying.get(key) is attempt:
+            del self._trying[key]
+            attempt.lane.waiting -= 1
 
     def _keep(self, key: bytes, verdict: Verdict | str) -> None:
         texts = [verdict] if isinstance(verdict, str) else verdict.changed.values()
