@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import pickle
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
 from llumnix.engine.vllm import grammars as module
+from llumnix.engine.vllm import trial as trials
 from llumnix.engine.vllm.grammars import Grammars
 from llumnix.engine.vllm.trial import Trial, TrialFailed
 from tests.kit.loop import on_loop
@@ -192,6 +194,19 @@ async def test_the_first_grammar_of_a_fresh_node(config: VllmConfig, trial: Tria
     # What xgrammar makes little of is nothing to refuse.
     await grammars.admit(asking(regex="(a{1,1000}){1,1000}"))
     await grammars.close()
+
+
+def test_a_process_that_hangs_is_given_up(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "STILL", 0.5)
+    trial.start()
+    began = time.perf_counter()
+    os.kill(trial.pid or 0, signal.SIGSTOP)
+    with pytest.raises(TrialFailed, match="longer than 2 s"):
+        trial.run(asking(regex="[a-f]+").structured_outputs)
+    assert time.perf_counter() - began < 10.0, "not forty seconds"
+    assert trial.pid is None
+    monkeypatch.setattr(trials, "STILL", 30.0)
+    trial.run(asking(regex="[a-f]+").structured_outputs)
 
 
 def test_a_process_compiles_refuses_and_dies(trial: Trial) -> None:

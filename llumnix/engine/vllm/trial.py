@@ -24,6 +24,7 @@ MEMORY = 2 * 2**30  # bytes of address space beyond what the process has when it
 START_SECONDS = 60.0  # until it has read the tokenizer
 NICE = 5  # below the API server, whose streams go on meanwhile
 WALL = 20  # times the limit, until a process that gets little of the machine is given up
+STILL = 5.0  # seconds in which a process that computes nothing at all is given up
 SENTENCE = 500  # characters of an error that are told
 
 
@@ -90,7 +91,7 @@ class Trial:
         pipe = self.start()
         try:
             pipe.send(params)
-            if not pipe.poll(WALL * self._seconds):
+            if not self._answers(pipe):
                 raise TrialFailed(self._too_long)
             answer: Verdict | str = pipe.recv()
         except TrialFailed:
@@ -102,6 +103,27 @@ class Trial:
         if isinstance(answer, str):
             raise TrialFailed(answer)
         return answer
+
+    def _answers(self, pipe: Connection) -> bool:
+        """Wait for an answer; not for one of a process that hangs, as where memory has ended."""
+        deadline = time.monotonic() + WALL * self._seconds
+        used = None
+        while time.monotonic() < deadline:
+            if pipe.poll(min(STILL, WALL * self._seconds)):
+                return True
+            used, before = self._computed(), used
+            if used == before:
+                return False
+        return False
+
+    def _computed(self) -> int:
+        """The CPU time that the process has taken, in ticks; 0 if it is gone."""
+        try:
+            with open(f"/proc/{self.pid}/stat") as stat:
+                fields = stat.read().rpartition(")")[2].split()
+        except OSError:
+            return 0
+        return int(fields[11]) + int(fields[12])
 
     @property
     def _too_long(self) -> str:
