@@ -13,8 +13,8 @@ from pathlib import Path
 from random import Random
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
-from llumnix.policy.board import DispatchBoard
 from llumnix.policy.dispatch import Request
+from llumnix.policy.dispatch_state import DispatchBoard
 from llumnix.policy.dispatchers import POLICIES
 
 _NODE_SIZE = 8

@@ -27,7 +27,7 @@ from vllm import SamplingParams
 
 from benchmarks.migration_stage import Stage, make_stage, request_of
 from benchmarks.servers import model_folder
-from llumnix.entrypoints.engines import ladder
+from llumnix.node.engines import ladder
 
 CONTEXTS = (256, 512, 1024, 2048)
 WARM = 24  # tokens before a stream is moved

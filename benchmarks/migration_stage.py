@@ -20,25 +20,25 @@ from vllm.v1.engine import EngineCoreRequest
 
 from llumnix.actors.migration import MigrationActor
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceState
-from llumnix.control.embedded import EmbeddedEtcd
-from llumnix.control.etcd import Etcd
-from llumnix.control.handshake import Handshake
+from llumnix.control.etcd.client import Etcd
+from llumnix.control.etcd.server import EmbeddedEtcd
+from llumnix.control.etcd.session import Session
 from llumnix.control.keys import Keys, Kind
-from llumnix.control.session import Session
+from llumnix.dataplane.client import ClusterClient
+from llumnix.dataplane.exchange import Exchange
+from llumnix.dataplane.hosted_instance import HostedInstance
+from llumnix.dataplane.peer import Peers, Self
+from llumnix.dataplane.placer import Route
 from llumnix.engine.base import Transfer
-from llumnix.engine.client import ClusterClient
-from llumnix.engine.departure import Limits
-from llumnix.engine.exchange import Exchange
-from llumnix.engine.hosted import HostedInstance
-from llumnix.engine.peer import Peers, Self
-from llumnix.engine.placer import Route
 from llumnix.engine.vllm.arguments import engine_config, make_parser
-from llumnix.engine.vllm.blocks import Rendezvous
 from llumnix.engine.vllm.instance import Patience, VllmEngine
+from llumnix.engine.vllm.kv_blocks import Rendezvous
 from llumnix.engine.vllm.launcher import start_fork_server
 from llumnix.engine.vllm.placement import place
-from llumnix.entrypoints.migrations import Migrations, Rules
-from llumnix.policy.terms import Terms
+from llumnix.migration.record import Handshake
+from llumnix.migration.service import Migrations, Rules
+from llumnix.migration.source import Limits
+from llumnix.policy.decision_context import Terms
 
 NODE = "bench"
 ON_CPU = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--block-size", "32"]

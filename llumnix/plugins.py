@@ -15,12 +15,12 @@ from math import inf, isnan
 from typing import Any
 
 from llumnix.cluster import ClusterView
+from llumnix.policy.decision_context import Terms
 from llumnix.policy.dispatch import Candidate, Policy, Request, Score
 from llumnix.policy.dispatchers import POLICIES
 from llumnix.policy.planners import PLANNERS
 from llumnix.policy.rebalance import Allowed, Pair, Planner
 from llumnix.policy.select import RULES
-from llumnix.policy.terms import Terms
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from llumnix.control.embedded import die_with_parent
+from llumnix.control.etcd.server import die_with_parent
 
 HOST = "127.0.0.1"
 _TERM_SECONDS = 20.0

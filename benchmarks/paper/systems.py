@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from llumnix.policy.classes import PriorityClass
+from llumnix.policy.decision_context import Thresholds
 from llumnix.policy.rescheduler import PAPER
-from llumnix.policy.terms import Thresholds
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig, PolicyConfig
 
 INSTANCES = 16

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from llumnix.actors.base import Actor
 from llumnix.cluster import ClusterView, InstanceId, NodeId, kv_blocks
-from llumnix.policy.board import DispatchBoard
+from llumnix.policy.decision_context import TERMS, Terms
 from llumnix.policy.dispatch import Policy, Request
-from llumnix.policy.terms import TERMS, Terms
+from llumnix.policy.dispatch_state import DispatchBoard
 
 
 class Dispatched(NamedTuple):

@@ -18,8 +18,8 @@ from pykka import ActorDeadError
 
 from llumnix.actors.base import Actor
 from llumnix.cluster import InstanceId, InstanceState
+from llumnix.dataplane.hosted_instance import HostedInstance
 from llumnix.engine.base import EngineError, EngineFacts
-from llumnix.engine.hosted import HostedInstance
 
 logger = logging.getLogger(__name__)
 

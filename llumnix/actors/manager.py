@@ -11,12 +11,12 @@ from typing import Literal
 from llumnix.actors.base import Actor
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, NodeId
 from llumnix.control.desired import Wish
+from llumnix.policy.decision_context import TERMS, Terms
 from llumnix.policy.load import freeness
 from llumnix.policy.rebalance import Pair, Planner, pairs
 from llumnix.policy.rescheduler import DRAIN_MOVES, PATIENCE, Order, Pace, Rescheduler
 from llumnix.policy.scaling import Scaler, ScalingTerms
 from llumnix.policy.select import TOGETHER
-from llumnix.policy.terms import TERMS, Terms
 
 logger = logging.getLogger(__name__)
 

@@ -12,14 +12,14 @@ from typing import TypeVar
 
 from llumnix.actors.base import Actor
 from llumnix.cluster import InstanceId
-from llumnix.control.errors import EtcdError, EtcdOutcomeUnknown
-from llumnix.control.handshake import (
+from llumnix.control.etcd.errors import EtcdError, EtcdOutcomeUnknown
+from llumnix.migration.record import (
     Handshake,
     HandshakeError,
     MigrationRecord,
     MigrationState,
 )
-from llumnix.engine.departure import MigrationError
+from llumnix.migration.source import MigrationError
 
 logger = logging.getLogger(__name__)
 

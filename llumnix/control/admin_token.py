@@ -3,8 +3,8 @@
 import secrets
 
 from llumnix.control.codec import decode_text, encode_text
-from llumnix.control.errors import EtcdRefused
-from llumnix.control.etcd import Etcd
+from llumnix.control.etcd.client import Etcd
+from llumnix.control.etcd.errors import EtcdRefused
 from llumnix.control.keys import Keys
 
 

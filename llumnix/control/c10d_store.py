@@ -12,9 +12,9 @@ from datetime import timedelta
 
 from torch.distributed import DistStoreError, Store
 
-from llumnix.control.backoff import Backoff
-from llumnix.control.errors import EtcdError, EtcdUnavailable
-from llumnix.control.etcd import Etcd
+from llumnix.control.etcd.backoff import Backoff
+from llumnix.control.etcd.client import Etcd
+from llumnix.control.etcd.errors import EtcdError, EtcdUnavailable
 
 log = logging.getLogger(__name__)
 

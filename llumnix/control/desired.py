@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from llumnix.cluster import InstanceId, NodeId
 from llumnix.control.codec import Desired, decode_desired, encode_desired
-from llumnix.control.errors import EtcdRefused
-from llumnix.control.etcd import Etcd
+from llumnix.control.etcd.client import Etcd
+from llumnix.control.etcd.errors import EtcdRefused
+from llumnix.control.etcd.types import Compare, Get, KeyValue, Put
 from llumnix.control.keys import Keys
-from llumnix.control.kv import Compare, Get, KeyValue, Put
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from llumnix.cluster import ClusterView, NodeId
 from llumnix.control.alarms import Alarms, Matter
 from llumnix.control.codec import encode_leader
-from llumnix.control.errors import EtcdError
-from llumnix.control.etcd import Etcd
+from llumnix.control.etcd.client import Etcd
+from llumnix.control.etcd.errors import EtcdError
+from llumnix.control.etcd.heartbeat import Pulse
+from llumnix.control.etcd.session import Session
+from llumnix.control.etcd.types import Compare, Delete, KeyValue
 from llumnix.control.keys import Keys
-from llumnix.control.kv import Compare, Delete, KeyValue
-from llumnix.control.pulse import Pulse
-from llumnix.control.session import Session
-from llumnix.control.throne import Throne
+from llumnix.control.leader_key import Throne
 
 log = logging.getLogger(__name__)
 

@@ -6,19 +6,19 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceLoad, NodeId, NodeInfo
-from llumnix.control.ahead import Ahead
-from llumnix.control.changes import changes
 from llumnix.control.codec import encode_instance, encode_node
 from llumnix.control.desired import Wish, put_desired
-from llumnix.control.etcd import Etcd
-from llumnix.control.grace import Grace
+from llumnix.control.etcd.client import Etcd
+from llumnix.control.etcd.heartbeat import Pulse
+from llumnix.control.etcd.session import Session
+from llumnix.control.etcd.types import KeyValue
+from llumnix.control.etcd.watch import PrefixWatch
+from llumnix.control.grace_period import Grace
 from llumnix.control.keys import Keys, Kind
-from llumnix.control.kv import KeyValue
-from llumnix.control.loads import LoadPublisher
-from llumnix.control.pulse import Pulse
-from llumnix.control.session import Session
+from llumnix.control.load_publisher import LoadPublisher
+from llumnix.control.local_overlay import Ahead
 from llumnix.control.view import ViewBuilder
-from llumnix.control.watch import PrefixWatch
+from llumnix.control.view_changes import changes
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from llumnix.cluster import ClusterView
 from llumnix.control import codec
+from llumnix.control.etcd.types import KeyValue
 from llumnix.control.keys import Keys, Kind
-from llumnix.control.kv import KeyValue
 
 log = logging.getLogger(__name__)
 

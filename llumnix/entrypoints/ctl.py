@@ -13,7 +13,7 @@ from urllib.request import Request, urlopen
 
 import orjson
 
-from llumnix.entrypoints.tokens import find_token
+from llumnix.operator_tokens import find_token
 from llumnix.secrecy import SecretError
 
 SECONDS = 150.0  # longer than the longest migration

@@ -11,11 +11,11 @@ Source: the artifact of Llumnix (OSDI'24), which differs from Algorithm 1 in pla
 from math import inf
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
-from llumnix.policy.board import is_candidate
+from llumnix.policy.decision_context import Terms
 from llumnix.policy.dispatch import Candidate, Request
+from llumnix.policy.dispatch_state import is_candidate
 from llumnix.policy.load import dispatch_usage
 from llumnix.policy.rebalance import UNCHECKED, Allowed, Pair, fit, is_emptied
-from llumnix.policy.terms import Terms
 
 WATERMARK = 0.01  # share of the KV blocks that its memory manager keeps free
 

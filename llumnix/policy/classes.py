@@ -12,6 +12,8 @@ from types import MappingProxyType
 
 from llumnix.cluster import InstanceInfo
 
+PRIORITIES = range(-(2**63), 2**63)  # that vLLM takes
+
 
 @dataclass(frozen=True, slots=True)
 class PriorityClass:

@@ -16,8 +16,8 @@ from random import Random
 from typing import NamedTuple
 
 from llumnix.cluster import InstanceId, InstanceInfo, InstanceLoad
+from llumnix.policy.decision_context import Terms
 from llumnix.policy.load import NOTHING, InFlight, dispatch_freeness, unclaimed
-from llumnix.policy.terms import Terms
 
 # Above any finite freeness (blocks a request), and small enough that adding a number of blocks to
 # it is exact in a float.

@@ -6,9 +6,9 @@ requests run. So long prompts go to where they hold up the fewest, as long as th
 to grow, and all else by freeness.
 """
 
+from llumnix.policy.decision_context import Terms
 from llumnix.policy.dispatch import Candidate, Request, by_freeness, kept_from
 from llumnix.policy.load import unclaimed
-from llumnix.policy.terms import Terms
 
 LONG = 14  # steps of decoding that a prompt's prefill must last to be a long one
 # A second that the newcomer waits for the prompts before it weighs as much as a second for which so

@@ -10,9 +10,9 @@ All the rest is as in the paper.
 """
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad
+from llumnix.policy.decision_context import Terms
 from llumnix.policy.queues import behind, longest_first, open_ones, to_idle_queues
 from llumnix.policy.rebalance import SPILL, Allowed, Pair, fit, pairs, room
-from llumnix.policy.terms import Terms
 
 
 def lookahead(view: ClusterView, terms: Terms, allowed: Allowed) -> list[Pair]:

@@ -15,11 +15,11 @@ All else is the paper's rule (policy/rebalance): running requests leave where th
 from collections.abc import Callable
 
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceLoad
-from llumnix.policy.board import is_candidate
+from llumnix.policy.decision_context import Terms
+from llumnix.policy.dispatch_state import is_candidate
 from llumnix.policy.load import unclaimed
 from llumnix.policy.rebalance import Allowed, Pair, fit, pairs, room
 from llumnix.policy.select import QUEUE, TAIL
-from llumnix.policy.terms import Terms
 
 # Of its blocks, that an engine may keep back from the head of its queue (a watermark).
 KEPT_BACK = 0.01

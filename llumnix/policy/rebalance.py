@@ -11,11 +11,11 @@ from math import inf
 from typing import NamedTuple
 
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceState
-from llumnix.policy.board import is_candidate
 from llumnix.policy.classes import NO_CLASSES
+from llumnix.policy.decision_context import TERMS, Terms, Thresholds
+from llumnix.policy.dispatch_state import is_candidate
 from llumnix.policy.load import freeness, unclaimed, virtual_usage
 from llumnix.policy.select import QUEUE, TAIL, Room
-from llumnix.policy.terms import TERMS, Terms, Thresholds
 
 SPILL = "behind"  # the rule by which a request that waits goes where it need not
 SPILL_FLOOR = 8.0  # the freeness that it must leave there, for all to grow; in blocks a request

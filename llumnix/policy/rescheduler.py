@@ -9,12 +9,12 @@ from math import inf
 from typing import NamedTuple
 
 from llumnix.cluster import ClusterView, InstanceId
+from llumnix.policy.decision_context import TERMS, Terms
 from llumnix.policy.moves import Moves
 from llumnix.policy.planned import Planned
 from llumnix.policy.queues import is_blocked
 from llumnix.policy.rebalance import Pair, Planner, is_emptied, pairs, room
 from llumnix.policy.select import TOGETHER
-from llumnix.policy.terms import TERMS, Terms
 
 DRAIN_MOVES = 4  # at once, from or to an instance, when one is being emptied
 PATIENCE = 60  # ticks until a move without an answer counts as failed

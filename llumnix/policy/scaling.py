@@ -18,7 +18,7 @@ from math import ceil, inf
 from types import MappingProxyType
 
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, NodeId
-from llumnix.policy.census import Census, census
+from llumnix.policy.capacity import Census, census
 from llumnix.policy.classes import NO_CLASSES, Classes
 from llumnix.policy.load import dispatch_usage
 

@@ -14,9 +14,9 @@ because of the newcomer sends everyone to where all is lost already, and that ne
 from math import inf
 
 from llumnix.cluster import InstanceInfo, InstanceLoad
+from llumnix.policy.decision_context import Terms
 from llumnix.policy.dispatch import Candidate, Request, by_load
 from llumnix.policy.load import InFlight, dispatch_usage, unclaimed
-from llumnix.policy.terms import Terms
 
 # Of a missed target against blocks of freeness: any part of one outweighs all the room there is.
 _WEIGHT = 2.0**41

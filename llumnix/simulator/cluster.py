@@ -7,10 +7,10 @@ from llumnix.engine.sim.config import ModelConfig
 from llumnix.latency import PROFILES, LatencyProfile
 from llumnix.plugins import dispatch_policy, planner
 from llumnix.policy.classes import Classes, PriorityClass
+from llumnix.policy.decision_context import Terms, Thresholds
 from llumnix.policy.rescheduler import Pace
 from llumnix.policy.scaling import ScalingTerms
 from llumnix.policy.select import RULES
-from llumnix.policy.terms import Terms, Thresholds
 from llumnix.simulator.cost import COSTS
 
 

@@ -11,8 +11,8 @@ from llumnix.cluster import (
     InstanceState,
     NodeInfo,
 )
+from llumnix.policy.decision_context import Terms
 from llumnix.policy.scaling import Action, Decision, Scaler
-from llumnix.policy.terms import Terms
 from llumnix.simulator.clock import Clock
 from llumnix.simulator.cluster import ClusterConfig
 from llumnix.simulator.instance import NODE, SimInstance

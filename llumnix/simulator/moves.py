@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from llumnix.cluster import ClusterView, InstanceId, kv_blocks
-from llumnix.policy.choice import leaving, leaving_together
+from llumnix.policy.decision_context import Terms
 from llumnix.policy.rebalance import Pair
+from llumnix.policy.request_choice import leaving, leaving_together
 from llumnix.policy.rescheduler import Order
 from llumnix.policy.select import TOGETHER
-from llumnix.policy.terms import Terms
 from llumnix.simulator.clock import Clock
 from llumnix.simulator.cost import MigrationCost
 from llumnix.simulator.instance import SimInstance

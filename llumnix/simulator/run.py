@@ -7,8 +7,8 @@ from random import Random
 
 from llumnix.cluster import kv_blocks
 from llumnix.plugins import dispatch_policy, planner
-from llumnix.policy.board import DispatchBoard
 from llumnix.policy.dispatch import Request
+from llumnix.policy.dispatch_state import DispatchBoard
 from llumnix.policy.rebalance import Pair
 from llumnix.policy.rescheduler import Order, Rescheduler
 from llumnix.policy.select import TOGETHER

@@ -11,8 +11,8 @@ import pytest
 from llumnix.actors import instance as instance_module
 from llumnix.actors.instance import InstanceActor, Life, Report
 from llumnix.cluster import InstanceState
-from llumnix.engine.frames import Submit
-from llumnix.engine.hosted import HostedInstance
+from llumnix.dataplane.frames import Submit
+from llumnix.dataplane.hosted_instance import HostedInstance
 from llumnix.engine.sim.instance import SimEngine
 from tests.actors.conftest import LoopThread
 from tests.kit.engines import FACTS, FailingEngine, IdleEngine

@@ -9,12 +9,12 @@ import pytest
 from llumnix.actors.manager import DRAIN_MOVES, ManagerActor, MoveCommand, Outcome, Scaling
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState, NodeInfo
 from llumnix.control.desired import Wish
+from llumnix.policy.decision_context import Terms, Thresholds
 from llumnix.policy.moves import BACKOFF_LONGEST
 from llumnix.policy.queues import queues
 from llumnix.policy.rebalance import Pair
 from llumnix.policy.rescheduler import PAPER, Pace
 from llumnix.policy.scaling import ScalingTerms
-from llumnix.policy.terms import Terms, Thresholds
 
 A, B, C = "node-a-0", "node-b-0", "node-c-0"
 PAIR = Pair(A, B)

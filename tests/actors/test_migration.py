@@ -3,8 +3,8 @@
 from typing import Any
 
 from llumnix.actors.migration import Books, MigrationActor
-from llumnix.control.handshake import MigrationRecord
-from llumnix.engine.departure import MigrationError
+from llumnix.migration.record import MigrationRecord
+from llumnix.migration.source import MigrationError
 
 
 class Records:

@@ -12,10 +12,10 @@ import pytest
 
 from llumnix.actors import instance as instance_module
 from llumnix.actors.instance import InstanceActor, Life, Report
-from llumnix.actors.node import NodeActor, Roster, Surroundings
 from llumnix.actors.supervised import DEATHS, Supervised
+from llumnix.actors.supervisor import NodeActor, Roster, Surroundings
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceState
-from llumnix.engine.hosted import HostedInstance
+from llumnix.dataplane.hosted_instance import HostedInstance
 from tests.actors.conftest import LoopThread
 from tests.actors.test_instance import Nobody
 from tests.kit.engines import FACTS, FailingEngine, IdleEngine

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from pykka import ActorDeadError
 
+from llumnix.actors import supervision as supervision_module
 from llumnix.actors.base import Actor
 from llumnix.actors.supervised import DEATHS, DEATHS_SECONDS, Supervised
-from llumnix.entrypoints import supervision as supervision_module
-from llumnix.entrypoints.supervision import LOOK_SECONDS, Supervision
+from llumnix.actors.supervision import LOOK_SECONDS, Supervision
 from tests.kit.loop import on_loop, soon
 from tests.kit.wait import eventually
 

@@ -5,9 +5,9 @@ import threading
 
 import pytest
 
+from llumnix.actors.desired_writer import Wishes
 from llumnix.control.desired import Wish
-from llumnix.control.errors import EtcdRefused, EtcdUnavailable
-from llumnix.entrypoints.wishes import Wishes
+from llumnix.control.etcd.errors import EtcdRefused, EtcdUnavailable
 from tests.actors.conftest import LoopThread
 from tests.kit.wait import eventually
 

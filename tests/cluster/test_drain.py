@@ -12,7 +12,7 @@ import pytest
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState, NodeInfo
 from llumnix.entrypoints import ctl
-from llumnix.entrypoints.server.drains import left
+from llumnix.server.drain_routes import left
 from tests.kit.etcd import EtcdCluster
 from tests.kit.moves import Run
 from tests.kit.node import Node, Nodes

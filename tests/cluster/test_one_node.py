@@ -17,9 +17,9 @@ import pytest
 from aiohttp import web
 from yarl import URL
 
-from llumnix.entrypoints.server import asgi
-from llumnix.entrypoints.server.errors import openai_errors
-from llumnix.entrypoints.server.listener import Listener
+from llumnix.server import asgi
+from llumnix.server.errors import openai_errors
+from llumnix.server.listener import Listener
 from tests.kit.etcd import free_ports
 from tests.kit.node import Node
 from tests.kit.wait import eventually

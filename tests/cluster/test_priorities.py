@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llumnix.entrypoints.server.priority import HEADER
+from llumnix.server.priority import HEADER
 from tests.kit.etcd import EtcdCluster
 from tests.kit.node import HOST, Answer, Node, Nodes
 from tests.kit.wait import eventually

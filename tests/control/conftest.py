@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from llumnix.control.etcd import Etcd
+from llumnix.control.etcd.client import Etcd
+from llumnix.control.etcd.session import Session
 from llumnix.control.keys import Keys
-from llumnix.control.session import Session
 from tests.kit.etcd import EtcdCluster
 from tests.kit.wait import eventually
 

@@ -14,7 +14,7 @@ import torch
 from torch.distributed import DistStoreError, HashStore, PrefixStore, ProcessGroupGloo, Store
 
 from llumnix.control.c10d_store import EtcdStore
-from llumnix.control.etcd import Etcd
+from llumnix.control.etcd.client import Etcd
 from llumnix.control.keys import Keys
 from tests.kit.etcd import EtcdCluster
 from tests.kit.wait import eventually

@@ -4,10 +4,10 @@ import pytest
 
 from llumnix.cluster import ClusterView
 from llumnix.control.desired import Wish, put_desired
-from llumnix.control.errors import EtcdRefused
-from llumnix.control.etcd import Etcd
+from llumnix.control.etcd.client import Etcd
+from llumnix.control.etcd.errors import EtcdRefused
+from llumnix.control.etcd.types import Compare, KeyValue, Op, TxnResult
 from llumnix.control.keys import Keys
-from llumnix.control.kv import Compare, KeyValue, Op, TxnResult
 from llumnix.control.view import ViewBuilder
 from tests.kit.etcd import EtcdCluster
 

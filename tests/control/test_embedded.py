@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from llumnix.config import Config, ConfigError
-from llumnix.control import embedded
-from llumnix.control.embedded import EmbeddedEtcd, find_etcd
-from llumnix.control.errors import EmbeddedEtcdError, EtcdError
-from llumnix.control.etcd import Etcd
-from llumnix.control.private import private_folder
+from llumnix.control.etcd import server
+from llumnix.control.etcd.client import Etcd
+from llumnix.control.etcd.errors import EmbeddedEtcdError, EtcdError
+from llumnix.control.etcd.private_folders import private_folder
+from llumnix.control.etcd.server import EmbeddedEtcd, find_etcd
 from tests.kit.wait import eventually
 
 
@@ -83,7 +83,7 @@ def test_a_second_on_the_same_data_is_refused(tmp_path: Path) -> None:
 def test_dies_with_its_process_even_by_kill(tmp_path: Path) -> None:
     script = (
         "import sys, time, threading\n"
-        "from llumnix.control.embedded import EmbeddedEtcd\n"
+        "from llumnix.control.etcd.server import EmbeddedEtcd\n"
         "server = EmbeddedEtcd(sys.argv[1])\n"
         # The thread that starts it ends at once; etcd must not end with it.
         "t = threading.Thread(target=server.start); t.start(); t.join()\n"
@@ -111,7 +111,7 @@ def test_says_why_it_did_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(EmbeddedEtcdError, match="No such file"):
         EmbeddedEtcd(tmp_path / "data", binary=str(tmp_path / "none")).start()
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(embedded, "_carried_etcd", lambda: None)
+    monkeypatch.setattr(server, "_carried_etcd", lambda: None)
     with pytest.raises(EmbeddedEtcdError, match="there is no etcd to start"):
         EmbeddedEtcd(tmp_path / "data").start()
 

@@ -4,15 +4,15 @@ import time
 
 import pytest
 
-from llumnix.control.errors import (
+from llumnix.control.etcd.client import Etcd
+from llumnix.control.etcd.errors import (
     EtcdOutcomeUnknown,
     EtcdRefused,
     EtcdUnavailable,
     LeaseNotFound,
 )
-from llumnix.control.etcd import Etcd
+from llumnix.control.etcd.types import Compare, Delete, Get, Put
 from llumnix.control.keys import Keys
-from llumnix.control.kv import Compare, Delete, Get, Put
 from tests.kit.etcd import EtcdCluster, free_ports
 from tests.kit.wait import eventually
 

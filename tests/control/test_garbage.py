@@ -10,13 +10,13 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from llumnix.cluster import NodeInfo
 from llumnix.control.alarms import Alarms
-from llumnix.control.handshake import Handshake
+from llumnix.control.etcd.types import KeyValue
 from llumnix.control.keys import Keys, Kind
-from llumnix.control.kv import KeyValue
-from llumnix.control.sentinel import Sentinel
+from llumnix.control.tamper_watch import Sentinel
 from llumnix.control.view import ViewBuilder
-from llumnix.entrypoints.server.admin import describe
 from llumnix.metrics import NodeCollector, Snapshot
+from llumnix.migration.record import Handshake
+from llumnix.server.status_routes import describe
 
 KEYS = Keys("prod")
 ME = NodeInfo("a", "10.0.0.1:1", "1", 7, token_mark="m")

@@ -1,7 +1,7 @@
 """Unknown is not lost, and what was seen to go is gone."""
 
-from llumnix.control.grace import Grace
-from llumnix.control.kv import KeyValue
+from llumnix.control.etcd.types import KeyValue
+from llumnix.control.grace_period import Grace
 
 
 def items(*names: str, revision: int = 1) -> dict[str, KeyValue]:

@@ -14,9 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llumnix.cluster import ClusterView
-from llumnix.control.errors import EtcdError, EtcdOutcomeUnknown
-from llumnix.control.etcd import Etcd
-from llumnix.control.handshake import (
+from llumnix.control.etcd.client import Etcd
+from llumnix.control.etcd.errors import EtcdError, EtcdOutcomeUnknown
+from llumnix.control.etcd.session import Session
+from llumnix.control.etcd.types import KeyValue
+from llumnix.control.keys import Keys, Kind, Parsed
+from llumnix.control.registry import Registry
+from llumnix.migration.record import (
     TRANSITIONS,
     Handshake,
     HandshakeError,
@@ -24,10 +28,6 @@ from llumnix.control.handshake import (
     MigrationState,
     _decode,
 )
-from llumnix.control.keys import Keys, Kind, Parsed
-from llumnix.control.kv import KeyValue
-from llumnix.control.registry import Registry
-from llumnix.control.session import Session
 from tests.kit.etcd import EtcdCluster
 from tests.kit.wait import eventually
 

@@ -9,17 +9,17 @@ import pytest
 from llumnix.cluster import InstanceInfo, InstanceState, NodeInfo
 from llumnix.config import Config
 from llumnix.control.alarms import Alarms, Matter
-from llumnix.control.claim import MORE
+from llumnix.control.cluster_token import prevails, token_mark
 from llumnix.control.codec import encode_leader, encode_node
 from llumnix.control.election import Election
-from llumnix.control.errors import EtcdRefused, NameTaken
-from llumnix.control.etcd import Etcd
+from llumnix.control.etcd.client import Etcd
+from llumnix.control.etcd.errors import EtcdRefused, NameTaken
+from llumnix.control.etcd.session import Session
 from llumnix.control.keys import Keys
-from llumnix.control.session import Session
-from llumnix.control.throne import Throne
-from llumnix.control.token import prevails, token_mark
-from llumnix.entrypoints.control import ControlPlane
+from llumnix.control.leader_key import Throne
+from llumnix.control.name_claim import MORE
 from llumnix.metrics import KEY_FAULTS
+from llumnix.node.control_plane import ControlPlane
 from tests.kit.etcd import EtcdCluster
 from tests.kit.wait import eventually
 

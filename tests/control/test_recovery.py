@@ -12,12 +12,12 @@ from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceSta
 from llumnix.config import Config
 from llumnix.control.codec import encode_text
 from llumnix.control.election import Election
-from llumnix.control.etcd import Etcd
+from llumnix.control.etcd.client import Etcd
+from llumnix.control.etcd.lease_timing import fitting_timeout, interval_of
+from llumnix.control.etcd.session import Session
 from llumnix.control.keys import Keys
-from llumnix.control.pace import fitting_timeout, interval_of
 from llumnix.control.registry import Registry
-from llumnix.control.session import Session
-from llumnix.entrypoints.control import ControlPlane
+from llumnix.node.control_plane import ControlPlane
 from tests.control.test_election import only_when_told
 from tests.kit.etcd import EtcdCluster, free_ports
 from tests.kit.wait import eventually

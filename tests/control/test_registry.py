@@ -9,14 +9,14 @@ from functools import partial
 import pytest
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState, NodeInfo
-from llumnix.control import wire
-from llumnix.control.errors import EtcdUnavailable
-from llumnix.control.etcd import Etcd
+from llumnix.control.etcd import protobuf
+from llumnix.control.etcd.channel import Member
+from llumnix.control.etcd.client import Etcd
+from llumnix.control.etcd.errors import EtcdUnavailable
+from llumnix.control.etcd.session import Session
+from llumnix.control.etcd.types import KeyValue
 from llumnix.control.keys import Keys
-from llumnix.control.kv import KeyValue
-from llumnix.control.member import Member
 from llumnix.control.registry import Registry
-from llumnix.control.session import Session
 from tests.kit.etcd import EtcdCluster
 from tests.kit.wait import eventually
 
@@ -140,7 +140,7 @@ def test_load_writes_are_few(etcd: Etcd, registry: Registry, keys: Keys) -> None
 
 
 def _writes(etcd: Etcd, keys: Keys) -> int:
-    response, _ = etcd._call("range", wire.read(keys.load("a")), "count writes")
+    response, _ = etcd._call("range", protobuf.read(keys.load("a")), "count writes")
     return int(response.kvs[0].version)
 
 

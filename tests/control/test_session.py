@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-from llumnix.control.errors import EtcdUnavailable
-from llumnix.control.etcd import Etcd
+from llumnix.control.etcd.client import Etcd
+from llumnix.control.etcd.errors import EtcdUnavailable
+from llumnix.control.etcd.session import LeaseState, Session
+from llumnix.control.etcd.types import KeyValue
 from llumnix.control.keys import Keys
-from llumnix.control.kv import KeyValue
-from llumnix.control.session import LeaseState, Session
 from tests.kit.etcd import EtcdCluster
 from tests.kit.wait import eventually
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 import pytest
 from pyetcd import etcdrpc as pb
 
-from llumnix.control.errors import EtcdUnavailable
-from llumnix.control.etcd import Etcd
-from llumnix.control.feed import Feed, Proof
+from llumnix.control.etcd.channel import Member
+from llumnix.control.etcd.client import Etcd
+from llumnix.control.etcd.errors import EtcdUnavailable
+from llumnix.control.etcd.types import KeyValue
+from llumnix.control.etcd.watch import PrefixWatch
+from llumnix.control.etcd.watch_stream import Feed, Proof
 from llumnix.control.keys import Keys
-from llumnix.control.kv import KeyValue
-from llumnix.control.member import Member
-from llumnix.control.watch import PrefixWatch
 from tests.kit.etcd import EtcdCluster
 from tests.kit.wait import eventually
 

@@ -2,8 +2,8 @@
 
 from vllm.lora.request import LoRARequest
 
-from llumnix.engine.adapters import LARGEST, Adapters
-from llumnix.engine.client import ClusterClient
+from llumnix.dataplane.client import ClusterClient
+from llumnix.dataplane.lora_ids import LARGEST, Adapters
 from tests.kit.loop import on_loop
 from tests.kit.mesh import mesh
 from tests.kit.requests import core_request

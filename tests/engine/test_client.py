@@ -14,12 +14,12 @@ from vllm.v1.engine import (
     FinishReason,
 )
 
+from llumnix.dataplane.client import ClusterClient
+from llumnix.dataplane.frames import Cancel, Lost, Outputs, Submit
+from llumnix.dataplane.hosted_request import TRIAL_TOKENS
+from llumnix.dataplane.placer import DEATHS, Route
+from llumnix.dataplane.resumability import NO_RESUME
 from llumnix.engine.base import EngineDead
-from llumnix.engine.client import ClusterClient
-from llumnix.engine.frames import Cancel, Lost, Outputs, Submit
-from llumnix.engine.pinned import NO_RESUME
-from llumnix.engine.placer import DEATHS, Route
-from llumnix.engine.tenant import TRIAL_TOKENS
 from tests.kit.loop import on_loop, soon
 from tests.kit.requests import core_request
 

@@ -11,7 +11,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
-from llumnix.engine.vllm.depot import BlockDepot, DepotError
+from llumnix.engine.vllm.block_holds import BlockDepot, DepotError
 
 SIZE, TOTAL = 4, 20
 SPEC = FullAttentionSpec(block_size=SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32)
@@ -295,7 +295,7 @@ def test_nothing_is_lent_where_it_can_not_be_read() -> None:
 
 def test_a_loan_is_over_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the source might have given the blocks to another request."""
-    monkeypatch.setattr("llumnix.engine.vllm.depot.LEND_SECONDS", -1.0)
+    monkeypatch.setattr("llumnix.engine.vllm.block_holds.LEND_SECONDS", -1.0)
     workers = Workers()
     _, _, _, adopted = _moved(1, workers)
     assert not adopted

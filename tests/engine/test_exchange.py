@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from vllm.lora.request import LoRARequest
 
-from llumnix.engine import utilities
+from llumnix.dataplane import utilities
+from llumnix.dataplane.frames import Lost, Outputs
+from llumnix.dataplane.ledger import Verdict
+from llumnix.dataplane.placer import Route
+from llumnix.dataplane.utilities import BLOCKS_HELD
 from llumnix.engine.base import EngineError
-from llumnix.engine.frames import Lost, Outputs
-from llumnix.engine.ledger import Verdict
-from llumnix.engine.placer import Route
-from llumnix.engine.utilities import BLOCKS_HELD
 from tests.kit.loop import on_loop, soon
 from tests.kit.mesh import Gate, MeshNode, mesh
 from tests.kit.requests import answer, core_request
@@ -282,7 +282,7 @@ async def test_a_request_that_no_link_can_carry_costs_no_other(
         await b.host(clock=gate.clock())
         other = await a.ask("r1", PROMPT)
         await soon(lambda: gate.waiting)
-        monkeypatch.setattr("llumnix.engine.link.MAX_FRAME", 1000)
+        monkeypatch.setattr("llumnix.dataplane.peer_link.MAX_FRAME", 1000)
         large = await a.ask("large", [300] * 400)
         await soon(lambda: large.ended)
         assert large.failure is not None and "too much for one message" in large.failure

@@ -17,7 +17,7 @@ from tests.kit.wait import eventually
 
 SCRATCH = """
 import sys, threading
-from llumnix.engine.vllm.scratch import scratch
+from llumnix.engine.vllm.socket_folder import scratch
 print(scratch(), flush=True)
 sys.stdin.read()
 """

@@ -23,7 +23,7 @@ from vllm.v1.engine import (
 )
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
-from llumnix.engine.frames import (
+from llumnix.dataplane.frames import (
     Call,
     Cancel,
     Codec,

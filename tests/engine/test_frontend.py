@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
-from llumnix.engine.vllm.frontend import Frontend
+from llumnix.server.frontend import Frontend
 
 
 class Client:

@@ -17,10 +17,10 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
+from llumnix.engine.vllm import grammar_trial as trials
 from llumnix.engine.vllm import grammars as module
-from llumnix.engine.vllm import trial as trials
+from llumnix.engine.vllm.grammar_trial import Trial, TrialFailed
 from llumnix.engine.vllm.grammars import Grammars
-from llumnix.engine.vllm.trial import Trial, TrialFailed
 from tests.kit.loop import on_loop
 from tests.kit.wait import eventually
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llumnix.engine import greeting
-from llumnix.engine.greeting import (
+from llumnix.dataplane import peer_proof
+from llumnix.dataplane.peer_proof import (
     CHALLENGE,
     LIFE,
     PROOF,
@@ -51,7 +51,7 @@ def test_a_proof_is_good_for_its_own_side_only() -> None:
 
 def test_no_two_fields_can_be_confused() -> None:
     """A letter that moves from one to the next makes another proof."""
-    challenge = greeting.Challenge("text", "life")
+    challenge = peer_proof.Challenge("text", "life")
     proofs = {KEY.proof(Role.DIALLER, WHO, challenge)}
     for before, after in zip(fields(WHO), fields(WHO)[1:], strict=False):
         left, right = getattr(WHO, before.name), getattr(WHO, after.name)
@@ -78,7 +78,7 @@ def test_a_challenge_is_answered_once_in_time_and_where_it_was_made(
     b.admit(WHO, headers)
     with pytest.raises(GreetingError, match="answered already"):
         b.admit(WHO, headers)
-    monkeypatch.setattr(greeting, "CHALLENGE_SECONDS", -1.0)
+    monkeypatch.setattr(peer_proof, "CHALLENGE_SECONDS", -1.0)
     late = answer(KEY, WHO, convinced(KEY, WHO, 401, b.ask(WHO)))
     with pytest.raises(GreetingError, match="took longer"):
         b.admit(WHO, late)
@@ -89,13 +89,13 @@ def test_nothing_is_kept_of_who_only_asks(monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(100):
         b.ask(WHO)
     assert not b._answered
-    monkeypatch.setattr(greeting, "CHALLENGE_SECONDS", 0.05)
+    monkeypatch.setattr(peer_proof, "CHALLENGE_SECONDS", 0.05)
     for _ in range(3):
         b.admit(WHO, answer(KEY, WHO, convinced(KEY, WHO, 401, b.ask(WHO))))
     assert len(b._answered) <= 3
     kept = set(b._answered)
     later = time.monotonic() + 60
-    monkeypatch.setattr(greeting.time, "monotonic", lambda: later)
+    monkeypatch.setattr(peer_proof.time, "monotonic", lambda: later)
     b.admit(WHO, answer(KEY, WHO, convinced(KEY, WHO, 401, b.ask(WHO))))
     assert len(b._answered) == 1 and not kept & set(b._answered)
 

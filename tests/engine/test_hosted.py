@@ -15,13 +15,13 @@ from vllm.v1.engine import (
 from vllm.v1.metrics.stats import SchedulerStats
 
 from llumnix.cluster import kv_blocks
+from llumnix.dataplane.frames import Lost, Outputs, Submit
+from llumnix.dataplane.hosted_instance import HostedInstance
+from llumnix.dataplane.hosted_request import TRIAL_TOKENS
+from llumnix.dataplane.resumability import NO_RESUME
 from llumnix.engine.base import EngineError, EngineEvents, EngineFacts
-from llumnix.engine.frames import Lost, Outputs, Submit
-from llumnix.engine.hosted import HostedInstance
-from llumnix.engine.pinned import NO_RESUME
 from llumnix.engine.sim.instance import SimEngine
-from llumnix.engine.tenant import TRIAL_TOKENS
-from llumnix.entrypoints.candidates import candidates
+from llumnix.migration.candidates import candidates
 from tests.kit.engines import IdleEngine
 from tests.kit.loop import on_loop, soon
 from tests.kit.mesh import SMALL, Gate

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from llumnix.engine.ledger import Ledger, Verdict
+from llumnix.dataplane.ledger import Ledger, Verdict
 
 INSTANCES = st.sampled_from(["a-0", "a-1", "b-0"])
 TOKENS = 6  # enough for duplicates, gaps and overlaps of every kind

@@ -3,7 +3,7 @@
 import socket
 import time
 
-from llumnix.engine.vllm.mapped import Lender
+from llumnix.engine.vllm.memory_carrier import Lender
 
 
 def test_a_look_at_the_other_end_never_waits() -> None:

@@ -4,11 +4,11 @@ import random
 
 import pytest
 
-from llumnix.engine.order import Order
+from llumnix.dataplane.batch_order import Order
+from llumnix.dataplane.hosted_request import Tenant
 from llumnix.engine.sim.config import ModelConfig
 from llumnix.engine.sim.model import ModelledEngine
 from llumnix.engine.sim.request import SimRequest
-from llumnix.engine.tenant import Tenant
 from llumnix.latency import PROFILES
 
 

@@ -10,13 +10,13 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from llumnix.engine import link as links
-from llumnix.engine import peer
+from llumnix.dataplane import peer
+from llumnix.dataplane import peer_link as links
+from llumnix.dataplane.frames import Codec, Hello, Reply
+from llumnix.dataplane.peer import PATH
+from llumnix.dataplane.peer_link import HEARTBEAT
+from llumnix.dataplane.peer_proof import CHALLENGE, PROOF
 from llumnix.engine.base import EngineDead
-from llumnix.engine.frames import Codec, Hello, Reply
-from llumnix.engine.greeting import CHALLENGE, PROOF
-from llumnix.engine.link import HEARTBEAT
-from llumnix.engine.peer import PATH
 from tests.kit.loop import on_loop, soon
 from tests.kit.mesh import TOKEN, Mesh, mesh
 from tests.kit.requests import answer

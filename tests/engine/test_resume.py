@@ -11,14 +11,14 @@ import pytest
 from vllm import PoolingParams
 from vllm.v1.engine import EngineCoreRequest
 
+from llumnix.dataplane.frames import HandOver, Lost
+from llumnix.dataplane.hosted_instance import HostedInstance
+from llumnix.dataplane.hosted_request import TRIAL_TOKENS
+from llumnix.dataplane.ledger import Verdict
+from llumnix.dataplane.placer import DEATHS, NoInstance, Route
+from llumnix.dataplane.resumability import why_pinned
 from llumnix.engine.base import EngineError
-from llumnix.engine.frames import HandOver, Lost
-from llumnix.engine.hosted import HostedInstance
-from llumnix.engine.ledger import Verdict
-from llumnix.engine.pinned import why_pinned
-from llumnix.engine.placer import DEATHS, NoInstance, Route
 from llumnix.engine.sim.instance import SimEngine
-from llumnix.engine.tenant import TRIAL_TOKENS
 from tests.kit.loop import on_loop, soon
 from tests.kit.mesh import SMALL, Gate, MeshNode, Stream, mesh
 from tests.kit.requests import answer, core_request

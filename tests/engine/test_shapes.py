@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
-from llumnix.engine.vllm.shapes import Shapes
+from llumnix.engine.vllm.list_shapes import Shapes
 from tests.kit.loop import on_loop
 
 GOOD = {"role": "user", "content": "x"}

@@ -1,6 +1,6 @@
 """Who has failed is avoided for a moment, unless it shows that it is well."""
 
-from llumnix.engine.suspects import SUSPECT_SECONDS, Suspects
+from llumnix.dataplane.suspects import SUSPECT_SECONDS, Suspects
 
 
 def test_suspicion_lasts_from_the_last_failure() -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import functools
 
-from llumnix.engine.turns import Turns
+from llumnix.loop_turns import Turns
 from tests.kit.loop import on_loop
 
 

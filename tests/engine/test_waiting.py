@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from llumnix.engine import waiting
-from llumnix.engine.placer import NoInstance, Route
-from llumnix.engine.waiting import HOPE_SECONDS, WaitingRoom, WaitLimits
+from llumnix.dataplane import waiting
+from llumnix.dataplane.placer import NoInstance, Route
+from llumnix.dataplane.waiting import HOPE_SECONDS, WaitingRoom, WaitLimits
 from tests.kit.loop import on_loop, soon
 from tests.kit.mesh import SMALL, Gate, MeshNode, mesh
 

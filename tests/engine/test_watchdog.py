@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from llumnix.engine.vllm import watchdog
-from llumnix.engine.vllm.activity import Activity, activity
-from llumnix.engine.vllm.machine import Machine
+from llumnix.engine.vllm.machine_load import Machine
+from llumnix.engine.vllm.process_activity import Activity, activity
 from llumnix.engine.vllm.watchdog import LOOK_SECONDS, Case, Look, Watchdog
 from tests.kit.loop import on_loop, soon
 from tests.kit.wait import eventually

@@ -7,7 +7,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 
-from llumnix.entrypoints.server.admission import Admission
+from llumnix.server.admission import Admission
 from tests.kit.loop import on_loop
 from tests.kit.requests import core_request
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from llumnix.config import Config
-from llumnix.entrypoints import node as node_module
 from llumnix.entrypoints.vllm import api_server
+from llumnix.node import runtime as node_module
 from tests.kit.loop import on_loop
 
 

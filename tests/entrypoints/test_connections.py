@@ -16,11 +16,11 @@ import uvloop
 from aiohttp import web
 
 from llumnix.config import Config, ConfigError
-from llumnix.entrypoints.connecting import connection_limits
-from llumnix.entrypoints.server.bodies import FREE, Bodies
-from llumnix.entrypoints.server.descriptors import places
-from llumnix.entrypoints.server.places import Limits
 from llumnix.metrics import CLOSED, CONNECTIONS
+from llumnix.server.bodies import FREE, Bodies
+from llumnix.server.connection_limits import connection_limits
+from llumnix.server.connection_places import Limits
+from llumnix.server.file_descriptors import places
 from tests.kit.leaving import SMALL, Client, head, post
 from tests.kit.loop import soon
 from tests.kit.serving import serving

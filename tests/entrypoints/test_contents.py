@@ -11,13 +11,13 @@ from aiohttp.test_utils import TestClient, TestServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llumnix.entrypoints.server import limits
-from llumnix.entrypoints.server.admission import Admission
-from llumnix.entrypoints.server.bodies import Bodies
-from llumnix.entrypoints.server.contents import BadContent, Contents, check_form, weigh
-from llumnix.entrypoints.server.limits import BodyLimits, body_limits
-from llumnix.entrypoints.server.scan import TooMuch, _depth, _outside, scan
-from llumnix.entrypoints.server.strings import check_strings
+from llumnix.server import limits
+from llumnix.server.admission import Admission
+from llumnix.server.bodies import Bodies
+from llumnix.server.body_checks import BadContent, Contents, check_form, weigh
+from llumnix.server.json_scan import TooMuch, _depth, _outside, scan
+from llumnix.server.json_strings import check_strings
+from llumnix.server.limits import BodyLimits, body_limits
 from tests.kit.loop import on_loop
 
 MILLIONS = b'{"prompt":"x","a":[' + b",".join([b'{"a":{}}'] * 400_000) + b"]}"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llumnix.entrypoints import ctl
-from llumnix.entrypoints.tokens import find_token, token_file, write_token
+from llumnix.operator_tokens import find_token, token_file, write_token
 from llumnix.secrecy import SecretError
 
 

@@ -5,7 +5,7 @@ import gc
 
 import pytest
 
-from llumnix.entrypoints.garbage import AT_LAST, DUE, FEW, Garbage
+from llumnix.node.garbage_collection import AT_LAST, DUE, FEW, Garbage
 from tests.kit.loop import on_loop
 
 

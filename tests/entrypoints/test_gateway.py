@@ -7,12 +7,12 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from llumnix.entrypoints.server.admin import Standing
-from llumnix.entrypoints.server.app import Gateway
-from llumnix.entrypoints.server.bodies import Bodies
-from llumnix.entrypoints.server.contents import Contents
-from llumnix.entrypoints.server.limits import BodyLimits
-from llumnix.entrypoints.server.routes import RouteTable
+from llumnix.server.app import Gateway
+from llumnix.server.bodies import Bodies
+from llumnix.server.body_checks import Contents
+from llumnix.server.limits import BodyLimits
+from llumnix.server.routes import RouteTable
+from llumnix.server.status_routes import Standing
 from tests.kit.loop import on_loop
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from llumnix.config import ConfigError
 from llumnix.engine.vllm.arguments import make_parser
-from llumnix.engine.vllm.ignored import check_ignored
+from llumnix.engine.vllm.ignored_options import check_ignored
 
 
 def check(*options: str) -> None:

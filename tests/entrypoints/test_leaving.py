@@ -13,13 +13,13 @@ from starlette.applications import Starlette
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
-from llumnix.entrypoints.server import asgi, opened
-from llumnix.entrypoints.server.admin import Standing
-from llumnix.entrypoints.server.app import Gateway
-from llumnix.entrypoints.server.connection import Connection
-from llumnix.entrypoints.server.leaving import ENDING
-from llumnix.entrypoints.server.places import Limits
-from llumnix.entrypoints.server.routes import RouteTable
+from llumnix.server import asgi, engine_requests
+from llumnix.server.app import Gateway
+from llumnix.server.connection import Connection
+from llumnix.server.connection_places import Limits
+from llumnix.server.departed_clients import ENDING
+from llumnix.server.routes import RouteTable
+from llumnix.server.status_routes import Standing
 from tests.kit.leaving import SMALL, WAYS, Client, head, post
 from tests.kit.loop import soon
 from tests.kit.serving import serving
@@ -145,7 +145,7 @@ def test_requests_stop_when_their_client_leaves(goes_on: bool) -> None:
 
     def ask(name: str) -> None:
         request: Any = SimpleNamespace(request_id=name)
-        opened.enter(request)
+        engine_requests.enter(request)
 
     async def handle(request: web.Request) -> web.StreamResponse:
         with gateway.answering(request, goes_on):

@@ -12,13 +12,13 @@ import vllm
 from aiohttp import web
 from starlette.routing import BaseRoute, Mount
 
-from llumnix.engine.peer import PATH
+from llumnix.dataplane.peer import PATH
 from llumnix.engine.vllm import arguments as command_line
 from llumnix.engine.vllm.compat import server_symbol
-from llumnix.engine.vllm.frontend import without_keys
-from llumnix.entrypoints.server.app import make_app
-from llumnix.entrypoints.server.cors import allow_origins
-from llumnix.entrypoints.server.routes import ROUTES, Access, RouteTable
+from llumnix.server.app import make_app
+from llumnix.server.cors import allow_origins
+from llumnix.server.frontend import without_keys
+from llumnix.server.routes import ROUTES, Access, RouteTable
 from tests.kit.door import options, rules
 
 FLAGS = (

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llumnix.engine.base import EngineEvents
-from llumnix.engine.vllm.blocks import Rendezvous
 from llumnix.engine.vllm.instance import Patience, VllmEngine
+from llumnix.engine.vllm.kv_blocks import Rendezvous
 from llumnix.engine.vllm.launcher import Placement
 from tests.kit.etcd import EtcdCluster
 from tests.kit.node import Node, Nodes, descendants

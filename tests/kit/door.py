@@ -9,10 +9,10 @@ import aiohttp
 from aiohttp import web
 
 from llumnix.config import Config
-from llumnix.entrypoints.access import AccessRules
-from llumnix.entrypoints.server.callers import CALLER
-from llumnix.entrypoints.server.cors import allow_origins
-from llumnix.entrypoints.server.errors import openai_errors
+from llumnix.server.access import AccessRules
+from llumnix.server.callers import CALLER
+from llumnix.server.cors import allow_origins
+from llumnix.server.errors import openai_errors
 from tests.kit.etcd import free_ports
 
 

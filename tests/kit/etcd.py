@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-from llumnix.control.embedded import die_with_parent, find_etcd
-from llumnix.control.errors import EtcdError
-from llumnix.control.etcd import Etcd
+from llumnix.control.etcd.client import Etcd
+from llumnix.control.etcd.errors import EtcdError
+from llumnix.control.etcd.server import die_with_parent, find_etcd
 from tests.kit.wait import eventually
 
 USER = "root"  # whom etcd wants a password of, if of anyone

@@ -3,7 +3,7 @@
 import asyncio
 
 from llumnix.control.keys import Kind
-from llumnix.engine.ledger import Verdict
+from llumnix.dataplane.ledger import Verdict
 from tests.kit.loop import soon
 from tests.kit.migrating import Cluster
 

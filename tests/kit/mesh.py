@@ -15,14 +15,14 @@ from typing import Any
 from aiohttp import web
 from vllm.v1.engine import EngineCoreOutput
 
-from llumnix.engine.client import ClusterClient
-from llumnix.engine.exchange import Exchange
-from llumnix.engine.hosted import HostedInstance
-from llumnix.engine.peer import PATH, Peers, Self
-from llumnix.engine.placer import NoInstance, Route
+from llumnix.dataplane.client import ClusterClient
+from llumnix.dataplane.exchange import Exchange
+from llumnix.dataplane.hosted_instance import HostedInstance
+from llumnix.dataplane.peer import PATH, Peers, Self
+from llumnix.dataplane.placer import NoInstance, Route
+from llumnix.dataplane.waiting import WaitLimits
 from llumnix.engine.sim.config import ModelConfig
 from llumnix.engine.sim.instance import Clock, SimEngine
-from llumnix.engine.waiting import WaitLimits
 from tests.kit.loop import soon
 from tests.kit.requests import core_request
 

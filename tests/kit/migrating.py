@@ -9,18 +9,18 @@ from typing import Any
 
 from llumnix.actors.migration import MigrationActor
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceState, NodeInfo
-from llumnix.control.etcd import Etcd
-from llumnix.control.handshake import Handshake
+from llumnix.control.etcd.client import Etcd
+from llumnix.control.etcd.session import Session
 from llumnix.control.keys import Keys
-from llumnix.control.session import Session
+from llumnix.dataplane.hosted_instance import HostedInstance
+from llumnix.dataplane.placer import NoInstance, Route
 from llumnix.engine.base import EngineError
-from llumnix.engine.departure import Limits
-from llumnix.engine.hosted import HostedInstance
-from llumnix.engine.placer import NoInstance, Route
 from llumnix.engine.sim.config import ModelConfig
 from llumnix.engine.sim.instance import SimEngine
-from llumnix.entrypoints.migrations import Migrations, Rules
-from llumnix.policy.terms import Terms
+from llumnix.migration.record import Handshake
+from llumnix.migration.service import Migrations, Rules
+from llumnix.migration.source import Limits
+from llumnix.policy.decision_context import Terms
 from tests.kit.loop import soon
 from tests.kit.mesh import SMALL, MeshNode, Stream, mesh
 from tests.kit.pace import Pace

@@ -26,7 +26,7 @@ def forkserver() -> ForkServerContext:
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["llumnix.entrypoints.node", "llumnix.engine.vllm.arguments", "tests.kit.node"]
+        ["llumnix.node.runtime", "llumnix.engine.vllm.arguments", "tests.kit.node"]
     )
     server.ensure_running()
     return context

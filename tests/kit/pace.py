@@ -2,8 +2,8 @@
 
 import asyncio
 
-from llumnix.engine.hosted import HostedInstance
-from llumnix.engine.tenant import Tenant
+from llumnix.dataplane.hosted_instance import HostedInstance
+from llumnix.dataplane.hosted_request import Tenant
 from tests.kit.loop import soon
 from tests.kit.mesh import Gate
 

@@ -7,9 +7,9 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from llumnix.engine.frames import Codec, Hello
-from llumnix.engine.greeting import PROOF, Door, Introduction, Key, answer, convinced
-from llumnix.engine.peer import PATH
+from llumnix.dataplane.frames import Codec, Hello
+from llumnix.dataplane.peer import PATH
+from llumnix.dataplane.peer_proof import PROOF, Door, Introduction, Key, answer, convinced
 from tests.kit.mesh import TOKEN, MeshNode
 
 

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from llumnix.control.etcd import Etcd
+from llumnix.control.etcd.client import Etcd
+from llumnix.control.etcd.session import Session
 from llumnix.control.keys import Keys
-from llumnix.control.session import Session
-from llumnix.engine import arrival, departure
-from llumnix.entrypoints import migrations
+from llumnix.migration import destination, service, source
 from tests.kit.etcd import EtcdCluster
 from tests.kit.migrating import Control
 from tests.kit.wait import eventually
@@ -59,10 +58,10 @@ def keys() -> Keys:
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is waited for in vain is given up early."""
-    monkeypatch.setattr(departure, "GRACE", 0.1)
-    monkeypatch.setattr(arrival, "FIRST_OUTPUT", 0.3)
-    monkeypatch.setattr(migrations, "TIDY_FIRST", 0.05)
-    monkeypatch.setattr(migrations, "TIDY_LONGEST", 0.2)
+    monkeypatch.setattr(source, "GRACE", 0.1)
+    monkeypatch.setattr(destination, "FIRST_OUTPUT", 0.3)
+    monkeypatch.setattr(service, "TIDY_FIRST", 0.05)
+    monkeypatch.setattr(service, "TIDY_LONGEST", 0.2)
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ from pykka import ThreadingActor
 
 from llumnix.actors.supervised import Supervised
 from llumnix.engine.base import EngineError
-from llumnix.entrypoints import doorkeeper
-from llumnix.entrypoints.doorkeeper import Doorkeeper
+from llumnix.migration import permits
+from llumnix.migration.permits import Doorkeeper
 from tests.kit.loop import on_loop
 
 
@@ -37,7 +37,7 @@ async def test_nothing_is_accepted(dead: Any) -> None:
 async def test_an_end_that_nobody_writes_down_is_an_end(
     dead: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doorkeeper, "PAUSE", 0.01)
+    monkeypatch.setattr(permits, "PAUSE", 0.01)
     await Doorkeeper(dead).departed("m")
 
 

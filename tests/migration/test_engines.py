@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from vllm.v1.engine import EngineCoreRequest
 
-from llumnix.control.handshake import Handshake, MigrationRecord, MigrationState
 from llumnix.control.keys import Keys
 from llumnix.engine.base import EngineError
-from llumnix.engine.departure import Limits
 from llumnix.engine.sim.instance import SimEngine
+from llumnix.migration.record import Handshake, MigrationRecord, MigrationState
+from llumnix.migration.source import Limits
 from tests.kit.loop import on_loop
 from tests.kit.migrating import LAYOUTS, NEAR_AND_FAR, STEPS, THERE, TYPICAL, Control, before
 from tests.kit.requests import answer

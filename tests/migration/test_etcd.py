@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from llumnix.control.errors import EtcdOutcomeUnknown
-from llumnix.control.handshake import Handshake, MigrationRecord, MigrationState
+from llumnix.control.etcd.errors import EtcdOutcomeUnknown
 from llumnix.control.keys import Keys
-from llumnix.entrypoints import migrations
+from llumnix.migration import service
+from llumnix.migration.record import Handshake, MigrationRecord, MigrationState
 from tests.kit.etcd import EtcdCluster
 from tests.kit.invariants import check_invariants
 from tests.kit.loop import on_loop, soon
@@ -21,7 +21,7 @@ RECORDED = {"propose": "proposed", "accept": "accepted", "copy": "copying", "com
 @pytest.fixture
 def silent(frail: Frail, monkeypatch: pytest.MonkeyPatch) -> Iterator[Frail]:
     """An etcd to be frozen, well again after the test."""
-    monkeypatch.setattr(migrations, "SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr(service, "SETTLE_SECONDS", 0.1)
     yield frail
     frail[0].heal()
 

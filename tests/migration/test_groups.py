@@ -1,6 +1,6 @@
 """Names of the groups in which the workers of two instances transfer KV blocks."""
 
-from llumnix.engine.groups import Groups
+from llumnix.migration.transfer_groups import Groups
 
 
 def test_a_group_lasts_until_a_failure_or_a_restart_of_either_side() -> None:

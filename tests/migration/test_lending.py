@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from llumnix.control.keys import Keys
-from llumnix.engine import arrival, departure
 from llumnix.engine.base import EngineDead, EngineError, Transfer
+from llumnix.migration import destination as at_destination
+from llumnix.migration import source as at_source
 from tests.kit.loop import on_loop, soon
 from tests.kit.migrating import LAYOUTS, Control
 from tests.kit.scene import NAME, Scene, scene
@@ -65,7 +66,7 @@ def _lending(s: Scene) -> tuple[Lending, Lending]:
 async def test_it_is_held_until_the_request_computes_there(
     controls: dict[str, Control], keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arrival, "FIRST_OUTPUT", 5.0)
+    monkeypatch.setattr(at_destination, "FIRST_OUTPUT", 5.0)
     async with scene(controls, keys, FAR) as s:
         source, destination = _lending(s)
         stop, moving = s.cluster.stop("resume"), s.cluster.move(NAME, s.source, s.destination)
@@ -112,7 +113,7 @@ async def test_without_an_answer_it_may_be_taken_nevertheless(
     waits: bool,
 ) -> None:
     """A refusal ends the loan; silence does not, so the blocks stay until the request computes."""
-    monkeypatch.setattr(departure, "LENT_SECONDS", 0.1)
+    monkeypatch.setattr(at_source, "LENT_SECONDS", 0.1)
     async with scene(controls, keys, LAYOUTS["all on one node"]) as s:
         source, destination = _lending(s)
         destination.refusal = refusal

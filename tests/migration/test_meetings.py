@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from llumnix.control.keys import Keys
-from llumnix.engine import departure
-from llumnix.engine import meetings as module
 from llumnix.engine.base import EngineError, SetupFailed, Transfer
+from llumnix.migration import meetings as module
+from llumnix.migration import source as at_source
 from tests.kit.loop import on_loop, soon
 from tests.kit.migrating import LAYOUTS, Control
 from tests.kit.scene import NAME, Scene, scene
@@ -77,10 +77,10 @@ async def test_a_pair_without_any_way_moves_by_computing_anew(
         s.cluster.sites["a"].migrations.look()
         pair = f"{s.source}--{s.destination}"
         await soon(lambda: len([t for t in source.met if t.pair == pair]) == 3)
-        monkeypatch.setattr(departure, "RECOMPUTED_MOST", 10)
+        monkeypatch.setattr(at_source, "RECOMPUTED_MOST", 10)
         outcome = await s.cluster.move(NAME, s.source, s.destination)
         assert "there is no way for KV blocks" in outcome
-        monkeypatch.setattr(departure, "RECOMPUTED_MOST", 10_000)
+        monkeypatch.setattr(at_source, "RECOMPUTED_MOST", 10_000)
         assert await s.cluster.move(NAME, s.source, s.destination) == "moved"
         assert source.sent == 0
         assert len([t for t in source.met if t.pair == pair]) == 3

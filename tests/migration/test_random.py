@@ -5,7 +5,7 @@ import secrets
 import pytest
 
 from llumnix.control.keys import Keys
-from llumnix.engine.departure import Limits
+from llumnix.migration.source import Limits
 from tests.kit.chaos import Chaos
 from tests.kit.loop import on_loop
 from tests.kit.migrating import Control, cluster

@@ -5,10 +5,10 @@ import asyncio
 import pytest
 
 from llumnix import metrics
-from llumnix.control.handshake import MigrationRecord
 from llumnix.control.keys import Keys
 from llumnix.engine.base import EngineError
-from llumnix.engine.departure import Limits
+from llumnix.migration.record import MigrationRecord
+from llumnix.migration.source import Limits
 from tests.kit.invariants import check_invariants
 from tests.kit.loop import on_loop, soon
 from tests.kit.mesh import Stream

@@ -7,7 +7,7 @@ import pytest
 
 from llumnix.control.keys import Keys
 from llumnix.engine.base import EngineError
-from llumnix.entrypoints.blame import is_blameless
+from llumnix.migration.failures import is_blameless
 from tests.kit.invariants import check_invariants
 from tests.kit.loop import on_loop, soon
 from tests.kit.migrating import Cluster, Control, cluster

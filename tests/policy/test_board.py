@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
-from llumnix.policy.board import HOPELESS, DispatchBoard, is_awaited
 from llumnix.policy.dispatch import Request
+from llumnix.policy.dispatch_state import HOPELESS, DispatchBoard, is_awaited
 from llumnix.policy.dispatchers import POLICIES
 from llumnix.policy.load import InFlight
 

@@ -3,10 +3,10 @@
 import pytest
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
-from llumnix.policy.choice import leaving
+from llumnix.policy.decision_context import Terms
 from llumnix.policy.rebalance import SPILL, UNCHECKED, Pair
+from llumnix.policy.request_choice import leaving
 from llumnix.policy.select import Candidate
-from llumnix.policy.terms import Terms
 
 A = InstanceLoad("a", 2, 2, used_blocks=70, waiting_blocks=44, head_blocks=40)
 B = InstanceLoad("b", 1, used_blocks=79)

@@ -7,12 +7,12 @@ from random import Random
 import pytest
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
-from llumnix.policy.board import DispatchBoard
 from llumnix.policy.classes import Classes, PriorityClass
+from llumnix.policy.decision_context import Terms
 from llumnix.policy.dispatch import Request
+from llumnix.policy.dispatch_state import DispatchBoard
 from llumnix.policy.load import freeness, virtual_usage
 from llumnix.policy.rebalance import Pair, pairs, room
-from llumnix.policy.terms import Terms
 
 HIGH = PriorityClass("high", -1, target_tokens=1600)
 SOON = PriorityClass("soon", 1, headroom_tokens=1000)

@@ -5,10 +5,10 @@ from dataclasses import replace
 from llumnix.cluster import InstanceInfo, InstanceLoad, InstanceState
 from llumnix.latency import LatencyProfile
 from llumnix.policy.classes import Classes, PriorityClass
+from llumnix.policy.decision_context import Terms
 from llumnix.policy.dispatch import Candidate, Request, by_freeness
 from llumnix.policy.interference import WEIGHT, by_interference
 from llumnix.policy.load import NOTHING, InFlight
-from llumnix.policy.terms import Terms
 
 # 1 ms a token of prefill, 10 ms a step of decoding: prompts of more than 140 tokens are long.
 TERMS = Terms(latency=LatencyProfile(prefill_token=1e-3, decode_fixed=10e-3))

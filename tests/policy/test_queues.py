@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
+from llumnix.policy.decision_context import TERMS
 from llumnix.policy.planned import Planned
 from llumnix.policy.queues import queues
 from llumnix.policy.rebalance import Pair
 from llumnix.policy.rescheduler import PAPER, Pace, Rescheduler
 from llumnix.policy.select import Candidate, Room, choose_together
-from llumnix.policy.terms import TERMS
 
 READY = InstanceState.READY
 # A head of 20 blocks that does not fit, and four behind it of 10 each.

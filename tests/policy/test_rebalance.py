@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
+from llumnix.policy.decision_context import Terms, Thresholds
 from llumnix.policy.load import freeness
 from llumnix.policy.rebalance import Pair, is_emptied, pairs, room
 from llumnix.policy.select import DRAIN_RULE, RULES, Candidate, Room, choose
-from llumnix.policy.terms import Terms, Thresholds
 
 READY, DRAINING, STARTING = InstanceState.READY, InstanceState.DRAINING, InstanceState.STARTING
 DEFAULT = Terms()

@@ -4,9 +4,9 @@ import pytest
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
 from llumnix.policy.classes import Classes, PriorityClass
+from llumnix.policy.decision_context import Terms
 from llumnix.policy.rebalance import Pair, Planner, room
 from llumnix.policy.rescheduler import PAPER, Order, Rescheduler
-from llumnix.policy.terms import Terms
 
 READY, DRAINING = InstanceState.READY, InstanceState.DRAINING
 HIGH = Terms(classes=Classes({-1: PriorityClass("high", -1, target_tokens=10 * 16)}))

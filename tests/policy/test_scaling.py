@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState, NodeInfo
-from llumnix.policy.census import census
+from llumnix.policy.capacity import census
 from llumnix.policy.classes import Classes, PriorityClass
 from llumnix.policy.scaling import Action, Decision, Scaler, ScalingTerms, supply
 

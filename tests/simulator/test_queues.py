@@ -3,10 +3,10 @@
 import pytest
 
 from llumnix.cluster import ClusterView
+from llumnix.policy.decision_context import TERMS
 from llumnix.policy.queues import is_blocked
 from llumnix.policy.rebalance import Pair, room
 from llumnix.policy.rescheduler import PAPER, Pace
-from llumnix.policy.terms import TERMS
 from llumnix.simulator.arrivals import Arrivals
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig, PolicyConfig
 from llumnix.simulator.fleet import Fleet

@@ -7,8 +7,8 @@ import pytest
 
 from llumnix.latency import PROFILES, LatencyProfile
 from llumnix.policy.classes import PriorityClass
+from llumnix.policy.decision_context import Thresholds
 from llumnix.policy.scaling import ScalingTerms
-from llumnix.policy.terms import Thresholds
 from llumnix.simulator.arrivals import Arrivals
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig, PolicyConfig
 from llumnix.simulator.cost import COSTS

@@ -15,18 +15,18 @@ from llumnix.actors.manager import ManagerActor, MoveCommand, Outcome, Scaling
 from llumnix.cluster import ClusterView, InstanceId
 from llumnix.control import codec
 from llumnix.control.desired import Wish
+from llumnix.control.etcd.types import KeyValue
 from llumnix.control.keys import Keys
-from llumnix.control.kv import KeyValue
 from llumnix.control.view import ViewBuilder
 from llumnix.plugins import dispatch_policy, planner
-from llumnix.policy.board import DispatchBoard
 from llumnix.policy.classes import PriorityClass
+from llumnix.policy.decision_context import Thresholds
 from llumnix.policy.dispatch import Request
+from llumnix.policy.dispatch_state import DispatchBoard
 from llumnix.policy.rebalance import Pair
 from llumnix.policy.rescheduler import Order, Rescheduler
 from llumnix.policy.scaling import Decision, Scaler, ScalingTerms
 from llumnix.policy.select import TOGETHER
-from llumnix.policy.terms import Thresholds
 from llumnix.simulator.arrivals import Arrivals
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig, PolicyConfig
 from llumnix.simulator.run import Simulation

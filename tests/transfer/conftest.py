@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from llumnix.engine.vllm.blocks import Rendezvous
+from llumnix.engine.vllm.kv_blocks import Rendezvous
 from tests.kit.etcd import EtcdCluster
 
 _numbers = itertools.count()

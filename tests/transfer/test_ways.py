@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from llumnix.engine.base import SetupFailed, Transfer
-from llumnix.engine.vllm import mapped, peer_memory
-from llumnix.engine.vllm.blocks import Rendezvous
+from llumnix.engine.vllm import memory_carrier, peer_memory
 from llumnix.engine.vllm.carrier import LADDER, RECEIVER, SENDER, Self, ways
+from llumnix.engine.vllm.kv_blocks import Rendezvous
 from llumnix.engine.vllm.kv_memory import KvMemory
 from tests.kit.etcd import EtcdCluster
 from tests.kit.loop import on_loop
@@ -111,7 +111,7 @@ async def test_a_stranger_at_the_door_gets_nothing(
 ) -> None:
     """Whoever does not know the key is sent away, and the one who does still comes in."""
     shown: list[bytes] = []
-    connect = mapped.socket.create_connection
+    connect = memory_carrier.socket.create_connection
 
     def with_a_stranger_before(address: Any, timeout: float) -> Any:
         stranger = connect(address, timeout)
@@ -121,7 +121,7 @@ async def test_a_stranger_at_the_door_gets_nothing(
         stranger.close()
         return connect(address, timeout)
 
-    monkeypatch.setattr(mapped.socket, "create_connection", with_a_stranger_before)
+    monkeypatch.setattr(memory_carrier.socket, "create_connection", with_a_stranger_before)
     with two(tmp_path, meeting) as (source, destination):
         await passes(source, destination, job())
         assert kind(source) == "memory"

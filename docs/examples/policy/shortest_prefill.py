@@ -1,7 +1,7 @@
 """A dispatch policy of one's own: the instance with the fewest prompt tokens to be computed."""
 
+from llumnix.policy.decision_context import Terms
 from llumnix.policy.dispatch import Candidate, Request
-from llumnix.policy.terms import Terms
 
 
 def shortest_prefill(candidate: Candidate, request: Request, terms: Terms) -> float:

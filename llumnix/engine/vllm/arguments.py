@@ -26,7 +26,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from llumnix import config
 from llumnix.engine.vllm import scheduler
 from llumnix.engine.vllm.compat import client_errors, server_symbol
-from llumnix.engine.vllm.ignored import check_ignored
+from llumnix.engine.vllm.ignored_options import check_ignored
 
 logger = logging.getLogger(__name__)
 

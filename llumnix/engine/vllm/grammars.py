@@ -20,7 +20,7 @@ from vllm.config import VllmConfig
 from vllm.sampling_params import StructuredOutputsParams
 
 from llumnix.engine.vllm.compat import failed, skip_grammar_validation
-from llumnix.engine.vllm.trial import Trial, TrialFailed, TrialUnavailable, Verdict
+from llumnix.engine.vllm.grammar_trial import Trial, TrialFailed, TrialUnavailable, Verdict
 
 SPEC_BYTES = 256 * 1024
 KEYS = 4096  # of a schema's or tag's objects

@@ -24,12 +24,12 @@ from vllm.v1.executor import Executor
 from llumnix.cluster import InstanceId
 from llumnix.engine.base import EngineDead, EngineError, EngineEvents, EngineFacts
 from llumnix.engine.vllm import scheduler
-from llumnix.engine.vllm.activity import Activity, activity
-from llumnix.engine.vllm.blocks import Rendezvous, VllmBlocks
+from llumnix.engine.vllm.kv_blocks import Rendezvous, VllmBlocks
 from llumnix.engine.vllm.launcher import EngineProcess, Placement
-from llumnix.engine.vllm.machine import Machine
+from llumnix.engine.vllm.machine_load import Machine
+from llumnix.engine.vllm.process_activity import Activity, activity
 from llumnix.engine.vllm.resume import with_generated
-from llumnix.engine.vllm.scratch import scratch
+from llumnix.engine.vllm.socket_folder import scratch
 from llumnix.engine.vllm.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)

@@ -19,20 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from llumnix.engine.vllm import plugin
-from llumnix.engine.vllm.log import last_error, open_log, rotate
-from llumnix.engine.vllm.mortal import PARENT, end_with_node
-from llumnix.engine.vllm.scratch import hold_sockets
+from llumnix.engine.vllm.engine_log import last_error, open_log, rotate
+from llumnix.engine.vllm.parent_death import PARENT, end_with_node
+from llumnix.engine.vllm.socket_folder import hold_sockets
 
 logger = logging.getLogger(__name__)
 
 # What an EngineCore and its worker import; whatever is missing in a version is imported later.
 _PRELOAD = [
-    "llumnix.engine.vllm.forked",
+    "llumnix.engine.vllm.forkserver_first",
     "vllm.v1.engine.core",
     "vllm.v1.executor.multiproc_executor",
     "vllm.v1.executor.uniproc_executor",
-    "llumnix.engine.vllm.preload",
-    "llumnix.engine.vllm.utility",
+    "llumnix.engine.vllm.forkserver_preload",
+    "llumnix.engine.vllm.migration_utility",
     "llumnix.engine.vllm.transfer",
 ]
 

@@ -21,8 +21,8 @@ def register() -> None:
     if VARIABLE not in os.environ:
         return
     from llumnix.engine.vllm import compat
-    from llumnix.engine.vllm.mortal import end_with_parent
-    from llumnix.engine.vllm.utility import migration
+    from llumnix.engine.vllm.migration_utility import migration
+    from llumnix.engine.vllm.parent_death import end_with_parent
 
     if multiprocessing.parent_process() is not None:
         end_with_parent()  # workers that are spawned; those that are forked have done it

@@ -8,7 +8,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from llumnix.engine.vllm.depot import BlockDepot
+from llumnix.engine.vllm.block_holds import BlockDepot
 from llumnix.engine.vllm.resume import put_in_place
 
 

@@ -31,11 +31,11 @@ from llumnix.engine.vllm.carrier import (
     identify,
     ways,
 )
-from llumnix.engine.vllm.group import TransferGroup
+from llumnix.engine.vllm.group_carrier import Staged, StagingPool
 from llumnix.engine.vllm.kv_memory import KvMemory
-from llumnix.engine.vllm.mapped import Offer, Reader
+from llumnix.engine.vllm.memory_carrier import Offer, Reader
 from llumnix.engine.vllm.peer_memory import NotReadable
-from llumnix.engine.vllm.staged import Staged, StagingPool
+from llumnix.engine.vllm.transfer_group import TransferGroup
 
 logger = logging.getLogger(__name__)
 

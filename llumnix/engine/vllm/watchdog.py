@@ -14,8 +14,8 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from llumnix.cluster import InstanceId
-from llumnix.engine.vllm.activity import Activity
-from llumnix.engine.vllm.machine import Machine
+from llumnix.engine.vllm.machine_load import Machine
+from llumnix.engine.vllm.process_activity import Activity
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from llumnix.config import Config
-    from llumnix.entrypoints.node import Node
+    from llumnix.node.runtime import Node
 
 logger = logging.getLogger("llumnix")
 
@@ -74,7 +74,7 @@ def _modelled(argv: list[str]) -> bool:
 def _check_policies(parser: "argparse.ArgumentParser", config: "Config") -> None:
     """See, before a model is looked at, that all policies are known; else end with status 2."""
     from llumnix.config import ConfigError
-    from llumnix.entrypoints.policies import read_policies
+    from llumnix.node.policies import read_policies
 
     try:
         read_policies(config)
@@ -87,7 +87,7 @@ def _check_callers(
 ) -> None:
     """See that keys and the doors for them go together; else end with status 2."""
     from llumnix.config import ConfigError
-    from llumnix.entrypoints.access import AccessRules
+    from llumnix.server.access import AccessRules
 
     try:
         AccessRules(config, parsed)
@@ -97,7 +97,7 @@ def _check_callers(
 
 def _validate(config: "Config", engines: "VllmConfig") -> int:
     from llumnix.config import ConfigError
-    from llumnix.entrypoints.engines import engine_maker
+    from llumnix.node.engines import engine_maker
 
     try:
         engine_maker(config, engines)
@@ -121,7 +121,7 @@ def _run(config: "Config", parsed: "argparse.Namespace", engines: "VllmConfig") 
     import uvloop
 
     from llumnix.config import ConfigError
-    from llumnix.control.errors import EtcdError
+    from llumnix.control.etcd.errors import EtcdError
 
     try:
         return uvloop.run(_serve(config, parsed, engines))
@@ -139,8 +139,8 @@ def _said(error: Exception) -> str:
 
 
 async def _serve(config: "Config", parsed: "argparse.Namespace", engines: "VllmConfig") -> int:
-    from llumnix.entrypoints.garbage import Garbage
-    from llumnix.entrypoints.node import Node
+    from llumnix.node.garbage_collection import Garbage
+    from llumnix.node.runtime import Node
 
     node = Node(config, parsed, engines)
     ended = asyncio.Event()
@@ -184,7 +184,7 @@ async def _serve(config: "Config", parsed: "argparse.Namespace", engines: "VllmC
 
 
 async def _started(node: "Node") -> bool:
-    from llumnix.control.errors import EtcdError
+    from llumnix.control.etcd.errors import EtcdError
 
     try:
         await node.start()

@@ -1,0 +1,321 @@
+"""The engine-core client over the cluster: to vLLM's frontend, all instances are one engine.
+
+It stands where vLLM's own data-parallel client stands. A request is dispatched to an instance,
+entered into the ledger, and whatever comes back passes the ledger before the frontend sees it.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.metrics.stats import SchedulerStats
+
+from llumnix.cluster import InstanceId, NodeId
+from llumnix.dataplane.cancels import Cancels
+from llumnix.dataplane.exchange import Exchange
+from llumnix.dataplane.frames import HandOver, Lost, News
+from llumnix.dataplane.hosted_request import TRIAL_TOKENS
+from llumnix.dataplane.ledger import Entry, Ledger, Verdict
+from llumnix.dataplane.placer import CRASHES, DEATHS, Dispatch, Placer, Route
+from llumnix.dataplane.resumability import NO_RESUME, why_pinned
+from llumnix.dataplane.utilities import UtilityCalls
+from llumnix.dataplane.waiting import WaitLimits
+from llumnix.engine.base import EngineError
+
+logger = logging.getLogger(__name__)
+
+# What becomes of outputs behind which a request runs that has another owner, or none.
+_DISOWNED = (Verdict.STALE, Verdict.UNKNOWN)
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A request that was handed over to a new owner, which has not answered yet."""
+
+    began: float  # monotonic
+    epoch: int  # that it has there
+
+
+class Resources:
+    """What AsyncLLM asks of its client's resources: no single engine's death is the end."""
+
+    engine_dead = False
+
+
+class ClusterClient(UtilityCalls):
+    """vLLM's `EngineCoreClient` over all instances of the cluster, for one API server."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        dispatch: Dispatch,
+        slots: int,
+        limits: WaitLimits | None = None,
+        resumes: bool = True,  # whether the engines can go on with a request that has begun
+    ) -> None:
+        super().__init__(exchange)
+        self.resources = Resources()
+        # One engine label for each slot of this node in vLLM's metrics, the last for other nodes.
+        self.engine_ranks_managed = list(range(slots + 1))
+        self.ledger = Ledger()
+        self._elsewhere = slots
+        self._resumes = resumes
+        self.placer = Placer(self.ledger, exchange, dispatch, self, limits or WaitLimits())
+        self._cancels = Cancels(self.placer.cancel)
+        self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+        # Called for a request that has to end: its id, one sentence, and the status that fits, 400
+        # if no engine can run it, 500 if it is not to be sent again, 503 if it may be.
+        self.on_failure: Callable[[str, str, HTTPStatus], None] = lambda *failure: None
+        # Called for each request of the frontend, in its handler's context, in this order.
+        self.on_open: list[Callable[[EngineCoreRequest], None]] = []
+        # Called with the id of each of them once it has ended, however it has.
+        self.on_close: list[Callable[[str], None]] = []
+        # Called with the seconds that a move has interrupted a stream of tokens.
+        self.on_gap: Callable[[float], None] = lambda seconds: None
+        # Called with the seconds from the loss of an owner to the next token.
+        self.on_failover: Callable[[float], None] = lambda seconds: None
+        self._moving: dict[str, Move] = {}
+        self._homeless = self.placer.homeless
+        exchange.on_outputs = self.deliver
+        exchange.on_node_lost.append(self._on_node_lost)
+        exchange.on_node_found = self.placer.trust_node
+
+    @property
+    def node(self) -> NodeId:
+        """The node of this API server."""
+        return self._exchange.node
+
+    @property
+    def instances(self) -> Mapping[InstanceId, NodeId]:
+        """The instances that are ready, wherever they are."""
+        return self.placer.instances()
+
+    # ---- what vLLM's frontend calls ----
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        """Take a request. It is dispatched in a task: the frontend can't undo a half-made call.
+
+        Raises ValueError if a request of that id is open already.
+        """
+        if request.lora_request is not None:
+            request.lora_request = self._adapters.shared(request.lora_request)
+        self.ledger.open(request.request_id, request)
+        if getattr(request, "abort_immediately", False):  # which newer versions of vLLM have
+            self._spawn(self._pass_on(request.request_id))
+            return
+        for call in self.on_open:
+            call(request)
+        self._spawn(self._place(request.request_id))
+
+    async def _pass_on(self, request_id: str) -> None:
+        """Show an engine's KV connector a request that was refused; no output will end it."""
+        await self._place(request_id)
+        await self.abort_requests_async([request_id])
+
+    async def get_output_async(self) -> EngineCoreOutputs:
+        """The next batch of accepted outputs, or an instance's statistics."""
+        return await self._outputs.get()
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        """End requests wherever they run; a node that is gone has ended them already."""
+        if (sending := self.end(request_ids)) is not None:
+            await asyncio.shield(sending)
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Nothing to end here: engines and links have other owners."""
+        for task in self._tasks:
+            task.cancel()
+
+    def dp_engines_running(self) -> bool:
+        """Whether any request is open."""
+        return bool(len(self.ledger))
+
+    def end(self, request_ids: list[str]) -> asyncio.Task[None] | None:
+        """Likewise, at once; a task that is done when their engines have been told, if any are."""
+        ended = [(i, entry) for i in request_ids if (entry := self._close(i)) is not None]
+        owned = [(entry.owner, i) for i, entry in ended if entry.owner is not None]
+        return self._cancels.add(owned) if owned else None
+
+    # ---- what comes back ----
+
+    def deliver(self, frame: News, stats: SchedulerStats | None = None) -> None:
+        """Take a frame from an instance: pass on what the ledger accepts."""
+        if isinstance(frame, Lost):
+            for request_id, epoch in zip(frame.request_ids, frame.epochs, strict=True):
+                self._lost(request_id, epoch, frame)
+            return
+        if isinstance(frame, HandOver):
+            self._hand_over(frame)
+            return
+        accepted = []
+        unwanted: list[tuple[str, int]] = []
+        for output, epoch, position in zip(
+            frame.outputs, frame.epochs, frame.positions, strict=True
+        ):
+            request_id = output.request_id
+            verdict = self.ledger.accept(request_id, epoch, position, output.new_token_ids)
+            if verdict is Verdict.ACCEPTED:
+                accepted.append(output)
+                if self._moving and (move := self._moving.pop(request_id, None)) and position:
+                    self.on_gap(time.monotonic() - move.began)
+                if self._homeless and (since := self._homeless.pop(request_id, None)) and position:
+                    self.on_failover(time.monotonic() - since)
+                if output.finish_reason is not None:
+                    self._close(request_id)
+            elif verdict in _DISOWNED:
+                unwanted.append((request_id, epoch))
+        if unwanted:
+            self._disown(frame.instance, unwanted)
+        if accepted or stats is not None:
+            hosted = self._exchange.hosted.get(frame.instance)
+            timestamp = frame.timestamp if hosted else _in_our_time(accepted, frame.timestamp)
+            self._outputs.put_nowait(
+                EngineCoreOutputs(
+                    engine_index=self._elsewhere if hosted is None else hosted.slot,
+                    outputs=accepted,
+                    scheduler_stats=stats,
+                    timestamp=timestamp,
+                )
+            )
+
+    # ---- placing and replacing ----
+
+    async def _place(self, request_id: str, reason: str = "") -> None:
+        """Send a request to an instance; whatever goes wrong, its client hears of it."""
+        entry = self.ledger.get(request_id)
+        if entry is None:
+            return
+        status = HTTPStatus.SERVICE_UNAVAILABLE
+        try:
+            failure = await self.placer.place(request_id, entry, reason)
+        except EngineError as error:  # nor will another try help
+            failure, status = str(error), HTTPStatus.BAD_REQUEST
+        except Exception as error:
+            logger.exception("request %s could not be placed", request_id)
+            failure = f"internal error: {type(error).__name__}"
+        if failure is not None:
+            self._fail(request_id, failure, status)
+
+    def _hand_over(self, frame: HandOver) -> None:
+        """An owner has stopped a request for another instance to go on with it."""
+        request_id = frame.request_id
+        entry = self.ledger.get(request_id)
+        if entry is not None and entry.epoch == frame.epoch and entry.owner == frame.instance:
+            route = Route(frame.destination, frame.node, 0)
+            epoch = self.placer.claim(request_id, route)
+            former = self._moving.get(request_id)
+            began = former.began if former else time.monotonic()
+            self._moving[request_id] = Move(began, epoch)
+            self._spawn(self._resume_at(request_id, entry, route, epoch))
+            return
+        self.ledger.dropped[Verdict.STALE] += 1
+        if entry is None or entry.owner != frame.destination:  # which waits for it in vain
+            self.placer.nodes.setdefault(frame.destination, frame.node)
+            self._spawn(self.placer.cancel(frame.destination, [request_id]))
+
+    async def _resume_at(self, request_id: str, entry: Entry, route: Route, epoch: int) -> None:
+        """Resume a request where its former owner wants it, or else wherever it can."""
+        try:
+            failure = await self.placer.give(request_id, entry, route, epoch)
+        except EngineError as error:  # it can't be sent there
+            failure = str(error)
+        if failure is not None and entry.owner is None and self.ledger.get(request_id) is entry:
+            logger.warning("request %s could not move: %s", request_id, failure)
+            await self._place(request_id, failure)
+
+    def _on_node_lost(self, node: NodeId, reason: str) -> None:
+        self.placer.suspect_node(node)
+        for instance in [i for i, n in self.placer.nodes.items() if n == node]:
+            for request_id, entry in self.ledger.owned_by(instance):
+                self._homeless.pop(request_id, None)  # it was at home there
+                self._lost(request_id, entry.epoch, Lost(instance, [], [], reason))
+
+    def _lost(self, request_id: str, epoch: int, lost: Lost) -> None:
+        """An owner lost a request: it goes on elsewhere, from the tokens that were accepted.
+
+        One that has moved there and not begun has met no death, but a refusal: somewhere it ran.
+        """
+        if lost.retry:
+            self.placer.suspect(lost.instance)
+        entry = self.ledger.get(request_id)
+        if entry is None or entry.epoch != epoch or entry.owner is None:
+            return
+        move = self._moving.get(request_id)
+        came = move is not None and move.epoch == epoch
+        died = lost.died and not came
+        if died and entry.deaths >= DEATHS and (lost.together or entry.gained >= TRIAL_TOKENS):
+            # It has passed a trial that took longer than others waited for it; or another API
+            # server's suspect was on trial there too, and it is tried once more.
+            entry.deaths -= 1
+        entry.deaths += died
+        entry.crashes += died
+        reason = lost.reason
+        pinned = self._why_pinned(entry) if entry.tokens else None
+        if pinned is not None:
+            self._fail(request_id, f"{reason}; the request can't go on elsewhere: {pinned}")
+        elif not (lost.retry or came or entry.tokens):
+            self._fail(request_id, reason, HTTPStatus.BAD_REQUEST)
+        elif entry.deaths > DEATHS or entry.crashes > CRASHES:
+            self._fail(
+                request_id,
+                f"request {request_id} is given up, as {entry.crashes} engines died while they "
+                f"ran it: {reason}",
+                HTTPStatus.INTERNAL_SERVER_ERROR,
+            )
+        else:
+            logger.warning(
+                "request %s goes on elsewhere at token %d: %s", request_id, entry.position, reason
+            )
+            if died:  # else it was refused, and has looked for an instance since its last loss
+                self._homeless[request_id] = time.monotonic()
+            self._homeless.setdefault(request_id, time.monotonic())
+            self.ledger.release(request_id)
+            self._spawn(self._place(request_id, reason))
+
+    def _why_pinned(self, entry: Entry) -> str | None:
+        return why_pinned(entry.request) if self._resumes else NO_RESUME
+
+    def _disown(self, instance: InstanceId, unwanted: list[tuple[str, int]]) -> None:
+        """Outputs that nobody wants have an orphan behind them: end it where it runs."""
+        ids, epochs = map(list, zip(*unwanted, strict=True))
+        self._spawn(self.placer.cancel(instance, ids, epochs))
+
+    def _close(self, request_id: str) -> Entry | None:
+        self._moving.pop(request_id, None)
+        self._homeless.pop(request_id, None)
+        entry = self.ledger.close(request_id)
+        if entry is not None:
+            for call in self.on_close:
+                call(request_id)
+        return entry
+
+    def _fail(
+        self, request_id: str, reason: str, status: HTTPStatus = HTTPStatus.SERVICE_UNAVAILABLE
+    ) -> None:
+        if self._close(request_id) is not None:
+            logger.error("request %s ended: %s", request_id, reason)
+            self.on_failure(request_id, reason, status)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _in_our_time(outputs: list[EngineCoreOutput], timestamp: float) -> float:
+    """Move the events of a step on another machine, whose clock began elsewhere, to ours.
+
+    Returns the step's time on our clock (monotonic seconds): what its frame took on the way is not
+    known, and counts as none.
+    """
+    now = time.monotonic()
+    for output in outputs:
+        for event in output.events or ():
+            event.timestamp += now - timestamp
+    return now

@@ -1,0 +1,231 @@
+"""The peer channel: authenticated WebSockets, one for a pair of nodes, in either direction.
+
+Nothing is sent to a node, and nothing is taken from it, before it has proved itself (`greeting`).
+"""
+
+import asyncio
+import ipaddress
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from llumnix.cluster import NodeId
+from llumnix.dataplane.frames import AnyFrame, Codec, FrameError, Hello
+from llumnix.dataplane.peer_link import HEARTBEAT, MAX_FRAME, Link, OnFrame
+from llumnix.dataplane.peer_proof import (
+    PROOF,
+    Door,
+    GreetingError,
+    Introduction,
+    Key,
+    Role,
+    answer,
+    convinced,
+)
+from llumnix.engine.base import EngineDead
+
+logger = logging.getLogger(__name__)
+
+PATH = "/llumnix/peer"
+APART = 1.0  # seconds between two warnings about strangers
+AGAIN = 60.0  # seconds until the same one is given again
+
+
+@dataclass(frozen=True, slots=True)
+class Self:
+    """What the other nodes are told of this one; `life` is new with each start of its process."""
+
+    node: NodeId
+    address: str  # at which the others dial it
+    version: str
+    life: str = field(default_factory=lambda: secrets.token_hex(8))
+
+
+class Peers:
+    """All links of this node: dials where it must, accepts what comes, remembers both."""
+
+    def __init__(
+        self,
+        me: Self,
+        token: str,
+        address_of: Callable[[NodeId], str | None],
+        ssl: Any = None,
+    ) -> None:
+        self._me = me
+        self._key = Key(token)
+        self._door = Door(self._key, me.node, me.life, me.address)
+        self._address_of = address_of
+        self._ssl = ssl
+        self._links: dict[NodeId, Link] = {}
+        self._running: set[Link] = set()  # with those beside: two nodes may dial at the same time
+        self._dialling: dict[NodeId, asyncio.Lock] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._session: aiohttp.ClientSession | None = None
+        self._closed = False
+        self._complaint = ""
+        self._complained = float("-inf")
+        self._readable = False  # whether it has been said that links can be read on their way
+        self.on_frame: OnFrame
+        self.on_close: Callable[[Link], Awaitable[None]]
+        self.on_open: Callable[[NodeId], None] = lambda node: None
+
+    @property
+    def open(self) -> int:
+        """How many links are open."""
+        return len(self._links)
+
+    async def link(self, node: NodeId, timeout: float = 3.0) -> Link:
+        """The link to a node, dialled if there is none. Raises EngineDead."""
+        async with self._dialling.setdefault(node, asyncio.Lock()):
+            link = self._links.get(node)
+            if link is not None and not link.closed:
+                return link
+            try:
+                async with asyncio.timeout(timeout):
+                    link = await self._dial(node)
+            except (aiohttp.ClientError, OSError, TimeoutError, FrameError) as error:
+                detail = str(error) or type(error).__name__
+                raise EngineDead(f"node {node} does not answer: {detail}") from error
+            except GreetingError as error:
+                self._complain(f"node {node} gets nothing: {error}")
+                raise EngineDead(f"node {node} does not answer: {error}") from error
+            task = asyncio.create_task(self._serve(link), name=f"peer-{node}")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            return self._links[node]  # the one that is used from now on, if both have dialled
+
+    async def accept(self, request: web.Request) -> web.StreamResponse:
+        """The HTTP handler of PATH: a challenge first, and a link for who has answered one."""
+        try:
+            who = Introduction.read(request.headers)
+            if PROOF not in request.headers:
+                return web.Response(status=401, headers=self._door.ask(who))
+            proof = self._door.admit(who, request.headers)
+            self._has_place(who.node, who.life)
+        except GreetingError as error:
+            self._complain(f"refused a peer connection from {request.remote}: {error}")
+            raise web.HTTPUnauthorized(text="wrong or missing proof of the cluster token") from None
+        socket = web.WebSocketResponse(heartbeat=HEARTBEAT, max_msg_size=MAX_FRAME, compress=False)
+        await socket.prepare(request)
+        link = Link(socket, who.node, who.life)
+        link.send(Hello(self._me.node, self._me.version, proof))
+        self._keep(link, request.remote or "")
+        await self._serve(link)
+        return socket
+
+    async def close(self) -> None:
+        """Close every link and end every task; no link is opened again."""
+        self._closed = True
+        await asyncio.gather(*(link.close() for link in self._running))
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
+
+    async def _dial(self, node: NodeId) -> Link:
+        """A new link. Raises GreetingError if what is there is not that node, and others."""
+        address = self._address_of(node)
+        if address is None:
+            raise EngineDead(f"node {node} has left the cluster")
+        if self._closed:
+            raise EngineDead("this node has left the cluster")
+        if self._session is None:
+            self._session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
+        me = self._me
+        who = Introduction(me.node, me.life, me.version, node, address)
+        url = f"{'https' if self._ssl else 'http'}://{address}{PATH}"
+        ssl = self._ssl or True
+        asked = self._session.get(url, headers=who.headers(), ssl=ssl, allow_redirects=False)
+        async with asked as reply:
+            challenge = convinced(self._key, who, reply.status, reply.headers)
+        headers = answer(self._key, who, challenge)
+        socket = await self._session.ws_connect(
+            url, headers=headers, heartbeat=HEARTBEAT, max_msg_size=MAX_FRAME, ssl=ssl
+        )
+        try:
+            hello = await _hello(socket)
+            self._key.check(hello.proof, Role.OPENED, who, challenge)
+            self._has_place(node, challenge.life)
+        except BaseException:
+            await socket.close()
+            raise
+        link = Link(socket, node, challenge.life)
+        self._keep(link, address.rpartition(":")[0].strip("[]"))
+        return link
+
+    def _has_place(self, node: NodeId, life: str) -> None:
+        """Who has the token can't take the place of a node that is connected."""
+        if node == self._me.node:
+            raise GreetingError(f"{node} is the name of this node itself")
+        for link in self._running:
+            if link.node == node and link.life != life and not link.closed:
+                raise GreetingError(f"a node {node} is connected already, in another process")
+
+    def _keep(self, link: Link, host: str) -> None:
+        self._running.add(link)
+        current = self._links.get(link.node)
+        if current is None or current.closed:
+            self._links[link.node] = link
+        if self._ssl is None and not self._readable and not _is_here(host):
+            self._readable = True
+            logger.warning(
+                "The link to node %s at %s is not encrypted: whoever is on the way can read and "
+                "change prompts and answers (--ssl-certfile, --ssl-keyfile, --ssl-ca-certs).",
+                *(link.node, host),
+            )
+        self.on_open(link.node)
+
+    def _complain(self, sentence: str) -> None:
+        """Say it, but strangers must not fill the log."""
+        now = time.monotonic()
+        pause = AGAIN if sentence == self._complaint else APART
+        if now - self._complained < pause:
+            logger.debug("%s", sentence)
+            return
+        logger.warning("%s", sentence)
+        self._complaint, self._complained = sentence, now
+
+    async def _serve(self, link: Link) -> None:
+        logger.info("connected to node %s", link.node)
+        try:
+            await link.run(self.on_frame)
+        finally:
+            self._running.discard(link)
+            if self._links.get(link.node) is link:
+                del self._links[link.node]
+            # Requests may have come over either of two links: one that ends ends both.
+            for twin in [other for other in self._running if _same_process(other, link)]:
+                await twin.close()
+            await self.on_close(link)
+            logger.info("the connection to node %s ended", link.node)
+
+
+async def _hello(socket: aiohttp.ClientWebSocketResponse) -> Hello:
+    """The first frame of the node that was dialled. Raises FrameError."""
+    message = await socket.receive()
+    if message.type is not aiohttp.WSMsgType.BINARY:
+        raise FrameError("it hung up without a greeting")
+    hello = Codec().decode(message.data)
+    if not isinstance(hello, Hello):
+        raise FrameError("the first frame must be a Hello")
+    return hello
+
+
+def _same_process(one: Link, other: Link) -> bool:
+    return (one.node, one.life) == (other.node, other.life)
+
+
+def _is_here(host: str) -> bool:
+    """Whether what goes there does not leave this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host in ("", "localhost")
+
+
+__all__ = ["PATH", "AnyFrame", "Link", "Peers", "Self"]

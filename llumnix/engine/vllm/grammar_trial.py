@@ -1,0 +1,249 @@
+"""A process in which grammars are compiled on trial, and which may die of it."""
+
+import contextlib
+import math
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.sampling_params import StructuredOutputsParams
+
+from llumnix.engine.vllm.launcher import start_fork_server
+from llumnix.engine.vllm.parent_death import end_with_node
+
+MEMORY = 2 * 2**30  # bytes of address space beyond what the process has when it is ready
+START_SECONDS = 60.0  # until it has read the tokenizer
+NICE = 5  # below the API server, whose streams go on meanwhile
+WALL = 20  # times the limit, until a process that gets little of the machine is given up
+STILL = 5.0  # seconds in which a process that computes nothing at all is given up
+SENTENCE = 500  # characters of an error that are told
+
+
+_NONE = object()
+
+
+class TrialFailed(Exception):
+    """A grammar that can't be used; the message is one sentence for its client."""
+
+
+class TrialUnavailable(Exception):
+    """There is no process to try a grammar in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What validation has made of a request's grammar."""
+
+    changed: dict[str, Any]  # fields of StructuredOutputsParams, and their new values
+
+
+class Trial:
+    """One process, started when it is needed, and again after it has died. For one thread."""
+
+    def __init__(self, config: bytes, seconds: float, memory: int = MEMORY) -> None:
+        """`config` is vLLM's configuration, pickled: to do that at a start would hold the loop up.
+
+        `seconds`: of CPU, the longest that a grammar may take: that a busy machine is slow is not
+        its fault. `memory`: what it may take, in bytes.
+        """
+        self._config = config
+        self._seconds = seconds
+        self._memory = memory
+        self._process: ForkServerProcess | None = None
+        self._pipe: Connection | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The process, if there is one."""
+        return self._process.pid if self._process else None
+
+    def start(self) -> Connection:
+        """Have a process that is ready. Raises TrialUnavailable."""
+        if self._pipe is not None:
+            return self._pipe
+        ours, theirs = multiprocessing.Pipe()
+        context = start_fork_server()
+        arguments = (theirs, self._config, self._seconds, self._memory)
+        self._process = context.Process(target=_serve, args=arguments, name="grammars", daemon=True)
+        self._process.start()
+        theirs.close()
+        try:
+            if ours.poll(START_SECONDS) and ours.recv() is None:
+                self._pipe = ours
+                return ours
+        except (EOFError, OSError):
+            pass
+        ours.close()
+        self.close()
+        raise TrialUnavailable("no process could be started in which to try a grammar")
+
+    def run(self, params: StructuredOutputsParams) -> Verdict:
+        """Compile a grammar. Raises TrialFailed, TrialUnavailable."""
+        pipe = self.start()
+        try:
+            pipe.send(params)
+            if not self._answers(pipe):
+                raise TrialFailed(self._too_long)
+            answer: Verdict | str = pipe.recv()
+        except TrialFailed:
+            self.close()
+            raise
+        except (EOFError, OSError) as error:
+            memory = "the grammar or schema takes too much memory to compile; make it simpler"
+            raise TrialFailed(self._too_long if self._was_slow() else memory) from error
+        if isinstance(answer, str):
+            raise TrialFailed(answer)
+        return answer
+
+    def _answers(self, pipe: Connection) -> bool:
+        """Wait for an answer; not for one of a process that hangs, as where memory has ended."""
+        deadline = time.monotonic() + WALL * self._seconds
+        used = None
+        while time.monotonic() < deadline:
+            if pipe.poll(min(STILL, WALL * self._seconds)):
+                return True
+            used, before = self._computed(), used
+            if used == before:
+                return False
+        return False
+
+    def _computed(self) -> int:
+        """The CPU time that the process has taken, in ticks; 0 if it is gone."""
+        try:
+            with open(f"/proc/{self.pid}/stat") as stat:
+                fields = stat.read().rpartition(")")[2].split()
+        except OSError:
+            return 0
+        return int(fields[11]) + int(fields[12])
+
+    @property
+    def _too_long(self) -> str:
+        limit = f"{self._seconds:g} s"
+        return f"the grammar or schema takes longer than {limit} to compile; make it simpler"
+
+    def _was_slow(self) -> bool:
+        """Whether the process, which has ended, was ended by its limit of CPU time."""
+        assert self._process is not None
+        self._process.join(1.0)
+        slow = self._process.exitcode == -signal.SIGXCPU
+        self.close()
+        return slow
+
+    def kill(self) -> None:
+        """Have the process end, from any thread; what it tries has failed."""
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(OSError, ValueError):
+                process.kill()
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
+        if self._process is not None:
+            self.kill()
+            self._process.join()
+            self._process.close()
+            self._process = None
+
+
+def _serve(pipe: Connection, config: bytes, seconds: float, memory: int) -> None:
+    """The main function of the process."""
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)  # a Ctrl-C at the terminal is the node's business
+    end_with_node()
+    os.nice(NICE)
+    compiler = Compiler(pickle.loads(config))
+    compiler.warm()
+    with open("/proc/self/statm") as statm:
+        size = int(statm.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + memory, size + memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    pipe.send(None)
+    while True:
+        try:
+            params = pipe.recv()
+        except EOFError:
+            return
+        _allow(seconds)
+        try:
+            answer: Verdict | str = compiler.try_out(params)
+        except MemoryError:
+            return  # what is left of the process is not to be trusted
+        except Exception as error:  # vLLM's, or its backend's, whatever it is
+            words = " ".join(str(error).split())[:SENTENCE]
+            answer = f"the grammar or schema can't be used: {words or type(error).__name__}"
+        pipe.send(answer)
+
+
+def _allow(seconds: float) -> None:
+    """Have the kernel end this process when it has computed for so many seconds more."""
+    used = time.process_time()
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used + seconds), most))
+
+
+class Compiler:
+    """Does with a grammar what vLLM's frontend and its engine core will do with it."""
+
+    def __init__(self, config: VllmConfig) -> None:
+        from vllm.v1.structured_output import StructuredOutputManager
+
+        self._config = config
+        self._manager = StructuredOutputManager(config)
+        self._backends: dict[str, Any] = {}
+
+    def warm(self) -> None:
+        """Make the backend that most grammars take, so that the first one does not pay for it."""
+        with contextlib.suppress(Exception):  # whoever needs it hears what is wrong with it
+            self._backend("xgrammar")
+
+    def try_out(self, params: StructuredOutputsParams) -> Verdict:
+        """Validate and compile. Raises whatever vLLM and its backends raise."""
+        from vllm.v1.structured_output.request import get_structured_output_key
+
+        before = dict(vars(params))
+        sampling = SamplingParams(structured_outputs=params)
+        sampling._validate_structured_outputs(
+            self._config.model_config,
+            self._config.structured_outputs_config,
+            self._manager.tokenizer,
+        )
+        checked = sampling.structured_outputs
+        kind, spec = get_structured_output_key(checked)
+        self._backend(checked._backend).compile_grammar(kind, spec)
+        after = vars(checked)
+        # What no constructor has made, as /generate's, lacks the fields that only have defaults.
+        changed = {n: value for n, value in after.items() if before.get(n, _NONE) != value}
+        return Verdict(changed)
+
+    def _backend(self, name: str) -> Any:
+        if name not in self._backends:
+            self._backends[name] = self._make(name)
+        return self._backends[name]
+
+    def _make(self, name: str) -> Any:
+        from importlib import import_module
+
+        module, cls = {
+            "xgrammar": ("backend_xgrammar", "XgrammarBackend"),
+            "guidance": ("backend_guidance", "GuidanceBackend"),
+            "outlines": ("backend_outlines", "OutlinesBackend"),
+            "lm-format-enforcer": ("backend_lm_format_enforcer", "LMFormatEnforcerBackend"),
+        }[name]
+        backend = getattr(import_module(f"vllm.v1.structured_output.{module}"), cls)
+        return backend(
+            self._config,
+            tokenizer=self._manager.tokenizer,
+            vocab_size=self._config.model_config.get_vocab_size(),
+        )

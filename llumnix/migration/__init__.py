@@ -1,0 +1,1 @@
+"""Live migration: all of a move, from the command to the hand-over."""

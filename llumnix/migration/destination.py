@@ -1,0 +1,232 @@
+"""The destination's side of live migrations: what the source's node may ask of this one."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from llumnix.cluster import InstanceId, NodeId
+from llumnix.dataplane.exchange import Exchange
+from llumnix.dataplane.hosted_instance import HostedInstance
+from llumnix.dataplane.hosted_request import Tenant
+from llumnix.engine.base import EngineDead, EngineError, Transfer
+
+logger = logging.getLogger(__name__)
+
+LONGEST = 120.0  # seconds; an arrival that nobody has ended by then is given up
+FIRST_OUTPUT = 10.0  # seconds from a hand-over to the first output at which blocks stay held
+
+
+class Doorkeeper(Protocol):
+    """Who decides whether a migration may come here, and keeps its record in etcd."""
+
+    def accept(
+        self, migration: str, request_id: str, instance: InstanceId, blocks: int
+    ) -> Awaitable[None]:
+        """Take the record from proposed to accepted. Raises EngineError to refuse."""
+
+    def departed(self, migration: str) -> Awaitable[None]:
+        """An accepted migration has ended, one way or the other."""
+
+
+@dataclass(slots=True, eq=False)
+class Arrival:
+    """One migration on its way here."""
+
+    hosted: HostedInstance
+    request_id: str
+    source: NodeId
+    coming: asyncio.Future[Tenant | None]  # the request once it is here, None if it won't be
+    timer: asyncio.TimerHandle | None = None  # runs from when it is accepted
+    receiving: asyncio.Task[int] | None = None
+    ended: bool = False
+    moved: bool = True  # whether the request has been handed over, as far as one knows
+    lent: bool = False  # whether the source holds blocks that the request will need
+    begun: bool = False  # whether it needs them no more
+
+
+class Arrivals:
+    """Serves the procedures of the migrations that come to this node's instances."""
+
+    def __init__(
+        self, exchange: Exchange, door: Doorkeeper, at: Callable[[str], Awaitable[None]]
+    ) -> None:
+        self._exchange = exchange
+        self._door = door
+        self._at = at  # told of each step before it is taken; tests stop a migration there
+        self._arrivals: dict[str, Arrival] = {}  # by migration
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stops = False
+        exchange.on_node_lost.append(self._on_node_lost)
+        exchange.procedures |= {
+            "migration_offer": self.offer,
+            "migration_reserve": self.reserve,
+            "migration_receive": self.receive,
+            "migration_expect": self.expect,
+            "migration_end": self.end,
+        }
+
+    def __len__(self) -> int:
+        return len(self._arrivals)
+
+    async def offer(
+        self, instance: InstanceId, migration: str, request_id: str, source: NodeId, blocks: int
+    ) -> str:
+        """Accept or refuse a migration from a node; which engine it is. Raises EngineError."""
+        if self._stops:
+            raise EngineError(f"node {self._exchange.node} stops")
+        hosted = self._exchange.hosted.get(instance)
+        if hosted is None:
+            raise EngineDead(f"instance {instance} is gone")
+        arrival = Arrival(hosted, request_id, source, hosted.expect(request_id))
+        self._arrivals[migration] = arrival
+        try:
+            await self._at("accept")
+            if hosted.gone is not None:
+                raise EngineDead(hosted.gone)
+            if hosted.facts is None or not hosted.facts.resumes:
+                raise EngineError(f"instance {instance} can't resume requests")
+            await self._door.accept(migration, request_id, instance, blocks)
+            if arrival.ended:  # the source has waited long enough
+                raise EngineError(f"migration {migration} was ended before it was accepted")
+        except BaseException:
+            await self._forget(migration, arrival)
+            raise
+        loop = asyncio.get_running_loop()
+        arrival.timer = loop.call_later(LONGEST, self._give_up, migration, arrival)
+        return hosted.life
+
+    async def reserve(self, instance: InstanceId, migration: str, hashes: list[bytes]) -> int:
+        """Hold room for blocks; how many of them are here already. Raises EngineError."""
+        await self._at("reserve")
+        return await self._accepted(migration).hosted.engine.blocks.reserve(migration, hashes)
+
+    async def receive(
+        self,
+        instance: InstanceId,
+        migration: str,
+        pair: str,
+        group: str,
+        first: int,
+        count: int,
+        within: float,
+        skips: int = 0,
+    ) -> int:
+        """Receive blocks; returns when requests can use them. Raises EngineError."""
+        await self._at("receive")
+        arrival = self._accepted(migration)
+        transfer = Transfer(pair, group, first, count, within, skips)
+        task = asyncio.ensure_future(arrival.hosted.engine.blocks.receive(migration, transfer))
+        arrival.receiving = task
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if not arrival.ended:
+                raise  # not the transfer is ended, but who waits for it
+            raise EngineError(f"migration {migration} was ended while blocks came") from None
+        finally:
+            arrival.receiving = None
+
+    async def expect(
+        self, instance: InstanceId, migration: str, pair: str, group: str, theirs: list[int]
+    ) -> None:
+        """Be ready to take what the source lends. Raises EngineError."""
+        arrival = self._accepted(migration)
+        transfer = Transfer(pair, group, 0, len(theirs), 0.0)
+        arrival.lent = True  # also where the engine's answer comes too late
+        blocks = arrival.hosted.engine.blocks
+        await blocks.expect(migration, arrival.request_id, transfer, theirs)
+
+    async def end(self, instance: InstanceId, migration: str, moved: bool) -> None:
+        """Nothing more will come; the blocks stay held until the request uses them, if it moved.
+
+        Where some were lent it returns only then, and raises EngineError if that is not certain.
+        """
+        arrival = self._arrivals.get(migration)
+        if arrival is None:
+            return
+        if not moved:
+            arrival.moved = False
+            if not arrival.coming.done():
+                arrival.coming.set_result(None)
+        ending = self._finish(migration, arrival)
+        if not arrival.lent:
+            return
+        if ending is not None:
+            await asyncio.shield(ending)
+        if moved and not arrival.begun:
+            raise EngineError(f"request {arrival.request_id} did not begin")
+
+    async def close(self) -> None:
+        """End what waits here, and accept nothing more."""
+        self._stops = True
+        for arrival in self._arrivals.values():
+            arrival.coming.cancel()
+            if arrival.timer is not None:
+                arrival.timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _on_node_lost(self, node: NodeId, reason: str) -> None:
+        """A source can't end its migrations any more; what it had handed over may still come."""
+        for migration, arrival in list(self._arrivals.items()):
+            if arrival.source == node:
+                self._finish(migration, arrival)
+
+    def _give_up(self, migration: str, arrival: Arrival) -> None:
+        logger.warning("migration %s to %s was never ended", migration, arrival.hosted.id)
+        self._finish(migration, arrival)
+
+    def _finish(self, migration: str, arrival: Arrival) -> asyncio.Task[None] | None:
+        if arrival.ended:
+            return None
+        arrival.ended = True
+        if arrival.timer is None:
+            return None  # its offer is being answered, and sees it
+        arrival.timer.cancel()
+        task = asyncio.ensure_future(self._end(migration, arrival))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _end(self, migration: str, arrival: Arrival) -> None:
+        try:
+            if (receiving := arrival.receiving) is not None:
+                receiving.cancel()  # nothing may be written once the blocks are given back
+                await asyncio.gather(receiving, return_exceptions=True)
+            if arrival.moved:
+                await self._at("resume")
+                await self._first_output(arrival)
+            await arrival.hosted.engine.blocks.drop(migration)
+        except EngineError as error:
+            logger.info("the end of migration %s: %s", migration, error)
+        finally:
+            await self._forget(migration, arrival)
+
+    async def _first_output(self, arrival: Arrival) -> None:
+        """Wait until the request has come and computed something, or it is too late for that."""
+        try:
+            async with asyncio.timeout(FIRST_OUTPUT):
+                tenant = await arrival.coming
+                if tenant is not None and not tenant.started:
+                    await arrival.hosted.next_output(tenant, FIRST_OUTPUT)
+            # One that ended before may still be on its way into the engine.
+            arrival.begun = tenant is None or tenant.started
+        except TimeoutError:
+            logger.info("request %s did not begin at %s", arrival.request_id, arrival.hosted.id)
+
+    async def _forget(self, migration: str, arrival: Arrival) -> None:
+        self._arrivals.pop(migration, None)
+        arrival.coming.cancel()
+        try:
+            await self._door.departed(migration)
+        except TimeoutError:  # it has been told, and will hear it
+            logger.info("the end of migration %s is not yet in the books", migration)
+
+    def _accepted(self, migration: str) -> Arrival:
+        arrival = self._arrivals.get(migration)
+        if arrival is None or arrival.timer is None or arrival.ended:
+            raise EngineError(f"migration {migration} was not accepted here, or has ended")
+        return arrival

@@ -1,0 +1,307 @@
+"""The source's side of one live migration, from the proposal to the hand-over or the abort.
+
+The request goes on decoding while its full KV blocks travel, stage by stage; then it stops at the
+end of a step, and its API server resumes it at the destination. Whatever goes wrong before that,
+the request has never stopped. What goes wrong after it is the API server's to mend, which resumes
+the request wherever it can.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from llumnix.cluster import InstanceId, NodeId, kv_blocks
+from llumnix.dataplane.exchange import Exchange
+from llumnix.dataplane.hosted_instance import HostedInstance
+from llumnix.dataplane.hosted_request import Tenant
+from llumnix.engine.base import LEND_SECONDS, EngineDead, EngineError, SetupFailed, Transfer
+from llumnix.migration.transfer_groups import Groups, pair_name
+
+logger = logging.getLogger(__name__)
+
+GRACE = 2.0  # seconds beyond a transfer's own deadline until it is given up without an answer
+# Seconds for which lent blocks stay held when nobody says that they were taken: longer than they
+# may be taken, and a step that takes them may last.
+LENT_SECONDS = 4 * LEND_SECONDS
+# Of a block, that a request must have before it to be lent: it goes on while that is arranged.
+MARGIN = 4  # tokens
+RECOMPUTED_MOST = 8192  # tokens of a request that moves to where none of its blocks can go
+
+
+class MigrationError(EngineError):
+    """A migration that is not made; the request goes on where it is."""
+
+
+class Ended(MigrationError):
+    """The request has ended, or left otherwise, so that there is nothing to move any more."""
+
+
+class Handshakes(Protocol):
+    """The record of a migration in etcd; every method raises EngineError if it can't be so."""
+
+    def advance(self, migration: str, to: str) -> Awaitable[None]:
+        """Take the record to its next state: copying, or committed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How a migration proceeds."""
+
+    max_stages: int = 3
+    last_stage_max_blocks: int = 4  # full blocks that the destination may have to recompute
+    tail_tokens: int = 4  # beyond full blocks, likewise; a request is stopped where it has few
+    within: float = 10.0  # seconds for each answer of the destination, and each transfer
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a migration has done; the material of its metrics."""
+
+    stages: int = 0
+    blocks_sent: int = 0
+    blocks_skipped: int = 0  # the destination had them
+    bytes_sent: int = 0
+    bytes_skipped: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+
+class Departure:
+    """One request on its way from an instance of this node to another instance."""
+
+    def __init__(
+        self,
+        migration: str,
+        source: HostedInstance,
+        tenant: Tenant,
+        destination: InstanceId,
+        node: NodeId,  # of the destination
+        exchange: Exchange,
+        handshakes: Handshakes,
+        groups: Groups,
+        limits: Limits,
+        at: Callable[[str], Awaitable[None]],
+        drains: bool = False,  # whether the source is to have no requests
+    ) -> None:
+        self.migration = migration
+        self.progress = Progress()
+        self._source = source
+        self._tenant = tenant
+        self._destination = destination
+        self._node = node
+        self._exchange = exchange
+        self._handshakes = handshakes
+        self._groups = groups
+        self._limits = limits
+        self._at = at  # told of each step before it is taken; tests stop a migration there
+        self._drains = drains
+        self._pair = pair_name(source.id, destination)
+        self._life = ""  # of the destination's engine
+        self._covered = 0  # blocks that are at the destination
+        self._lent = False  # whether the destination may read blocks here when the request comes
+        self._preemptions = 0  # of the request, when they were lent
+
+    async def run(self) -> None:
+        """Move the request. Raises MigrationError, after which it goes on where it was.
+
+        Ended if it has come to its end meanwhile.
+        """
+        handed_over = False
+        try:
+            await self._at("offer")
+            blocks = kv_blocks(self._tenant.tokens, self.block_size)
+            who = (self.migration, self._tenant.request_id, self._exchange.node)
+            self._life = str(await self._ask("migration_offer", *who, blocks))
+            await self._at("copy")
+            await self._handshakes.advance(self.migration, "copying")
+            await self._copy()
+            await self._at("commit")
+            self._check()
+            await self._handshakes.advance(self.migration, "committed")
+            await self._at("hand over")
+            await self._lend()
+            handed_over = await self._hand_over()
+        except TimeoutError as error:
+            raise MigrationError(f"{self._destination} did not answer in time") from error
+        finally:
+            await self._release(handed_over)
+
+    async def _copy(self) -> None:
+        """Send full blocks while the request decodes, until few of its tokens are left."""
+        size = self.block_size
+        for stage in range(1, self._limits.max_stages + 1):
+            async with asyncio.timeout(self._limits.within):
+                engine = self._source.engine
+                hashes = await engine.blocks.export(self.migration, self._tenant.name)
+            self._check()
+            if not hashes:
+                return  # these blocks can't move: the destination computes them anew
+            if fresh := hashes[self._covered :]:
+                if not self._has_way():
+                    return  # likewise
+                await self._at(f"stage {stage}")
+                await self._send(fresh)
+                self.progress.stages = stage
+            left = self._tenant.tokens - self._covered * size
+            if left <= self._limits.tail_tokens or not self._tenant.started:
+                return
+            reads = self._source.engine.blocks.reads(self._pair)
+            if reads and left // size <= self._limits.last_stage_max_blocks:
+                return  # what is left is lent
+            if stage < self._limits.max_stages and not reads:
+                await self._until_block_full()
+        left_blocks = (self._tenant.tokens - self._covered * size) // size
+        if left_blocks > self._limits.last_stage_max_blocks:
+            raise MigrationError(
+                f"after {self._limits.max_stages} stages {left_blocks} blocks are left to copy"
+            )
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a KV block of the source."""
+        facts = self._source.facts
+        if facts is None:
+            raise Ended(f"instance {self._source.id} is gone")
+        return facts.block_size
+
+    def _has_way(self) -> bool:
+        """Whether blocks can go from here to there at all. Raises MigrationError if none should."""
+        if self._groups.skips(self._pair, self._lives) < self._source.engine.blocks.ways:
+            return True
+        if self._tenant.tokens > RECOMPUTED_MOST and not self._drains:
+            raise MigrationError(
+                f"there is no way for KV blocks between {self._source.id} and {self._destination}, "
+                f"and {self._tenant.tokens} tokens are too many to be computed anew"
+            )
+        return False
+
+    @property
+    def _lives(self) -> tuple[str, str]:
+        return self._source.life, self._life
+
+    async def _lend(self) -> None:
+        """Where the destination reads this engine's memory, show it what is behind the full blocks.
+
+        It takes them at the moment when it needs them, and has nothing to compute anew but the last
+        token. If that can't be arranged, the request moves nevertheless.
+        """
+        blocks, size = self._source.engine.blocks, self.block_size
+        if not self._tenant.started or not blocks.reads(self._pair):
+            return
+        while 0 < -self._tenant.tokens % size < MARGIN:
+            await self._next_output(self._limits.within)
+        name = self._groups.name(self._pair, self._lives)
+        self._preemptions = self._tenant.preemptions
+        try:
+            async with asyncio.timeout(self._limits.within):
+                theirs = await blocks.lend(self.migration, self._tenant.name)
+            self._lent = True
+            await self._ask("migration_expect", self.migration, self._pair, name, theirs)
+        except (EngineError, TimeoutError) as error:
+            # Without an answer it may be that the destination goes by it nevertheless.
+            self._lent &= isinstance(error, EngineDead | TimeoutError)
+            logger.info("request %s takes no blocks along: %s", self._tenant.request_id, error)
+
+    async def _until_block_full(self) -> None:
+        """Wait for the block that the request is filling: less is left to recompute then.
+
+        Its KV is complete one step after its last token was sampled. One that fills up too slowly
+        is not waited for any longer; a request that makes no progress at all is an error.
+        """
+        size = self.block_size
+        target = (self._tenant.tokens // size + (self._tenant.tokens % size > 0)) * size + 1
+        deadline = time.monotonic() + self._limits.within
+        while self._tenant.tokens < target and time.monotonic() < deadline:
+            await self._next_output(self._limits.within)
+
+    async def _send(self, fresh: list[bytes]) -> None:
+        """One stage: the blocks with these hashes, as far as the destination has them not."""
+        async with self._groups.lock(self._pair):
+            present = int(await self._ask("migration_reserve", self.migration, fresh))
+            count = len(fresh) - present
+            if count:
+                await self._transfer(self._covered + present, count)
+        self._covered += len(fresh)
+        self.progress.blocks_skipped += present
+        self.progress.bytes_skipped += present * self._source.engine.blocks.block_bytes
+        self.progress.blocks_sent += count
+
+    async def _transfer(self, first: int, count: int) -> None:
+        within = self._limits.within
+        name = self._groups.name(self._pair, self._lives)
+        skips = self._groups.skips(self._pair, self._lives)
+        transfer = Transfer(self._pair, name, first, count, within, skips)
+        arguments = (self.migration, self._pair, name, first, count, within, skips)
+        sending = self._source.engine.blocks.send(self.migration, transfer)
+        receiving = self._ask("migration_receive", *arguments, within=within + GRACE)
+        both = [asyncio.ensure_future(sending), asyncio.ensure_future(receiving)]
+        try:
+            async with asyncio.timeout(within + GRACE):
+                sent, _ = await asyncio.gather(*both)
+        except BaseException as error:
+            self._groups.renew(self._pair)
+            if isinstance(error, SetupFailed):
+                self._groups.failed(self._pair)
+            for one in both:
+                one.cancel()
+            await asyncio.gather(*both, return_exceptions=True)
+            raise
+        self.progress.bytes_sent += sent
+
+    async def _hand_over(self) -> bool:
+        if self._tenant.started:
+            # Right behind an output no step's work is lost but the one that has just begun.
+            await self._next_output(self._limits.within)
+        self._check()
+        if self._lent and self._tenant.preemptions != self._preemptions:
+            # What was lent is not where the request has computed since.
+            raise MigrationError(f"request {self._tenant.request_id} was preempted")
+        if not await self._source.hand_over(self._tenant, self._destination, self._node):
+            raise Ended(f"request {self._tenant.request_id} has ended")
+        return True
+
+    async def _next_output(self, within: float) -> None:
+        try:
+            await self._source.next_output(self._tenant, within)
+        except TimeoutError:
+            raise MigrationError(f"the request made no progress for {within:.1f} s") from None
+        self._check()
+
+    def _check(self) -> None:
+        if self._source.find(self._tenant.request_id) is not self._tenant:
+            raise Ended(f"request {self._tenant.request_id} has ended")
+        if (why := self._tenant.stuck) is not None:  # it has begun meanwhile
+            raise MigrationError(f"request {self._tenant.request_id} can't move: {why}")
+
+    async def _release(self, handed_over: bool) -> None:
+        """Neither side holds blocks any more; a side that is gone holds none anyway."""
+        works: list[Awaitable[Any]]
+        if self._lent:
+            works = [self._taken(handed_over)]
+        else:
+            works = [
+                self._source.engine.blocks.drop(self.migration),
+                self._ask("migration_end", self.migration, handed_over),
+            ]
+        # To its end, even if this migration is cancelled meanwhile.
+        both = asyncio.gather(*works, return_exceptions=True)
+        done, _ = await asyncio.wait([both], timeout=self._limits.within + GRACE)
+        for error in both.result() if done else ["it takes too long"]:
+            if error is not None:
+                logger.info("the end of migration %s: %s", self.migration, error)
+
+    async def _taken(self, handed_over: bool) -> None:
+        """Hold what was lent until the request computes elsewhere, or can't take it any more."""
+        try:
+            await self._ask("migration_end", self.migration, handed_over)
+        except (EngineError, TimeoutError) as error:
+            logger.info("the end of migration %s is not known: %s", self.migration, error)
+            await asyncio.sleep(LENT_SECONDS)
+        await self._source.engine.blocks.drop(self.migration)
+
+    async def _ask(self, procedure: str, *arguments: Any, within: float | None = None) -> Any:
+        return await self._exchange.call(
+            self._node, self._destination, procedure, arguments, within or self._limits.within
+        )

@@ -1,0 +1,1 @@
+"""A node: what it starts, in which order, and how it stops."""

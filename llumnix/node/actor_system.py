@@ -1,0 +1,149 @@
+"""A node's actors: started with what each must know, kept alive, told of each view."""
+
+import asyncio
+from functools import partial
+from typing import Any
+
+from llumnix.actors.desired_writer import Wishes
+from llumnix.actors.dispatcher import DispatcherActor
+from llumnix.actors.instance import Report
+from llumnix.actors.manager import ManagerActor, Scaling
+from llumnix.actors.migration import Books, MigrationActor
+from llumnix.actors.rescheduling import Rescheduling
+from llumnix.actors.supervised import Supervised
+from llumnix.actors.supervision import Supervision
+from llumnix.actors.supervisor import NodeActor, Roster, Surroundings
+from llumnix.cluster import ClusterView
+from llumnix.config import Config
+from llumnix.dataplane.exchange import Exchange
+from llumnix.migration.service import Migrations, Rules
+from llumnix.migration.source import Limits
+from llumnix.node.control_plane import ControlPlane
+from llumnix.node.policies import Policies, no_pairs
+from llumnix.policy.scaling import ScalingTerms
+
+LOOK_AFTER_SECONDS = 1.0  # between looks at the instances' actors
+
+
+class Acting:
+    """The actors, and what carries out their decisions on the loop. What they know outlives them.
+
+    `start` makes all that is public here.
+    """
+
+    dispatch: Supervised
+    supervise: Supervised
+    manage: Supervised
+    migrations: Migrations
+    rescheduling: Rescheduling
+
+    def __init__(
+        self,
+        config: Config,
+        policies: Policies,
+        loop: asyncio.AbstractEventLoop,
+        supervision: Supervision,
+        control: ControlPlane,
+    ) -> None:
+        self._config = config
+        self._policies = policies
+        self._loop = loop
+        self._supervision = supervision
+        self._control = control
+        self._going = False  # while there are actors to tell of a new view
+
+    def start(self, model: str, exchange: Exchange, around: Surroundings) -> None:
+        """Start the actors, which wait for what they are told."""
+        config, keep = self._config, self._supervision.keep
+        policies = self._policies
+        self.dispatch = keep(
+            lambda: DispatcherActor.start(
+                *(config.node, policies.dispatch, config.dispatch_top_k), terms=policies.terms
+            ),
+            self._inform,
+        )
+        roster = Roster(initial=config.initial_instances)
+        self.supervise = keep(
+            lambda: NodeActor.start(
+                *(config.node, model, config.max_instances, config.drain_timeout),
+                *(around, roster),
+            ),
+            lambda proxy: proxy.take_over.defer(),
+        )
+        books, limits = Books(), (config.migration_max_requests, config.migration_max_blocks)
+        admits = keep(lambda: MigrationActor.start(self._control.handshake, *limits, books))
+        self._control.on_record = partial(admits.notify, "sweep")
+        self.migrations = Migrations(exchange, admits, self._view, self._rules())
+        self.rescheduling = Rescheduling(self._loop, self.migrations, config.migration_interval)
+        self.manage = keep(
+            lambda: ManagerActor.start(
+                lambda: self._control.election.epoch or None,
+                lambda: self._control.registry.alive,
+                self.rescheduling.command,
+                policies.terms,
+                policies.planner or no_pairs,
+                empties=config.migration,
+                scaling=self._scaling() if config.autoscale else None,
+                pace=policies.pace,
+            ),
+            self._inform,
+        )
+        self._going = True
+        self._look_after()
+
+    def stop(self) -> None:
+        """Stop the actors."""
+        self._going = False
+        self._supervision.stop()
+
+    def lead(self) -> None:
+        """Have the manager act from now on, whenever this node leads, if it is to do anything."""
+        if self._config.migration or self._config.autoscale:
+            self.rescheduling.start(self.manage)
+
+    def see(self, view: ClusterView) -> bool:
+        """Tell the actors of a new view, from any thread; whether there are any."""
+        if self._going:
+            for actor in (self.dispatch, self.supervise, self.manage):
+                actor.notify("update_view", view)
+        return self._going
+
+    def tell_supervisor(self, slot: int, report: Report) -> None:
+        """An instance has changed; a supervisor that is started later asks for all reports."""
+        self.supervise.notify("changed", slot, report)
+
+    def _look_after(self) -> None:
+        """Have the supervisor see, now and then, whether its instances' actors live."""
+        if self._going:
+            self.supervise.notify("look_after")
+            self._loop.call_later(LOOK_AFTER_SECONDS, self._look_after)
+
+    def _view(self) -> ClusterView:
+        return self._control.registry.view
+
+    def _inform(self, proxy: Any) -> None:
+        """Tell an actor that was just started how the cluster looks."""
+        proxy.update_view.defer(self._view())
+
+    def _rules(self) -> Rules:
+        config = self._config
+        limits = Limits(
+            config.migration_max_stages,
+            config.migration_last_stage_max_blocks,
+            config.migration_tail_tokens,
+            config.migration_timeout,
+        )
+        return Rules(limits, config.migration_request, self._policies.terms)
+
+    def _scaling(self) -> Scaling:
+        config = self._config
+        terms = ScalingTerms(
+            low=config.autoscale_low,
+            high=config.autoscale_high,
+            period=config.autoscale_period,
+            cooldown=config.autoscale_cooldown,
+            minimum=config.autoscale_min,
+            maximum=config.autoscale_max,
+            patience=config.start_timeout,
+        )
+        return Scaling(terms, Wishes(self._loop, self._control.registry.put_desired).make)

@@ -1,0 +1,223 @@
+"""A node's side of the control plane, opened in order and closed in reverse."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tenacity import (
+    before_sleep_log,
+    retry,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_random_exponential,
+)
+
+from llumnix.cluster import ClusterView, NodeInfo
+from llumnix.config import Config
+from llumnix.control.admin_token import made_admin_token
+from llumnix.control.alarms import Alarms
+from llumnix.control.cluster_token import (
+    agreed_token,
+    ensure_token,
+    prevails,
+    same_token,
+    token_mark,
+    weakness,
+)
+from llumnix.control.codec import encode_node, encode_text
+from llumnix.control.election import Election
+from llumnix.control.etcd.client import Etcd
+from llumnix.control.etcd.errors import EtcdUnavailable
+from llumnix.control.etcd.heartbeat import Pulse
+from llumnix.control.etcd.lease_timing import fitting_timeout, interval_of
+from llumnix.control.etcd.server import EmbeddedEtcd
+from llumnix.control.etcd.session import Session
+from llumnix.control.etcd.types import KeyValue
+from llumnix.control.keys import Keys, Kind
+from llumnix.control.name_claim import MORE, Claim
+from llumnix.control.registry import Registry
+from llumnix.control.tamper_watch import Sentinel
+from llumnix.engine.vllm.kv_blocks import Rendezvous
+from llumnix.migration.record import Handshake, MigrationRecord
+from llumnix.version import VERSION
+
+logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+FIRST_ANSWER = 15.0  # seconds that etcd has for its first answers, at a start of everything
+
+
+@retry(
+    retry=retry_if_exception_type(EtcdUnavailable),
+    stop=stop_after_delay(FIRST_ANSWER),
+    wait=wait_random_exponential(multiplier=0.2, max=2.0),
+    before_sleep=before_sleep_log(logger, logging.WARNING),
+    reraise=True,
+)
+def _patiently(ask: Callable[..., Answer], *args: Any) -> Answer:
+    """Ask etcd something until it answers. Raises EtcdUnavailable after FIRST_ANSWER seconds."""
+    return ask(*args)
+
+
+class ControlPlane:
+    """The etcd client, the lease, the registry and the election of one node. All calls block."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._embedded: EmbeddedEtcd | None = None
+        self._etcd: Etcd | None = None
+        self.token = ""
+        self.session: Session
+        self.registry: Registry
+        self.election: Election
+        self.handshake: Handshake
+        self._endpoints: list[str] = []
+        # Called for each record of a migration that this node has, or had, proposed.
+        self.on_record: Callable[[MigrationRecord], None] = lambda record: None
+        self._limit = config.lease_ttl
+        self.alarms = Alarms()
+        self._sentinel: Sentinel | None = None  # once this node has joined
+
+    def open(self, on_view: Callable[[ClusterView], None]) -> None:
+        """Join the cluster. Raises EtcdError with one sentence if that is not possible."""
+        config = self._config
+        endpoints = config.etcd_endpoints
+        if not endpoints:
+            self._embedded = EmbeddedEtcd(Path(config.state_dir) / "etcd" / config.cluster)
+            self._embedded.start()
+            endpoints = list(self._embedded.endpoints)
+        self._endpoints = list(endpoints)
+        timeout = fitting_timeout(config.lease_ttl, config.etcd_timeout)
+        self._limit = config.lease_ttl + timeout  # an outage may use up the ttl, but not this
+        self._etcd = etcd = Etcd(
+            endpoints,
+            user=config.etcd_user or None,
+            password=config.etcd_password or None,
+            ca=config.etcd_ca or None,
+            cert=config.etcd_cert or None,
+            key=config.etcd_key or None,
+            call_timeout=timeout,
+        )
+        self._keys = keys = Keys(config.cluster)
+        self.token = config.cluster_token
+        if self.token and (weak := weakness(self.token)) is not None:
+            logger.warning("%s", weak)
+        if not self.token:
+            _patiently(ensure_token, etcd, keys)
+        self.session = Session(etcd, config.lease_ttl)
+        self.registry = Registry(etcd, self.session, keys, grace=config.lease_ttl)
+        self.election = Election(
+            *(etcd, self.session, keys, config.node),
+            interval=interval_of(config.lease_ttl),
+            patience=config.lease_ttl,
+            alarms=self.alarms,
+        )
+        self.handshake = Handshake(etcd, self.session, keys)
+        self.registry.on_keys = self._look_at_keys
+        self.registry.subscribe(on_view)
+        self.registry.subscribe(self.election.observe)
+        self.session.start()
+        self.registry.start()
+        self.registry.wait_view(FIRST_ANSWER)
+        mark = self._agree()
+        self._me = me = NodeInfo(
+            *(config.node, config.advertise_address, VERSION, time.time_ns() // 1000),
+            *(config.max_instances, config.initial_instances, mark),
+        )
+        self._claim = Claim(etcd, keys.node(me.id), me, alone=self._embedded is not None)
+        self._claim.wait(config.lease_ttl)
+
+    def _agree(self) -> str:
+        """Have the token that the others have, and keep it in etcd; the mark that shows it."""
+        if self._config.cluster_token:
+            return ""
+        assert self._etcd is not None
+        within = self._config.lease_ttl + MORE
+        self.token = agreed_token(self._etcd, self._keys, self._marks, within)
+        mark = token_mark(self.token)
+
+        def is_wrong(found: bytes) -> bool:
+            return not same_token(found, self.token) and prevails(mark, [mark, *self._marks()])
+
+        self.session.keep(self._keys.token, encode_text(self.token), is_wrong)
+        return mark
+
+    def _marks(self) -> list[str]:
+        """Of the tokens that the other nodes have."""
+        nodes = self.registry.view.nodes.values()
+        return [node.token_mark for node in nodes if node.id != self._config.node]
+
+    def admin_token(self) -> str:
+        """The cluster's own token for operators, made if there is none. Raises EtcdError."""
+        assert self._etcd is not None
+        token = _patiently(made_admin_token, self._etcd, self._keys)
+        self.session.keep(self._keys.admin_token, encode_text(token))
+        return token
+
+    def _look_at_keys(self, items: Mapping[str, KeyValue]) -> None:
+        if self._sentinel is not None:
+            self._sentinel.look(items)
+        for record in self.handshake.appeared(items):
+            self.on_record(record)
+
+    def rendezvous(self) -> Rendezvous:
+        """Where workers of two instances meet: a store over etcd."""
+        config = self._config
+        arguments = {
+            "endpoints": self._endpoints,
+            "user": config.etcd_user or None,
+            "password": config.etcd_password or None,
+            "ca": config.etcd_ca or None,
+            "cert": config.etcd_cert or None,
+            "key": config.etcd_key or None,
+            "prefix": f"{Keys(config.cluster).prefix}{Kind.C10D}/",
+        }
+        host = config.advertise_address.rpartition(":")[0].strip("[]")
+        return Rendezvous("llumnix.control.c10d_store.EtcdStore", arguments, host)
+
+    def join(self) -> None:
+        """Make this node known to the others and stand for leader. Raises NameTaken."""
+        assert self._etcd is not None
+        revision = self._claim.take(self.session, encode_node(self._me))
+        # What an earlier process of this node left, if it was killed, lives until its lease ends.
+        for instance in self.registry.view.instances_of(self._me.id):
+            self._etcd.delete(self._keys.instance(instance.id))
+        self.registry.announce_node(self._me)
+        token = None if self._config.cluster_token else self.token
+        self._sentinel = Sentinel(self._keys, self._me, revision, token, self.alarms)
+        self.election.start()
+
+    @property
+    def loop_age(self) -> float:
+        """Seconds since the slowest thread of the control loop last came round."""
+        return max(pulse.age for pulse in self._pulses)
+
+    def standstill(self) -> str:
+        """One sentence that names what of the control loop hangs or has died; empty if nothing."""
+        slowest = max(self._pulses, key=lambda pulse: pulse.age)
+        if slowest.age <= self._limit:
+            return ""
+        since = f"{slowest.name} came round last {slowest.age:.0f} s ago"
+        return f"the control loop stands still: {since}"
+
+    @property
+    def _pulses(self) -> tuple[Pulse, ...]:
+        return self.session.pulse, self.registry.pulse, self.election.pulse
+
+    def retire(self) -> None:
+        """Hand over if this node leads, and never lead again; returns at once."""
+        self.election.retire()
+
+    def close(self) -> None:
+        """Leave the cluster: keys vanish at once; the embedded etcd ends last."""
+        if self._etcd is not None:
+            if hasattr(self, "election"):
+                self.election.stop()
+                self.registry.stop()
+                self.session.stop()
+            self._etcd.close()
+        if self._embedded is not None:
+            self._embedded.stop()

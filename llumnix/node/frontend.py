@@ -1,0 +1,92 @@
+"""The opening of vLLM's frontend, once an instance is known from which it can learn the model."""
+
+import argparse
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+
+from vllm.config import VllmConfig
+
+from llumnix.cluster import ClusterView, InstanceId, NodeId
+from llumnix.dataplane.client import ClusterClient
+from llumnix.dataplane.hosted_instance import HostedInstance
+from llumnix.engine.base import EngineError, EngineFacts
+from llumnix.server.frontend import Frontend
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 5.0  # until another try
+
+
+class Opening:
+    """A node's frontend, from the first try to open it to its end; lives on the node's loop."""
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        vllm_config: VllmConfig,
+        client: ClusterClient,
+        hosted: Mapping[InstanceId, HostedInstance],
+        view: Callable[[], ClusterView],
+        ready: Callable[[], Mapping[InstanceId, NodeId]],
+    ) -> None:
+        self._arguments = arguments
+        self._vllm_config = vllm_config
+        self._client = client
+        self._hosted = hosted  # instances of this node
+        self._view = view
+        self._ready = ready  # instances of the cluster that take requests
+        self._task: asyncio.Task[None] | None = None
+        self._closed = False
+        self.frontend: Frontend | None = None
+        self.tried = False  # whether it is open, or could not be opened the first time
+        self.on_try: Callable[[], None] = lambda: None  # called once, after the first try
+        self.on_open: Callable[[], None] = lambda: None
+
+    def look(self) -> None:
+        """Begin, unless that was done already or there is no instance to learn from."""
+        known = any(hosted.facts for hosted in self._hosted.values())
+        if (known or self._ready()) and self._task is None and not self._closed:
+            self._task = asyncio.get_running_loop().create_task(self._open(), name="frontend")
+
+    async def close(self) -> None:
+        """End the frontend, or the opening of it."""
+        self._closed = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self.frontend is not None:
+            await self.frontend.close()
+
+    async def _open(self) -> None:
+        frontend = Frontend(self._arguments, self._vllm_config, self._client)
+        try:
+            await frontend.open(await self._facts())
+        except Exception as error:  # vLLM's, whatever it is; tried again as long as the node runs
+            expected = isinstance(error, (EngineError, TimeoutError))
+            logger.error("vLLM's frontend could not be opened: %s", error, exc_info=not expected)
+            await frontend.close()
+            self._has_tried()
+            self._task = None
+            asyncio.get_running_loop().call_later(RETRY_SECONDS, self.look)
+            return
+        self.frontend = frontend
+        self._has_tried()
+        self.on_open()
+
+    def _has_tried(self) -> None:
+        if not self.tried:
+            self.tried = True
+            self.on_try()
+
+    async def _facts(self) -> EngineFacts:
+        """Facts of an instance of this node if one is up, else of any other."""
+        for hosted in self._hosted.values():
+            if hosted.facts is not None:
+                return hosted.facts
+        infos = [self._view().instances[i] for i in self._ready()]
+        if not infos:
+            raise EngineError("no instance is ready")
+        tasks = await self._client.get_supported_tasks_async()
+        length = self._vllm_config.model_config.max_model_len
+        return EngineFacts(infos[0].total_blocks, infos[0].block_size, length, tasks)

@@ -1,0 +1,99 @@
+"""Takes new connections a few at a time, so that a thousand at once do not hold the loop up.
+
+asyncio's servers, and uvloop's, accept all that wait before anything else is done again: for a
+thousand, those that have a stream get no token for a tenth of a second. And they give up no
+descriptor to handshakes that never end, of which nothing above them knows.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import ssl
+from collections.abc import Callable
+
+from llumnix.metrics import CLOSED
+from llumnix.server.log_throttle import Seldom
+
+logger = logging.getLogger(__name__)
+
+AT_ONCE = 16  # connections that are accepted in one turn of the loop
+GREETING = 256  # TLS handshakes under way; beyond them the oldest is given up
+PAUSE = 0.1  # seconds for which none is accepted when there is no descriptor for it
+
+
+class Acceptor:
+    """Listens on sockets that are bound, and makes a protocol for each connection."""
+
+    def __init__(
+        self,
+        make: Callable[[], asyncio.Protocol],
+        context: ssl.SSLContext | None,
+        handshake_timeout: float,
+    ) -> None:
+        self._make = make
+        self._context = context
+        self._timeout = handshake_timeout
+        self._sockets: list[socket.socket] = []
+        self._greeting: dict[asyncio.Task[None], None] = {}  # the oldest first
+        self._poor = Seldom(logger, "no descriptor for a new connection (%d times)")
+
+    def listen(self, server: asyncio.AbstractServer, backlog: int) -> None:
+        """Accept what comes to the sockets of a server that does not serve itself."""
+        for bound in getattr(server, "sockets", ()):
+            listening = socket.socket(fileno=os.dup(bound.fileno()))
+            listening.setblocking(False)
+            listening.listen(backlog)
+            self._sockets.append(listening)
+            self._watch(listening)
+
+    def refuse_new(self) -> None:
+        """Listen no more; what has been accepted goes on."""
+        for listening in self._sockets:
+            asyncio.get_running_loop().remove_reader(listening.fileno())
+            listening.close()
+        self._sockets.clear()
+
+    async def close(self) -> None:
+        """End the handshakes too."""
+        self.refuse_new()
+        if self._context is not None:  # else they are over at once
+            for task in self._greeting:
+                task.cancel()
+        await asyncio.gather(*self._greeting, return_exceptions=True)
+
+    def _watch(self, listening: socket.socket) -> None:
+        if listening in self._sockets:
+            loop = asyncio.get_running_loop()
+            loop.add_reader(listening.fileno(), self._accept, listening)
+
+    def _accept(self, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(AT_ONCE):
+            try:
+                accepted, _ = listening.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError:  # no descriptor, or no memory: the next one would fail as well
+                self._poor.count()
+                loop.remove_reader(listening.fileno())
+                loop.call_later(PAUSE, self._watch, listening)
+                return
+            accepted.setblocking(False)
+            task = loop.create_task(self._greet(accepted))
+            self._greeting[task] = None
+            task.add_done_callback(lambda task: self._greeting.pop(task, None))
+            if self._context is not None and len(self._greeting) > GREETING:
+                CLOSED.labels("handshake").inc()
+                oldest = next(iter(self._greeting))
+                del self._greeting[oldest]
+                oldest.cancel()
+
+    async def _greet(self, accepted: socket.socket) -> None:
+        timeout = self._timeout if self._context is not None else None
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                self._make, accepted, ssl=self._context, ssl_handshake_timeout=timeout
+            )
+        except OSError as error:  # TLS that is none, or a client that has left
+            logger.debug("a connection could not be made: %s", error)

@@ -1,0 +1,191 @@
+"""The aiohttp application of a node: its own routes, and vLLM's application behind all others."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Callable, Iterator
+from functools import partial
+from typing import Any
+
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+
+from llumnix.server import asgi
+from llumnix.server.admission import Admission
+from llumnix.server.bodies import Bodies
+from llumnix.server.body_checks import Contents, content
+from llumnix.server.connection import Connection
+from llumnix.server.drain_routes import Drains
+from llumnix.server.engine_requests import Opened, opened
+from llumnix.server.errors import RETRY_AFTER, Handler, error_response, openai_errors
+from llumnix.server.frontend import Frontend
+from llumnix.server.guard import Guard
+from llumnix.server.priority import Priorities
+from llumnix.server.request_routes import Moves
+from llumnix.server.response_stream import Outlet
+from llumnix.server.routes import RouteTable
+from llumnix.server.status_routes import Admin, Standing
+
+logger = logging.getLogger(__name__)
+
+
+class Gateway:
+    """Takes what is not the node's own business to vLLM's application."""
+
+    def __init__(
+        self, frontend: Callable[[], Frontend | None], standing: Standing, routes: RouteTable
+    ) -> None:
+        self._frontend = frontend
+        self._routes = routes
+        self._standing = standing
+        self._running: set[asyncio.Task[Any]] = set()
+
+    @property
+    def running(self) -> int:
+        """Requests that are being answered."""
+        return len(self._running)
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Answer one request of a client."""
+        body = await request.read()
+        frontend = self._frontend()
+        if frontend is None or not self._standing.admits:
+            if not self._known(request, frontend):
+                return error_response(404, "Not Found")
+            return error_response(503, self._standing.sentence, RETRY_AFTER)
+        if (problem := refuse(request, body)) is not None:
+            return problem
+        with self.answering(request, _goes_on(request, body)) as asked:
+            return await self._answer(frontend, request, body, asked)
+
+    def _known(self, request: web.Request, frontend: Frontend | None) -> bool:
+        """Whether there is such a route, as far as can be told now."""
+        if frontend is None:
+            return self._routes.access(request.path) is not None
+        return frontend.has(request.path)
+
+    @contextlib.contextmanager
+    def answering(self, request: web.Request, goes_on: bool = False) -> Iterator[Opened]:
+        """The context in which the request of this task counts as running.
+
+        All that it opens ends with its client, unless it `goes_on` without.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.add(task)
+        frontend = self._frontend()
+        connection = request.protocol if isinstance(request.protocol, Connection) else None
+        try:
+            with opened() as asked:
+                if connection is not None and frontend is not None and not goes_on:
+                    connection.on_leaving = partial(asked.abandon, frontend.stop)
+                yield asked
+        finally:
+            if connection is not None:
+                connection.on_leaving = None
+            self._running.discard(task)
+
+    async def _answer(
+        self, frontend: Frontend, request: web.Request, body: bytes, asked: Opened
+    ) -> web.StreamResponse:
+        if frontend.shapes is not None:
+            wrong = await frontend.shapes.problem(request.path, content.get())
+            if wrong is not None:
+                return error_response(400, wrong)
+        scope = asgi.scope_of(request)
+        if frontend.streams is not None:
+            events = await frontend.streams.open(scope, body)
+            if events is not None:
+                return await stream(request, events)
+        try:
+            return await asgi.serve(frontend.app, scope, request, body)
+        finally:
+            if _gone(request) and not _goes_on(request, body):
+                asked.abandon(frontend.end)
+
+
+def _gone(request: web.Request) -> bool:
+    return request.transport is None or request.transport.is_closing()
+
+
+def _goes_on(request: web.Request, body: bytes) -> bool:
+    """Whether its answer is to be fetched later, so that no client need stay for it."""
+    return request.path.endswith("/responses") and b'"background"' in body
+
+
+async def stream(request: web.Request, events: AsyncGenerator[str, None]) -> web.StreamResponse:
+    """Send server-sent events as they come."""
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+    outlet = Outlet(request, response)
+    async with contextlib.aclosing(events):
+        await outlet.open()
+        async for event in events:
+            await outlet.write(event.encode())
+        await outlet.close()
+    return response
+
+
+def refuse(request: web.Request, body: bytes) -> web.Response | None:
+    """An error for a body that no JSON parser has to see."""
+    if request.method != "POST" or request.content_type != "application/json":
+        return None
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        return error_response(400, f"the request body is not valid UTF-8: {error.reason}")
+    return None
+
+
+def make_app(
+    gateway: Gateway,
+    admin: Admin,
+    moves: Moves,
+    drains: Drains,
+    admission: Admission,
+    contents: Contents,
+    priorities: Priorities,
+    generate: Handler,
+    peer: tuple[str, Handler],
+    origins: Middleware,
+    bodies: Bodies,
+    door: Guard,
+) -> web.Application:
+    """The application, with every route in its place, behind the door."""
+
+    def guard(handler: Handler) -> Handler:
+        inner = admission.guard(priorities.guard(handler))
+        return admission.door(bodies.guard(contents.guard(inner)))
+
+    middlewares = [origins, openai_errors, door.middleware]
+    app = web.Application(client_max_size=contents.body_bytes, middlewares=middlewares)
+    own: dict[str, dict[str, Handler]] = {
+        "/livez": {"GET": admin.livez},
+        "/readyz": {"GET": admin.readyz},
+        "/health": {"GET": admin.health},
+        "/status": {"GET": admin.status},
+        "/metrics": {"GET": admin.metrics},
+        "/llumnix/requests": {"GET": moves.requests},
+        "/llumnix/migrate": {"POST": bodies.guard(moves.migrate)},
+        "/llumnix/drain": {"GET": drains.list, "POST": bodies.guard(drains.drain)},
+        "/generate": {"POST": guard(generate)},
+        peer[0]: {"GET": peer[1]},
+    }
+    for path, handlers in own.items():
+        for place in door.routes.places(path):
+            _add(app.router, place, handlers)
+    app.router.add_route("*", "/{path:.*}", guard(gateway.handle))
+    return app
+
+
+def _add(router: web.UrlDispatcher, path: str, handlers: dict[str, Handler]) -> None:
+    """A route of llumnix's own, with 405 for every other method, which no other may answer."""
+
+    async def other(request: web.Request) -> web.StreamResponse:
+        raise web.HTTPMethodNotAllowed(request.method, handlers)
+
+    for method, handler in handlers.items():
+        if method == "GET":
+            router.add_get(path, handler)  # and HEAD
+        else:
+            router.add_route(method, path, handler)
+    router.add_route("*", path, other)

@@ -1,0 +1,233 @@
+"""What a body asks for, looked at before vLLM parses it: how many requests, how much of what."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from llumnix.engine.vllm.grammars import SPEC_BYTES
+from llumnix.metrics import REFUSALS
+from llumnix.server import limits
+from llumnix.server.errors import Handler, error_response
+from llumnix.server.json_scan import TooMuch, scan, scan_texts
+from llumnix.server.json_strings import check_strings
+from llumnix.server.limits import BodyLimits
+
+# How many requests for engines an HTTP request will be; set in its handler's task.
+asked: ContextVar[int] = ContextVar("asked", default=1)
+# What its body says, in the same way; None if it is not JSON.
+content: ContextVar[Any] = ContextVar("content", default=None)
+
+# Objects of a body in which some routes have the parameters of sampling.
+_INNER = ("sampling_params", "parameters")
+# Fields that hold one prompt, or a list of them: for each an engine gets a request.
+_PROMPTS = ("prompt", "input", "items", "text_1", "text_2", "data_1", "data_2")
+_TALK = ("messages", "input")  # lists whose items are wrong in many ways, if they are
+_TOKENIZING = ("/tokenize", "/count_tokens")
+# Fields by which a text is cut to what a model can take, and their values that cut nothing.
+_CUT = (("truncate_prompt_tokens", None), ("truncation", "disabled"))
+# Objects that grammars are made of, which a parser of tools may compile before they are tried.
+_GRAMMARS = ("structured_outputs", "response_format", "text")
+_GENERATING = ("/completions", "/responses", "/messages", "/generate")
+_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+
+
+class BadContent(Exception):
+    """A body that asks for too much; the message says what, `field` where."""
+
+    def __init__(self, message: str, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class Contents:
+    """Refuses bodies that would cost too much, on all routes."""
+
+    def __init__(self, within: BodyLimits) -> None:
+        self._within = within
+
+    @property
+    def body_bytes(self) -> int:
+        """The largest body, in bytes."""
+        return self._within.body_bytes
+
+    def guard(self, handler: Handler) -> Handler:
+        """The handler, with 400 in its place for a body that holds too much."""
+
+        async def look(request: web.Request) -> web.StreamResponse:
+            if not request.body_exists:
+                return await handler(request)
+            body = await request.read()
+            try:
+                said = self._read(request.content_type, body)
+                self._fits(request.path, body, said)
+                asked.set(weigh(said))
+            except TooMuch as error:
+                REFUSALS.labels("content").inc()
+                return error_response(400, str(error))
+            except BadContent as error:
+                REFUSALS.labels("content").inc()
+                return error_response(400, str(error), param=error.field)
+            content.set(said)
+            try:
+                return await handler(request)
+            finally:  # the next request of this connection has the same task
+                asked.set(1)
+                content.set(None)
+
+        return look
+
+    def _fits(self, path: str, body: bytes, said: Any) -> None:
+        """Refuse long texts that vLLM would tokenise whole, however little a model can take.
+
+        A prompt beyond the context is refused by its length, but not one that is to be truncated.
+        """
+        most = self._within.tokenize_bytes
+        if len(body) <= most:
+            return
+        if path.endswith(_TOKENIZING):
+            raise TooMuch(f"a text to tokenize must have at most {most} bytes with this model")
+        cut = isinstance(said, dict) and any(said.get(n) not in (None, off) for n, off in _CUT)
+        if cut and path.endswith(_GENERATING):
+            raise TooMuch(f"a body with a text to truncate must have at most {most} bytes")
+
+    def _read(self, content_type: str, body: bytes) -> Any:
+        if content_type in _FORMS:
+            return check_form(body)
+        scan(body, self._within.values)
+        said = read(body)
+        check_strings(said, self._within.values)
+        return said
+
+
+def read(body: bytes) -> Any:
+    """A body's content; None if it is no JSON, which the application words better."""
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        pass  # it may still be what Python's parser takes: NaN, half a surrogate, large numbers
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def weigh(said: Any) -> int:
+    """How many requests for engines a body is: prompts, times choices or beams; 1 at least.
+
+    Raises BadContent for what is too much.
+    """
+    if not isinstance(said, dict):
+        return 1
+    for part in _parts(said):
+        _check(part)
+    for name in _TALK:
+        items = said.get(name)
+        for item in items if isinstance(items, list) else ():
+            _check_inside(name, item)
+    prompts = max(_prompts(name, said.get(name)) for name in _PROMPTS)
+    choices = max(_whole(part.get(name)) for part in _parts(said) for name in limits.LARGEST)
+    batched = said.get("messages")
+    if isinstance(batched, list) and batched and isinstance(batched[0], list):
+        prompts = _at_most("messages", len(batched), limits.PROMPTS)  # conversations
+    return prompts * choices
+
+
+def _parts(said: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield said
+    for name in _INNER:
+        if isinstance(inner := said.get(name), dict):
+            yield inner
+
+
+def _check(part: Mapping[str, Any]) -> None:
+    for name, largest in limits.LARGEST.items():
+        if _whole(part.get(name)) > largest:
+            raise BadContent(f"{name} must be at most {largest}", name)
+    if part.get("use_beam_search") and _whole(part.get("n")) > limits.BEAMS:
+        raise BadContent(f"n must be at most {limits.BEAMS} with use_beam_search", "n")
+    for name, items in limits.ITEMS.items():
+        value = part.get(name)
+        if isinstance(value, list | dict):
+            _at_most(name, len(value), items)
+    for name, size in limits.STRING_BYTES.items():
+        value = part.get(name)
+        strings = value if isinstance(value, list) else [value]
+        if sum(len(s) for s in strings if isinstance(s, str)) > size:
+            raise BadContent(f"{name} must have at most {size} characters", name)
+    for name in _GRAMMARS:
+        if isinstance(value := part.get(name), dict) and written(value) > SPEC_BYTES:
+            raise BadContent(f"{name} must have at most {SPEC_BYTES} bytes", name)
+
+
+def written(value: Any) -> int:
+    """The size of a value in JSON."""
+    try:
+        return len(orjson.dumps(value))
+    except TypeError:  # half a surrogate, or a large number
+        return len(json.dumps(value))
+
+
+def _check_inside(name: str, value: Any) -> None:
+    """Refuse long lists in an item; one of token ids is a prompt."""
+    if isinstance(value, dict):
+        for inner in value.values():
+            _check_inside(name, inner)
+    elif isinstance(value, list) and not set(map(type, value)) <= {int}:
+        if len(value) > limits.INNER_ITEMS:
+            most = limits.INNER_ITEMS
+            raise BadContent(f"a list within {name} must have at most {most} items", name)
+        for inner in value:
+            _check_inside(name, inner)
+
+
+def _prompts(name: str, value: Any) -> int:
+    """Of how many prompts a field is; a list of numbers is one."""
+    if not isinstance(value, list) or not value or isinstance(value[0], int | float):
+        return 1
+    if name == "input" and isinstance(value[0], dict):
+        return _at_most(name, len(value), limits.ITEMS["messages"]) and 1  # items of one answer
+    return _at_most(name, len(value), limits.PROMPTS)
+
+
+def _at_most(name: str, number: int, most: int) -> int:
+    if number > most:
+        raise BadContent(f"{name} must have at most {most} items, not {number}", name)
+    return number
+
+
+def _whole(value: Any) -> int:
+    """A number of choices, as vLLM would read it; 1 for what is none."""
+    if isinstance(value, str) and len(value) < 20:
+        try:
+            value = float(value)
+        except ValueError:
+            return 1
+    if not isinstance(value, int | float) or value != value:
+        return 1
+    return int(min(max(value, 1), 2**31))
+
+
+def check_form(body: bytes) -> None:
+    """Raise TooMuch for a form of many parts, which is read sign by sign."""
+    if body[:2] != b"--":
+        if len(body) > limits.FORM_HEAD_BYTES or body.count(b"&") >= limits.FORM_PARTS:
+            raise TooMuch(
+                f"a form must have at most {limits.FORM_PARTS} fields in "
+                f"{limits.FORM_HEAD_BYTES} bytes; send files as multipart/form-data"
+            )
+        return
+    boundary = body[: body.find(b"\r\n")] if b"\r\n" in body[:256] else body[:256]
+    parts = body.split(boundary, limits.FORM_PARTS + 2)
+    if len(parts) > limits.FORM_PARTS + 2:
+        raise TooMuch(f"a form must have at most {limits.FORM_PARTS} parts")
+    halves = [part.partition(b"\r\n\r\n") for part in parts]
+    if sum(len(head) for head, _, _ in halves) > limits.FORM_HEAD_BYTES:
+        raise TooMuch(
+            f"the parts of a form must have at most {limits.FORM_HEAD_BYTES} bytes of headers"
+        )
+    # vllm_xargs is JSON; no sound and no image begins so.
+    scan_texts([text for _, _, text in halves if text.lstrip(b" \t\r\n")[:1] in (b"{", b"[")])

@@ -1,0 +1,225 @@
+"""One client's connection: aiohttp's, and what has to be seen below HTTP that it does not see."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+from aiohttp import web
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+from aiohttp.web_protocol import _ErrInfo
+
+from llumnix.metrics import CLOSED, REFUSALS
+from llumnix.server.connection_places import Places
+from llumnix.server.departed_clients import Leaving
+from llumnix.server.errors import error_response
+from llumnix.server.unfinished_heads import PIECE, HeadRefused, Heads, Share
+
+logger = logging.getLogger(__name__)
+
+PIPELINED = 32  # requests behind the one that is being answered, which nobody has in earnest
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class Connection(web.RequestHandler):
+    """Ends at once with its client, also while its send buffer is full.
+
+    A client that closes its side before it has its answer is gone, though it might go on reading:
+    those that have left look the same. asyncio would keep such a connection for as long as the
+    other kernel says that it has no room for what is in the send buffer.
+    """
+
+    __slots__ = (
+        *("_body", "_deaf", "_leaving", "_places", "_send_timeout", "_share", "_stuck", "_wire"),
+        *("asks_to_go_on", "busy", "gone", "on_leaving"),
+    )
+
+    def __init__(
+        self,
+        manager: web.Server,
+        places: Places,
+        heads: Heads,
+        leaving: Leaving,
+        send_timeout: float,
+        **options: Any,
+    ) -> None:
+        """`leaving`: the turns of all clients that leave;
+        `send_timeout`: seconds for which the client may read nothing of an answer; 0: for ever;
+        `options` are aiohttp's."""
+        super().__init__(manager, **options)
+        self._places = places
+        self._share = Share(heads)
+        self._body: StreamReader = EMPTY_PAYLOAD  # of the request that came last
+        self._deaf = False  # whether whatever still comes is no request
+        self._leaving = leaving
+        self._send_timeout = send_timeout
+        self._stuck: asyncio.TimerHandle | None = None
+        # Called when the client has left, before its handler ends: at once, so it must cost little.
+        self.on_leaving: Callable[[], None] | None = None
+        self.gone = False  # when the client has left; its handler may still be about to end
+        self.busy = False  # while a request is being answered
+        self.asks_to_go_on = False  # before it sends the body
+        self._wire: asyncio.Transport | None = None  # aiohttp forgets its own when it closes it
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client has connected."""
+        self._wire = cast(asyncio.Transport, transport)  # uvloop's are none by their class
+        super().connection_made(transport)
+        self._places.enter(self)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """The connection is no more: what it has asked for ends, and its handler in its turn."""
+        self._wire = None
+        self._unstick()
+        self._places.leave(self)
+        self._share.release()
+        self._leave()
+        self._leaving.ending.call(partial(super().connection_lost, exc))
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of a request, which may not be whole."""
+        if not self.busy:
+            self._places.stir(self)
+        if self._upgraded:
+            super().data_received(data)
+            return
+        self._take(data[:PIECE] if len(data) > PIECE else data)
+        for start in range(PIECE, len(data), PIECE):
+            self._take(data[start : start + PIECE])
+        if len(self._messages) >= PIPELINED and self._wire is not None:
+            # aiohttp would read no more, and so not hear of it when the client leaves.
+            CLOSED.labels("pipelined").inc()
+            self._wire.abort()
+
+    def _take(self, piece: bytes) -> None:
+        """Have a piece parsed, so small that little of a next head can follow what ends in it."""
+        if self._deaf:
+            return
+        of_a_head = self._body.is_eof()
+        seen = self._request_count
+        super().data_received(piece)
+        came = self._request_count > seen
+        if came:
+            message, self._body = self._messages[-1]
+            if isinstance(message, _ErrInfo):
+                self._deaf = True
+                return
+        try:
+            if of_a_head or came:
+                self._share.more(len(piece), message if came else None)
+            if of_a_head or (self.busy and self._messages):  # of a request that waits
+                self._share.wait(len(piece))
+        except HeadRefused as refused:
+            self._refuse(refused, came or not of_a_head)
+
+    def _refuse(self, refused: HeadRefused, came: bool) -> None:
+        """Answer with this in place of the request that came last, or that is to come."""
+        self._deaf = True
+        if came:
+            self._messages.pop()
+        error = _ErrInfo(status=refused.status, exc=refused, message=str(refused))
+        self._messages.append((error, EMPTY_PAYLOAD))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # as asyncio has it
+        """The client has closed its side: what it has asked for ends. True: it is closed here."""
+        if self._wire is None:
+            return None
+        if self.busy:
+            self._leave()
+            self._leaving.closing.call(self._wire.abort)
+        else:
+            self.expect()
+            self._leaving.closing.call(self._wire.close)  # when all has been sent
+        return self._wire.get_extra_info("sslcontext") is None  # TLS is closed in any case
+
+    def pause_writing(self) -> None:
+        """The send buffer is full."""
+        super().pause_writing()
+        self.expect()
+
+    def resume_writing(self) -> None:
+        """The client has read again."""
+        super().resume_writing()
+        self._unstick()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """The answer to what is no HTTP, of which there may be much; a bug is aiohttp's to tell."""
+        if isinstance(exc, HeadRefused):
+            REFUSALS.labels(exc.limit).inc()
+            response = error_response(status, str(exc), exc.headers)
+            response.force_close()
+            return response
+        if status >= 500 or request.writer.output_size > 0:
+            return super().handle_error(request, status, exc, message)
+        REFUSALS.labels("malformed").inc()
+        detail = (message or str(exc) or "it can't be parsed").strip().splitlines()[0].rstrip(": ")
+        response = error_response(status, f"the request is not valid HTTP: {detail}")
+        response.force_close()
+        return response
+
+    # ---- what its places and its server ask ----
+
+    def begin(self) -> None:
+        """A request has come."""
+        self.busy = True
+        self._places.begin(self)
+        self._share.release()
+        if self._stuck is not None and not self.writing_paused:
+            self._unstick()
+
+    def rest(self) -> None:
+        """The request has been answered, but for what is still to be sent."""
+        self.busy = self.asks_to_go_on = False
+        self._places.rest(self)
+
+    def go_on(self) -> None:
+        """The body is wanted."""
+        if self.asks_to_go_on and self._wire is not None:
+            self._wire.write(CONTINUE)
+        self.asks_to_go_on = False
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that the client has not taken yet."""
+        return self._wire.get_write_buffer_size() if self._wire is not None else 0
+
+    def end(self) -> None:
+        """Close it."""
+        self.force_close()
+
+    def expect(self) -> None:
+        """Have the client take what is unsent, or be cut off."""
+        if self._send_timeout and self._stuck is None:
+            loop = asyncio.get_running_loop()
+            self._stuck = loop.call_later(self._send_timeout, self._cut_off)
+
+    def _leave(self) -> None:
+        self.gone = True
+        if self.on_leaving is not None:
+            leave, self.on_leaving = self.on_leaving, None
+            leave()
+
+    def _unstick(self) -> None:
+        if self._stuck is not None:
+            self._stuck.cancel()
+            self._stuck = None
+
+    def _cut_off(self) -> None:
+        self._stuck = None
+        if self._wire is None or not self.unsent:
+            return
+        CLOSED.labels("stuck").inc()
+        logger.info(
+            "client %s is cut off: it has read nothing of its answer for %g s",
+            *(self._wire.get_extra_info("peername"), self._send_timeout),
+        )
+        self._wire.abort()  # close() would wait for what it does not read

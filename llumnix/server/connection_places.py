@@ -1,0 +1,161 @@
+"""Which connections may be open, and which of them gives way when there are too many.
+
+A connection costs a descriptor, also one that asks for nothing. So those without a request have
+deadlines, and at the limit the one that has been without for longest gives its place to a new one.
+Only when all have requests, new ones are turned away: then probes, operators and other nodes still
+get in, by places kept for them. What a connection is for shows in its first head, so such a place
+is given to anybody, for no longer than that.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
+
+from llumnix.metrics import CLOSED, CONNECTIONS
+from llumnix.server.log_throttle import Seldom
+
+logger = logging.getLogger(__name__)
+
+LOOKS = 32  # connections that are looked at to find one that can give way
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How many connections there may be, and what each may take; times are in seconds."""
+
+    connections: int = 1024
+    reserve: int = 64  # places beyond these, for probes, operators and nodes
+    header_timeout: float = 10.0  # for a head to be there, from its first byte
+    idle_timeout: float = 75.0  # without a request
+    head_bytes: int = 64 * 1024  # of one head
+    heads_budget: int = 64 * 2**20  # bytes of all heads that are not whole, less some of each
+    send_timeout: float = 300.0  # for which its client may read nothing of an answer; 0: for ever
+
+
+class Holder(Protocol):
+    """A connection, as far as it can be asked to go."""
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that its client has not taken yet."""
+
+    def end(self) -> None:
+        """Close it."""
+
+    def expect(self) -> None:
+        """Have its client take what is unsent soon, or be cut off."""
+
+
+class Places:
+    """The books of one node's connections."""
+
+    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._open: set[Holder] = set()
+        self._extra: dict[Holder, None] = {}  # those in reserved places
+        # Those without a request, the oldest first, with the time since which they are.
+        self._heads: dict[Holder, float] = {}  # of which a head is to come
+        self._idle: dict[Holder, float] = {}  # which have had an answer, and have not asked again
+        self._full = Seldom(
+            logger, f"all {limits.connections} connections have requests; refused %d more"
+        )
+        self._slow = Seldom(logger, "closed %d connections on which no whole head came in time")
+
+    def __len__(self) -> int:
+        """How many are open."""
+        return len(self._open)
+
+    def enter(self, holder: Holder) -> None:
+        """A connection has been made; it, or another one, may be ended for it."""
+        if len(self._open) - len(self._extra) >= self._limits.connections:
+            waiting = next(self._without_request(), None)
+            if waiting is not None:
+                self._end(waiting, "displaced")
+            elif not self._enter_reserve(holder):
+                return
+        self._open.add(holder)
+        self._heads[holder] = self._clock()
+        CONNECTIONS.inc()
+
+    def leave(self, holder: Holder) -> None:
+        """A connection has ended."""
+        if holder in self._open:
+            self._open.remove(holder)
+            CONNECTIONS.dec()
+        self._extra.pop(holder, None)
+        self._heads.pop(holder, None)
+        self._idle.pop(holder, None)
+
+    def stir(self, holder: Holder) -> None:
+        """Bytes have come that belong to no request yet."""
+        if self._idle.pop(holder, None) is not None:
+            self._heads[holder] = self._clock()
+
+    def begin(self, holder: Holder) -> None:
+        """A request has come."""
+        self._heads.pop(holder, None)
+        self._idle.pop(holder, None)
+
+    def rest(self, holder: Holder) -> None:
+        """Its request has ended."""
+        if holder in self._open:
+            self._idle[holder] = self._clock()
+
+    def reserved(self, holder: Holder) -> bool:
+        """Whether its place is one of those kept for probes, operators and nodes."""
+        return holder in self._extra
+
+    def refuse(self) -> None:
+        """A connection has been turned away as there are too many."""
+        self._full.count()
+        CLOSED.labels("refused").inc()
+
+    def expire(self) -> None:
+        """End those whose time is over."""
+        now = self._clock()
+        for holder in _older(self._heads, now - self._limits.header_timeout):
+            self._end(holder, "head")
+            self._slow.count()
+        for holder in _older(self._idle, now - self._limits.idle_timeout):
+            if holder.unsent:  # its answer is not over for its client
+                holder.expect()
+                del self._idle[holder]
+                self._idle[holder] = now
+            else:
+                self._end(holder, "idle")
+
+    def _enter_reserve(self, holder: Holder) -> bool:
+        if len(self._extra) >= self._limits.reserve:
+            silent = next((other for other in self._extra if other in self._heads), None)
+            if silent is None:
+                self.refuse()
+                holder.end()
+                return False
+            self._end(silent, "displaced")
+        self._extra[holder] = None
+        return True
+
+    def _without_request(self) -> Iterator[Holder]:
+        for group in (self._heads, self._idle):
+            for holder in islice(group, LOOKS):
+                if holder not in self._extra and not holder.unsent:
+                    yield holder
+
+    def _end(self, holder: Holder, reason: str) -> None:
+        self.leave(holder)
+        CLOSED.labels(reason).inc()
+        holder.end()
+
+
+def _older(group: dict[Holder, float], moment: float) -> list[Holder]:
+    """Those that have been in the group since before that moment, of which it is in order."""
+    found = []
+    for holder, since in group.items():
+        if since > moment:
+            break
+        found.append(holder)
+    return found

@@ -1,0 +1,31 @@
+"""What the head of a request may not ask for, looked at before any route hears of it."""
+
+from aiohttp import hdrs, web
+from aiohttp.http import HttpVersion, HttpVersion10
+
+from llumnix.server.errors import error_response
+
+_NEWEST = HttpVersion(1, 1)
+
+
+def problem(request: web.BaseRequest) -> web.Response | None:
+    """The answer to a head that a server of HTTP/1.1 can't go by; None if it can."""
+    found = _found(request)
+    if found is None:
+        return None
+    response = error_response(*found)
+    response.force_close()
+    return response
+
+
+def _found(request: web.BaseRequest) -> tuple[int, str] | None:
+    if not HttpVersion10 <= request.version <= _NEWEST:
+        return 505, "this server speaks HTTP/1.1 and HTTP/1.0"
+    headers = request.headers
+    codings = headers.getall(hdrs.TRANSFER_ENCODING, None)
+    if codings is not None and [coding.strip().lower() for coding in codings] != ["chunked"]:
+        # As with Content-Encoding: nothing is undone here, and what was coded twice is no JSON.
+        return 501, "of all kinds of Transfer-Encoding this server takes chunked alone"
+    if (expected := headers.get(hdrs.EXPECT)) is not None:  # 100-continue has been taken out
+        return 417, f"this server can't meet the expectation {expected[:40]!r}"
+    return None
