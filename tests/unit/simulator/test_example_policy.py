@@ -9,7 +9,7 @@ from llumnix.simulator.cluster import ClusterConfig, PolicyConfig
 from llumnix.simulator.job import Job
 from llumnix.simulator.run import simulate
 
-EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "policy"
+EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "policy"
 
 
 @pytest.fixture

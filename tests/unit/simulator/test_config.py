@@ -13,7 +13,7 @@ from llumnix.simulator.lengths import PowerLaw, Quantiles
 from llumnix.simulator.workload import generate
 
 DATA = Path(__file__).parent / "data"
-EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "sim.yaml"
+EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "sim.yaml"
 
 
 CLUSTER = "cluster: {instances: 2, engine: {max_model_len: 9000}}"

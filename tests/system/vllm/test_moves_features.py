@@ -6,7 +6,7 @@ import pytest
 
 from tests.kit.moves import Run, differences
 from tests.kit.node import Node
-from tests.vllm.moved_cases import COMPLETIONS
+from tests.system.vllm.moved_cases import COMPLETIONS
 
 pytestmark = pytest.mark.vllm
 

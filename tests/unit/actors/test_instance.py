@@ -14,11 +14,11 @@ from llumnix.cluster import InstanceState
 from llumnix.dataplane.frames import Submit
 from llumnix.dataplane.hosted_instance import HostedInstance
 from llumnix.engine.sim.instance import SimEngine
-from tests.actors.conftest import LoopThread
 from tests.kit.engines import FACTS, FailingEngine, IdleEngine
 from tests.kit.mesh import SMALL
 from tests.kit.requests import core_request
 from tests.kit.wait import eventually
+from tests.unit.actors.conftest import LoopThread
 
 
 class Nobody:

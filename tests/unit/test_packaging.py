@@ -9,7 +9,7 @@ import pytest
 
 from deploy import install, model, options, routes
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_table_of_the_routes_is_up_to_date() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.kit.node import Node
 from tests.kit.waves import Pair, Wave
-from tests.vllm.moved_cases import CASES
+from tests.system.vllm.moved_cases import CASES
 
 pytestmark = pytest.mark.vllm
 

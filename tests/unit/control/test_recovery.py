@@ -18,9 +18,9 @@ from llumnix.control.etcd.session import Session
 from llumnix.control.keys import Keys
 from llumnix.control.registry import Registry
 from llumnix.node.control_plane import ControlPlane
-from tests.control.test_election import only_when_told
 from tests.kit.etcd import EtcdCluster, free_ports
 from tests.kit.wait import eventually
+from tests.unit.control.test_election import only_when_told
 
 Closing = Callable[[Callable[[], object]], None]
 TTL = 3.0

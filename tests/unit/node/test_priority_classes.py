@@ -9,7 +9,7 @@ from llumnix.config import ConfigError
 from llumnix.node.priority_classes import read_classes
 from llumnix.policy.classes import NO_CLASSES, PriorityClass
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+DEPLOY = Path(__file__).parents[3] / "deploy"
 
 
 def test_the_example() -> None:

@@ -16,10 +16,10 @@ from llumnix.actors.supervised import DEATHS, Supervised
 from llumnix.actors.supervisor import NodeActor, Roster, Surroundings
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceState
 from llumnix.dataplane.hosted_instance import HostedInstance
-from tests.actors.conftest import LoopThread
-from tests.actors.test_instance import Nobody
 from tests.kit.engines import FACTS, FailingEngine, IdleEngine
 from tests.kit.wait import eventually
+from tests.unit.actors.conftest import LoopThread
+from tests.unit.actors.test_instance import Nobody
 
 LIMIT = 4
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.cluster.test_life import Reader
 from tests.kit.etcd import EtcdCluster
 from tests.kit.node import Node, Nodes
 from tests.kit.wait import eventually
+from tests.system.cluster.test_life import Reader
 
 pytestmark = pytest.mark.cluster
 

@@ -8,8 +8,8 @@ import pytest
 from llumnix.actors.desired_writer import Wishes
 from llumnix.control.desired import Wish
 from llumnix.control.etcd.errors import EtcdRefused, EtcdUnavailable
-from tests.actors.conftest import LoopThread
 from tests.kit.wait import eventually
+from tests.unit.actors.conftest import LoopThread
 
 WISH = Wish(17, {"a": 2}, {"a": 1})
 

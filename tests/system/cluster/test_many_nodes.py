@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.test_life import Reader
 from tests.kit.etcd import EtcdCluster
 from tests.kit.moves import Run, fold
 from tests.kit.node import Node, Nodes
 from tests.kit.wait import eventually
+from tests.system.cluster.test_life import Reader
 
 pytestmark = pytest.mark.cluster
 

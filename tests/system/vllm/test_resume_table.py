@@ -14,7 +14,7 @@ from llumnix.engine.vllm import scheduler
 from llumnix.engine.vllm.resume import with_generated
 from tests.kit.requests import core_request
 
-TESTS = Path(__file__).parent.parent
+TESTS = Path(__file__).parents[2]
 PAGE = TESTS.parent / "docs" / "resume.md"
 TEST = re.compile(r"`([\w/]+)\.py::(\w+)(?:\[([^`]+)\])?`")
 STATUS = re.compile(r"(exact|exact in distribution|pinned|not tested here)\b")

@@ -15,7 +15,7 @@ from tests.kit.moves import Run, differences, engine_of
 from tests.kit.node import Answer, Node
 from tests.kit.tails import story
 from tests.kit.wait import eventually
-from tests.vllm.conftest import MIGRATION_TIMEOUT
+from tests.system.vllm.conftest import MIGRATION_TIMEOUT
 
 pytestmark = pytest.mark.vllm
 

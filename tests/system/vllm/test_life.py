@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.test_life import Reader
 from tests.kit.etcd import EtcdCluster
 from tests.kit.moves import Run, differences
 from tests.kit.node import Node, Nodes, descendants
 from tests.kit.wait import eventually
-from tests.vllm.conftest import ENVIRONMENT, OPTIONS, START
+from tests.system.cluster.test_life import Reader
+from tests.system.vllm.conftest import ENVIRONMENT, OPTIONS, START
 
 pytestmark = pytest.mark.vllm
 

@@ -17,7 +17,7 @@ OPTIONS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048")
 OPTIONS += ("--block-size", "32", "--max-instances", "3")
 # Some of the moves hand over at once, others wait until a block is full.
 OPTIONS += ("--migration-max-requests", "32", "--migration-tail-tokens", "20")
-# Blocks go as they do between GPUs of one machine; tests/transfer has the other ways.
+# Blocks go as they do between GPUs of one machine; tests/system/transfer has the other ways.
 OPTIONS += ("--migration-carrier", "memory")
 OPTIONS += ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 OPTIONS += ("--reasoning-parser", "aloud", "--reasoning-parser-plugin", aloud.__file__)

@@ -27,7 +27,7 @@ BODIES: Mapping[str, dict[str, Any]] = {
     "/v1/responses": {"model": "small", "input": "Hello", "max_output_tokens": 40},
     GENERATE: {"prompt": "Hello", "max_tokens": 40},
 }
-EXAMPLE = Path(__file__).parents[2] / "deploy" / "classes.yaml"
+EXAMPLE = Path(__file__).parents[3] / "deploy" / "classes.yaml"
 
 
 @pytest.fixture(scope="module")
