@@ -36,5 +36,9 @@ COSTS: Mapping[str, MigrationCost] = MappingProxyType(
         # length is half a step at the destination, its next step with the tail of the request in
         # it (7 ms, which the engine models), and this downtime; the source's steps are 5 % longer.
         "llama-7b-h100": MigrationCost(35e-3, 0.266e-3, 9e-3, 0.0, 0.05, 1e-3),
+        # LLaMA-7B shape between two H200s, read in place over NVLink (docs/gpu.md): a move of 256
+        # to 7,000 tokens takes 44 to 66 ms, and the gap of 9.0 to 13.5 ms is this downtime and one
+        # step of the destination (4.5 to 5.5 ms, which the engine models).
+        "llama-7b-h200x2": MigrationCost(43e-3, 3.3e-6, 4.4e-3, 0.5e-6, 0.022, 1e-3),
     }
 )
