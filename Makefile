@@ -23,10 +23,10 @@ export VLLM_NO_USAGE_STATS = 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install model serve test chaos lint type bench paper docs clean
+.PHONY: help install model serve test chaos lint type bench gpu-check paper docs clean
 
 help: ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r t d; \
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r t d; \
 	  do printf '  make %-9s %s\n' "$$t" "$$d"; done
 
 install: ## Make .venv and install everything (EXTRA=vllm for NVIDIA GPUs)
@@ -59,6 +59,9 @@ bench: install ## Run the benchmarks; JSON goes to build/bench/
 	@mkdir -p build/bench; for run in $(BENCHMARKS); do set -- $$(echo $$run | tr : ' '); name=$$1; shift; \
 	  file=$$(echo $$run | tr -d : | tr -s - _); echo "== $$name $$*"; \
 	  $(BIN)/python benchmarks/$$name.py "$$@" --json build/bench/$$file.json || exit 1; done
+
+gpu-check: install ## On a machine with GPUs, before a release: do moves work and are they fast (ARGS="--out FOLDER")
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 paper: install ## Run the paper's evaluation in the simulator; writes docs/paper.md (ARGS="--seeds 4 5")
 	$(BIN)/python -m benchmarks.paper $(ARGS)
