@@ -1,10 +1,18 @@
-"""What all tests share: the small real model, and where it is found."""
+"""What all tests share: one etcd, a cluster's name for each test, and the small real model."""
 
+import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+from llumnix.control.keys import Keys
+
+if TYPE_CHECKING:
+    from tests.kit.etcd import EtcdCluster
 
 # Nothing is fetched, and nothing is sent anywhere, while tests run.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +25,8 @@ settings.load_profile("llumnix")
 
 MODEL = "SmolLM2-135M-Instruct"
 
+_numbers = itertools.count()
+
 
 @pytest.fixture(scope="session")
 def model() -> str:
@@ -27,3 +37,24 @@ def model() -> str:
     if not (folder / "config.json").is_file():
         pytest.fail(f"there is no model in {folder}; `make model` fetches it", pytrace=False)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def etcd_member() -> Iterator["EtcdCluster"]:
+    """An etcd of one member that all tests share: it is never broken, and each has its own keys."""
+    from tests.kit.etcd import EtcdCluster  # which takes a second that pure tests need not wait
+
+    with EtcdCluster(1) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster_name() -> str:
+    """A cluster of its own for each test, as they share one etcd."""
+    return f"test{next(_numbers)}"
+
+
+@pytest.fixture
+def keys(cluster_name: str) -> Keys:
+    """The keys of the test's own cluster."""
+    return Keys(cluster_name)

@@ -1,6 +1,5 @@
 """Node processes with modelled engines over one real etcd."""
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,19 +8,13 @@ import pytest
 from tests.kit.etcd import EtcdCluster
 from tests.kit.node import Node, Nodes
 
-_numbers = itertools.count()
-
-
-@pytest.fixture(scope="session")
-def etcd_member() -> Iterator[EtcdCluster]:
-    with EtcdCluster(1) as cluster:
-        yield cluster
-
 
 @pytest.fixture
-def nodes(tmp_path: Path, etcd_member: EtcdCluster, model: str) -> Iterator[Nodes]:
+def nodes(
+    tmp_path: Path, etcd_member: EtcdCluster, cluster_name: str, model: str
+) -> Iterator[Nodes]:
     """Starts nodes of a cluster of their own."""
-    nodes = Nodes(tmp_path, etcd_member.endpoints, f"test{next(_numbers)}", model)
+    nodes = Nodes(tmp_path, etcd_member.endpoints, cluster_name, model)
     yield nodes
     nodes.close()
 

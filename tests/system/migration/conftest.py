@@ -1,7 +1,5 @@
 """Nodes of one process over a real etcd; no actor and no thread may outlive its test."""
 
-import itertools
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,13 +7,11 @@ import pytest
 
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.session import Session
-from llumnix.control.keys import Keys
 from llumnix.migration import destination, service, source
 from tests.kit.etcd import EtcdCluster
 from tests.kit.migrating import Control
+from tests.kit.threads import no_thread_left
 from tests.kit.wait import eventually
-
-_numbers = itertools.count()
 
 
 @contextmanager
@@ -27,7 +23,7 @@ def _controls(etcd: EtcdCluster, call_timeout: float) -> Iterator[dict[str, Cont
     try:
         for control in controls.values():
             control.session.start()
-            assert control.session.wait_held(5)
+        eventually(lambda: all(c.session.remaining for c in controls.values()), within=5)
         yield controls
     finally:
         for control in controls.values():
@@ -36,9 +32,9 @@ def _controls(etcd: EtcdCluster, call_timeout: float) -> Iterator[dict[str, Cont
 
 
 @pytest.fixture(scope="session")
-def controls() -> Iterator[dict[str, Control]]:
+def controls(etcd_member: EtcdCluster) -> Iterator[dict[str, Control]]:
     """The ways of three nodes to an etcd that all tests share."""
-    with EtcdCluster(1) as etcd, _controls(etcd, call_timeout=1.5) as controls:
+    with _controls(etcd_member, call_timeout=1.5) as controls:
         yield controls
 
 
@@ -47,12 +43,6 @@ def frail() -> Iterator[tuple[EtcdCluster, dict[str, Control]]]:
     """An etcd to be frozen, and the ways of three nodes to it, which are given up early."""
     with EtcdCluster(1) as etcd, _controls(etcd, call_timeout=0.6) as controls:
         yield etcd, controls
-
-
-@pytest.fixture
-def keys() -> Keys:
-    """A cluster of its own for each test, as they share one etcd."""
-    return Keys(f"test{next(_numbers)}")
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +56,5 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_thread_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    eventually(lambda: not (set(threading.enumerate()) - before), within=15)
+    with no_thread_left():
+        yield

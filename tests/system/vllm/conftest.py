@@ -30,12 +30,6 @@ START = 600.0  # seconds that a first instance may take on a small machine
 
 
 @pytest.fixture(scope="session")
-def etcd_member() -> Iterator[EtcdCluster]:
-    with EtcdCluster(1) as cluster:
-        yield cluster
-
-
-@pytest.fixture(scope="session")
 def real(
     tmp_path_factory: pytest.TempPathFactory, etcd_member: EtcdCluster, model: str
 ) -> Iterator[Nodes]:

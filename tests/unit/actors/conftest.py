@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pykka
 import pytest
 
+from tests.kit.threads import no_thread_left
 from tests.kit.wait import eventually
 
 
@@ -41,11 +42,10 @@ def side() -> Iterator[LoopThread]:
 
 @pytest.fixture(autouse=True)
 def _no_actor_and_no_thread_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    try:
-        pykka.ActorRegistry.stop_all(timeout=5.0)
-    finally:
-        for actor in pykka.ActorRegistry.get_all():  # one that hangs must not fail the next test
-            pykka.ActorRegistry.unregister(actor)
-    eventually(lambda: not (set(threading.enumerate()) - before), within=15)
+    with no_thread_left():
+        yield
+        try:
+            pykka.ActorRegistry.stop_all(timeout=5.0)
+        finally:  # one that hangs must not fail the next test
+            for actor in pykka.ActorRegistry.get_all():
+                pykka.ActorRegistry.unregister(actor)
