@@ -73,15 +73,15 @@ _COUNTS = (
 )
 
 
-def encode_loads(sequence: int, loads: Sequence[InstanceLoad]) -> bytes:
-    """All loads of a node; `sequence` tells one report from the next."""
+def encode_loads(loads: Sequence[InstanceLoad]) -> bytes:
+    """All loads of a node."""
     reports = {}
     for load in loads:
         report: dict[str, Any] = {name: getattr(load, name) for name in _COUNTS}
         report["priorities"] = {str(p): count for p, count in load.priorities.items()}
         report["received"] = dict(load.received)
         reports[load.instance] = report
-    return orjson.dumps({"sequence": sequence, "loads": reports})
+    return orjson.dumps({"loads": reports})
 
 
 def decode_loads(value: bytes) -> tuple[InstanceLoad, ...]:

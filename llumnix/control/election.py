@@ -3,7 +3,6 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
 
 from llumnix.cluster import ClusterView, NodeId
 from llumnix.control.alarms import Alarms, Matter
@@ -22,9 +21,9 @@ log = logging.getLogger(__name__)
 class Election:
     """Stands for leader whenever there is none. Its epoch is the key's create revision.
 
-    `on_change(leading, epoch)` is called on this object's thread and must not block. `is_leader`
-    needs no thread to become False: it ends with the time for which the lease is certainly held, so
-    that no two nodes ever lead at once, and comes back if etcd then says that the lease lived on.
+    `epoch` needs no thread to become 0: it ends with the time for which the lease is certainly
+    held, so that no two nodes ever lead at once, and comes back if etcd then says that the lease
+    lived on.
     """
 
     def __init__(
@@ -33,7 +32,6 @@ class Election:
         session: Session,
         keys: Keys,
         node: NodeId,
-        on_change: Callable[[bool, int], None] | None = None,
         *,
         interval: float = 2.0,
         patience: float = 6.0,
@@ -44,7 +42,6 @@ class Election:
         self._session = session
         self._key = keys.leader
         self._node = node
-        self._on_change = on_change
         self._interval = interval
         self._throne = Throne(etcd, keys, patience)
         self._alarms = alarms or Alarms()
@@ -52,20 +49,18 @@ class Election:
         self._lock = threading.Lock()
         self._won: tuple[int, int] | None = None  # epoch, lease
         self._stands_from = float("-inf")
-        self._told = (False, 0)
+        self._told = 0  # the epoch in which this node led when it was last logged
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="election", daemon=True)
 
     @property
-    def is_leader(self) -> bool:
-        """Whether this node leads, certainly."""
-        return self._leading() != 0
-
-    @property
     def epoch(self) -> int:
-        """The epoch in which this node leads; 0 while it doesn't."""
-        return self._leading()
+        """The epoch in which this node leads, certainly; 0 while it doesn't."""
+        won = self._won
+        if won is None or won[1] != self._session.lease or self._session.remaining <= 0:
+            return 0
+        return won[0]
 
     def start(self) -> None:
         """Begins to stand for leader; returns at once."""
@@ -119,12 +114,6 @@ class Election:
             log.warning("The leadership could not be given up and ends with the lease: %s.", error)
         self._tell()
 
-    def _leading(self) -> int:
-        won = self._won
-        if won is None or won[1] != self._session.lease or self._session.remaining <= 0:
-            return 0
-        return won[0]
-
     def _run(self) -> None:
         while not self._stopping.is_set():
             self._wake.clear()
@@ -140,7 +129,7 @@ class Election:
     def _pause(self) -> float:
         if not self._session.lease:
             return 0.1  # the session is about to have one
-        if self._told[0]:
+        if self._told:
             return min(self._interval, self._session.remaining + 0.01)
         return self._interval
 
@@ -183,19 +172,11 @@ class Election:
         self._etcd.txn(when, [Delete(self._key)])
 
     def _tell(self) -> None:
-        epoch = self._leading()
-        told = (epoch != 0, epoch)
-        if told == self._told:
+        last, self._told = self._told, self.epoch
+        if last == self._told:
             return
-        last, self._told = self._told[1], told
-        if epoch:
-            log.info("This node (%s) leads, in epoch %d.", self._node, epoch)
+        if self._told:
+            log.info("This node (%s) leads, in epoch %d.", self._node, self._told)
         else:
             log.info("This node (%s) does not lead any more, as it did in epoch %d.",
                      self._node, last)  # fmt: skip
-        if self._on_change is not None:
-            try:
-                self._on_change(*told)
-            except Exception:
-                # A listener's fault must not end the candidacy.
-                log.exception("A listener failed on the change of leadership.")

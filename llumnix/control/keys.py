@@ -16,7 +16,6 @@ class Kind(StrEnum):
     LEADER = "leader"
     DESIRED = "desired"
     DRAIN = "drain"
-    POLICY = "policy"
     TOKEN = "token"
     ADMIN_TOKEN = "admin-token"
     MIGRATION = "migrations"
@@ -36,7 +35,6 @@ class Keys:
     def __init__(self, cluster: str) -> None:
         self.prefix = f"/llumnix/{_part(cluster)}/"
         self.leader = self.prefix + Kind.LEADER
-        self.policy = self.prefix + Kind.POLICY
         self.token = self.prefix + Kind.TOKEN
         self.admin_token = self.prefix + Kind.ADMIN_TOKEN
 

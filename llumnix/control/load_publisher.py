@@ -17,7 +17,6 @@ class LoadPublisher:
         self._write = write
         self._interval = interval
         self._latest: tuple[InstanceLoad, ...] | None = None
-        self._sequence = 0
         self._lock = threading.Lock()
         self._changed = threading.Event()
         self._stopping = threading.Event()
@@ -50,7 +49,6 @@ class LoadPublisher:
             with self._lock:
                 latest = self._latest
             if latest is not None and latest != written and not self._stopping.is_set():
-                self._sequence += 1
-                self._write(encode_loads(self._sequence, latest))
+                self._write(encode_loads(latest))
                 written = latest
                 self._stopping.wait(self._interval)

@@ -94,12 +94,6 @@ class Etcd:
         response, _ = self._call("delete", protobuf.delete(key), f"delete {key}", writes=True)
         return bool(response.deleted)
 
-    def delete_prefix(self, prefix: str) -> int:
-        """Deletes every key that begins with `prefix` and returns how many there were."""
-        request = protobuf.delete_prefix(prefix)
-        response, _ = self._call("delete", request, f"delete {prefix}", writes=True)
-        return int(response.deleted)
-
     def txn(
         self, when: Sequence[Compare], then: Sequence[Op], otherwise: Sequence[Op] = ()
     ) -> TxnResult:

@@ -45,10 +45,6 @@ def delete(key: str) -> Any:
     return pb.DeleteRangeRequest(key=key.encode())
 
 
-def delete_prefix(prefix: str) -> Any:
-    return pb.DeleteRangeRequest(key=prefix.encode(), range_end=_end_of(prefix))
-
-
 def transaction(when: Sequence[Compare], then: Sequence[Op], otherwise: Sequence[Op]) -> Any:
     return pb.TxnRequest(
         compare=[_compare(compare) for compare in when],

@@ -3,8 +3,8 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
-from enum import StrEnum
+from collections.abc import Mapping
+from typing import Literal
 
 from llumnix.control.etcd.backoff import Backoff
 from llumnix.control.etcd.client import Etcd
@@ -17,44 +17,28 @@ from llumnix.control.etcd.types import KeyValue
 log = logging.getLogger(__name__)
 
 
-class LeaseState(StrEnum):
-    """The last answer about the lease. Only etcd's own word makes it LOST."""
-
-    HELD = "held"
-    LOST = "lost"
-    UNKNOWN = "unknown"
-
-
 class Session:
     """Holds one lease and writes the keys put here with it, again whenever the lease is a new one.
 
     `put` and `remove` return at once; a thread of this object does the writing, and the latest
-    value wins. `on_state` is called on that thread with each new state and must not block.
-    `ttl` is in seconds; etcd raises it to its minimum (about 2).
+    value wins. `ttl` is in seconds; etcd raises it to its minimum (about 2).
     """
 
-    def __init__(
-        self, etcd: Etcd, ttl: float = 6.0, on_state: Callable[[LeaseState], None] | None = None
-    ) -> None:
+    def __init__(self, etcd: Etcd, ttl: float = 6.0) -> None:
         self.pulse = Pulse("the session")
         self._etcd = etcd
         self._ttl = ttl
-        self._on_state = on_state
-        self._state = LeaseState.UNKNOWN
+        # The last answer about the lease, which is logged. Only etcd's own word makes it lost.
+        self._state: Literal["held", "lost", "unknown"] = "unknown"
         self._lease = 0
         self._deadline = float("-inf")  # until then the lease is certainly held
         self._due = float("-inf")  # when to prolong it
         self._owned = OwnedKeys()
         self._wake = threading.Event()
-        self._held = threading.Event()
         self._stopping = threading.Event()
         self._backoff = Backoff(0.1, ttl / 6)
         self._complaint = ""
         self._thread = threading.Thread(target=self._run, name="session", daemon=True)
-
-    @property
-    def state(self) -> LeaseState:
-        return self._state
 
     @property
     def lease(self) -> int:
@@ -69,10 +53,6 @@ class Session:
     def start(self) -> None:
         """Begins to hold a lease; returns at once."""
         self._thread.start()
-
-    def wait_held(self, within: float) -> bool:
-        """Waits until a lease is held, at most `within` seconds; whether it is."""
-        return self._held.wait(within)
 
     def put(self, key: str, value: bytes) -> None:
         """Keeps the key at `value` for as long as this session lives."""
@@ -127,7 +107,7 @@ class Session:
                 self._lose()
             except EtcdUnavailable as error:
                 self._due = float("-inf")  # so that the next beat begins with the lease
-                self._enter(LeaseState.UNKNOWN, str(error))
+                self._enter("unknown", str(error))
             except EtcdError as error:
                 self._complain(str(error))
             else:
@@ -158,29 +138,18 @@ class Session:
         else:
             return
         self._deadline, self._due = asked + ttl, asked + interval_of(min(self._ttl, ttl))
-        self._enter(LeaseState.HELD, f"for {ttl:.0f} s from now")
+        self._enter("held", f"for {ttl:.0f} s from now")
 
     def _lose(self) -> None:
         self._lease = 0
         self._deadline = float("-inf")
         self._owned.forget_written()
-        self._enter(LeaseState.LOST, "so a new one is asked for and all keys are written again")
+        self._enter("lost", "so a new one is asked for and all keys are written again")
 
-    def _enter(self, state: LeaseState, why: str) -> None:
-        if state is self._state:
-            return
+    def _enter(self, state: Literal["held", "lost", "unknown"], why: str) -> None:
+        if state != self._state:
+            log.info("The lease is %s: %s.", state, why)
         self._state = state
-        log.info("The lease is %s: %s.", state.value, why)
-        if state is LeaseState.HELD:
-            self._held.set()
-        else:
-            self._held.clear()
-        if self._on_state is not None:
-            try:
-                self._on_state(state)
-            except Exception:
-                # A listener's fault must not cost the node its lease.
-                log.exception("A listener failed on the lease being %s.", state.value)
 
     def _complain(self, complaint: str) -> None:
         if complaint != self._complaint:

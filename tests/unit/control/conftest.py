@@ -1,24 +1,14 @@
 """Real etcd for every test: one member for the cheap ones, three for those that break things."""
 
-import itertools
-import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.session import Session
-from llumnix.control.keys import Keys
 from tests.kit.etcd import EtcdCluster
+from tests.kit.threads import no_thread_left
 from tests.kit.wait import eventually
-
-_numbers = itertools.count()
-
-
-@pytest.fixture(scope="session")
-def single() -> Iterator[EtcdCluster]:
-    with EtcdCluster(1) as cluster:
-        yield cluster
 
 
 @pytest.fixture(scope="session")
@@ -35,23 +25,17 @@ def three(_three: EtcdCluster) -> Iterator[EtcdCluster]:
 
 
 @pytest.fixture
-def etcd(single: EtcdCluster) -> Iterator[Etcd]:
-    client = Etcd(single.endpoints)
+def etcd(etcd_member: EtcdCluster) -> Iterator[Etcd]:
+    client = Etcd(etcd_member.endpoints)
     yield client
     client.close()
-
-
-@pytest.fixture
-def keys() -> Keys:
-    """A cluster of its own for each test, as they share one etcd."""
-    return Keys(f"test{next(_numbers)}")
 
 
 @pytest.fixture
 def session(etcd: Etcd) -> Iterator[Session]:
     session = Session(etcd, ttl=3)
     session.start()
-    assert session.wait_held(5)
+    eventually(lambda: session.remaining, within=5)
     yield session
     session.stop()
 
@@ -67,7 +51,5 @@ def closing() -> Iterator[Callable[[Callable[[], object]], None]]:
 
 @pytest.fixture(autouse=True)
 def _no_thread_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    # gRPC's own threads end a moment after their channel.
-    eventually(lambda: not (set(threading.enumerate()) - before), within=15)
+    with no_thread_left():
+        yield

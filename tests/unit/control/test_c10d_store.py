@@ -42,12 +42,12 @@ store.close()
 
 
 @pytest.fixture
-def make(single: EtcdCluster, keys: Keys) -> Iterator[MakeStore]:
+def make(etcd_member: EtcdCluster, keys: Keys) -> Iterator[MakeStore]:
     """Stores of one rendezvous, closed in the end."""
     stores: list[EtcdStore] = []
 
     def make(**kwargs: Any) -> EtcdStore:
-        stores.append(EtcdStore(**_arguments(single, keys) | kwargs))
+        stores.append(EtcdStore(**_arguments(etcd_member, keys) | kwargs))
         return stores[-1]
 
     yield make
@@ -64,10 +64,10 @@ def _group(store: Store, rank: int, seconds: float = 60.0) -> ProcessGroupGloo:
 
 
 def test_two_processes_exchange_tensors(
-    single: EtcdCluster, etcd: Etcd, keys: Keys, make: MakeStore
+    etcd_member: EtcdCluster, etcd: Etcd, keys: Keys, make: MakeStore
 ) -> None:
-    leases = single.ctl("lease", "list")
-    arguments = json.dumps(_arguments(single, keys))
+    leases = etcd_member.ctl("lease", "list")
+    arguments = json.dumps(_arguments(etcd_member, keys))
     peer = subprocess.Popen([sys.executable, "-c", PEER, arguments])
     try:
         store = make()
@@ -85,7 +85,7 @@ def test_two_processes_exchange_tensors(
     store.close()
     store.close()
     assert etcd.get_prefix(keys.prefix)[0] == []
-    assert single.ctl("lease", "list") == leases
+    assert etcd_member.ctl("lease", "list") == leases
 
 
 def test_keys_are_gone_when_both_have_closed(etcd: Etcd, keys: Keys, make: MakeStore) -> None:

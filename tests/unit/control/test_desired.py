@@ -25,19 +25,19 @@ def seen(etcd: Etcd, keys: Keys) -> ClusterView:
 
 
 def test_an_operator_can_read_what_is_wished_and_put_it_himself(
-    single: EtcdCluster, etcd: Etcd, keys: Keys, epoch: int
+    etcd_member: EtcdCluster, etcd: Etcd, keys: Keys, epoch: int
 ) -> None:
     put_desired(etcd, keys, Wish(epoch, {"a": 2, "b": 1}, {}))
     put_desired(etcd, keys, Wish(epoch, {"b": 0}, {"a": 2, "b": 1}, without="b-0"))
-    shown = single.ctl("get", "--prefix", f"{keys.prefix}desired/")
+    shown = etcd_member.ctl("get", "--prefix", f"{keys.prefix}desired/")
     assert shown.splitlines() == [
         *(keys.desired("a"), "2"),
         *(keys.desired("b"), '{"instances":0,"without":"b-0"}'),
     ]
     view = seen(etcd, keys)
     assert (view.desired, view.without) == ({"a": 2, "b": 0}, {"b": "b-0"})
-    single.ctl("put", keys.desired("a"), '{"instances": 1, "without": "a-0"}')
-    single.ctl("put", keys.desired("b"), "3")
+    etcd_member.ctl("put", keys.desired("a"), '{"instances": 1, "without": "a-0"}')
+    etcd_member.ctl("put", keys.desired("b"), "3")
     view = seen(etcd, keys)
     assert (view.desired, view.without) == ({"a": 1, "b": 3}, {"a": "a-0"})
 
@@ -64,12 +64,12 @@ def test_what_an_operator_has_put_meanwhile_stays(etcd: Etcd, keys: Keys, epoch:
 
 
 def test_what_is_put_between_the_look_and_the_write_stays(
-    single: EtcdCluster, keys: Keys, epoch: int, monkeypatch: pytest.MonkeyPatch, etcd: Etcd
+    etcd_member: EtcdCluster, keys: Keys, epoch: int, monkeypatch: pytest.MonkeyPatch, etcd: Etcd
 ) -> None:
     write = Etcd.txn
 
     def late(etcd: Etcd, when: list[Compare], then: list[Op], otherwise: list[Op]) -> TxnResult:
-        single.ctl("put", keys.desired("b"), "9")
+        etcd_member.ctl("put", keys.desired("b"), "9")
         return write(etcd, when, then, otherwise)
 
     monkeypatch.setattr(Etcd, "txn", late)

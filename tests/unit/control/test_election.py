@@ -24,17 +24,14 @@ class Candidate:
         self.name = name
         self.etcd = Etcd(endpoints, call_timeout=0.5)
         self.session = Session(self.etcd, ttl)
-        self.told: list[tuple[bool, int]] = []
-        self.election = Election(
-            self.etcd, self.session, keys, name, lambda *change: self.told.append(change)
-        )
+        self.election = Election(self.etcd, self.session, keys, name)
         self.registry = Registry(self.etcd, self.session, keys)
         self.registry.subscribe(self.election.observe)
         self.session.put(keys.node(name), b"{}")
 
     def start(self) -> None:
         self.session.start()
-        assert self.session.wait_held(5)
+        eventually(lambda: self.session.remaining, within=5)
         self.registry.start()
         self.election.start()
 
@@ -47,19 +44,19 @@ class Candidate:
 
 @pytest.fixture
 def candidates(
-    single: EtcdCluster, keys: Keys, closing: Closing, caplog: pytest.LogCaptureFixture
+    etcd_member: EtcdCluster, keys: Keys, closing: Closing, caplog: pytest.LogCaptureFixture
 ) -> list[Candidate]:
     caplog.set_level(logging.INFO)
-    both = [Candidate(single.endpoints, keys, name) for name in ("a", "b")]
+    both = [Candidate(etcd_member.endpoints, keys, name) for name in ("a", "b")]
     for candidate in both:
         closing(candidate.stop)
         candidate.start()
     eventually(lambda: _leaders(both) == 1)
-    return sorted(both, key=lambda c: not c.election.is_leader)
+    return sorted(both, key=lambda c: not c.election.epoch)
 
 
 def _leaders(candidates: list[Candidate]) -> int:
-    return sum(c.election.is_leader for c in candidates)
+    return sum(c.election.epoch > 0 for c in candidates)
 
 
 def only_when_told(election: Election) -> None:
@@ -69,13 +66,21 @@ def only_when_told(election: Election) -> None:
     eventually(lambda: not election._wake.is_set())  # it looks once more, and waits for that long
 
 
-def test_one_leads_and_all_know(candidates: list[Candidate]) -> None:
+def test_one_leads_and_all_know(
+    candidates: list[Candidate], caplog: pytest.LogCaptureFixture
+) -> None:
     leader, other = candidates
     eventually(lambda: other.registry.view.leader is not None)
     assert other.registry.view.leader_epoch == leader.election.epoch > 0
     assert other.election.epoch == 0
-    eventually(lambda: leader.told == [(True, leader.election.epoch)])
-    assert other.told == []
+    wanted = [f"This node ({leader.name}) leads, in epoch {leader.election.epoch}."]
+    eventually(lambda: _led(caplog) == wanted)
+
+
+def _led(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What candidates have said of leading, also while the fixture made them."""
+    records = [*caplog.get_records("setup"), *caplog.get_records("call")]
+    return [text for r in records if (text := r.getMessage()).startswith("This node")]
 
 
 def _said(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -90,11 +95,10 @@ def test_resigning_hands_over_at_once(
     epoch = leader.election.epoch
     assert not other.election.resign(aside=0), "only the leader's key goes when it resigns"
     assert leader.election.resign()
-    assert not leader.election.is_leader
-    took = eventually(lambda: other.election.is_leader)
+    assert not leader.election.epoch
+    took = eventually(lambda: other.election.epoch)
     assert took < 2.5, "the lease has nothing to do with it, which is 3 s long"
     assert other.election.epoch > epoch
-    eventually(lambda: [lead for lead, _ in leader.told] == [True, False])
     old, new = leader.name, other.name
     wanted = {
         f"This node ({old}) resigns, in epoch {epoch}.",
@@ -110,33 +114,34 @@ def test_takeover_when_the_lease_ends(candidates: list[Candidate]) -> None:
     lease = leader.session.lease
     only_when_told(other.election)
     leader.session.stop()
-    assert not leader.election.is_leader
+    assert not leader.election.epoch
     other.etcd.lease_revoke(lease)
-    eventually(lambda: other.election.is_leader, within=5)
+    eventually(lambda: other.election.epoch, within=5)
 
 
 def test_a_leader_cut_off_from_etcd_stops_leading_and_takes_up_again(
-    keys: Keys, closing: Closing
+    keys: Keys, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     with EtcdCluster(1) as cluster:
         alone = Candidate(cluster.endpoints, keys, "a", ttl=2)
         alone.start()
-        eventually(lambda: alone.election.is_leader)
+        eventually(lambda: alone.election.epoch)
         eventually(lambda: alone.registry.view.leader == "a")
         cluster.kill(0)
-        eventually(lambda: not alone.election.is_leader)
-        eventually(lambda: alone.told[-1][0] is False)
+        eventually(lambda: not alone.election.epoch)
+        eventually(lambda: "does not lead any more" in _said(caplog)[-1])
         assert alone.registry.view.leader == "a", "the last view stays"
         cluster.restart(0)
         cluster.wait_ready()
-        eventually(lambda: alone.election.is_leader)
+        eventually(lambda: alone.election.epoch)
         alone.stop()
 
 
-def test_token_is_agreed_on(single: EtcdCluster, etcd: Etcd, keys: Keys) -> None:
+def test_token_is_agreed_on(etcd_member: EtcdCluster, etcd: Etcd, keys: Keys) -> None:
     assert cluster_token(etcd, keys, "given") == "given"
     token = cluster_token(etcd, keys, None)
     assert len(token) > 30
     assert cluster_token(etcd, keys, None) == token
-    single.ctl("put", keys.token, "by hand")
+    etcd_member.ctl("put", keys.token, "by hand")
     assert cluster_token(etcd, keys, None) == "by hand"

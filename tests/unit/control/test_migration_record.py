@@ -70,9 +70,11 @@ def test_from_proposal_to_commit(
     assert handshake.read("r") is None
 
 
-def test_an_operator_can_read_it(single: EtcdCluster, handshake: Handshake, keys: Keys) -> None:
+def test_an_operator_can_read_it(
+    etcd_member: EtcdCluster, handshake: Handshake, keys: Keys
+) -> None:
     _take(handshake, ABORTED)
-    assert single.ctl("get", keys.migration("r"), "--print-value-only") == (
+    assert etcd_member.ctl("get", keys.migration("r"), "--print-value-only") == (
         '{"request":"r","source":"a-0","destination":"b-1","epoch":3,"state":"aborted",'
         '"reason":"tired","migration":"m1","started":1.5}'
     )
@@ -119,7 +121,7 @@ def test_no_proposal_without_a_lease(etcd: Etcd, keys: Keys) -> None:
 def test_it_ends_with_the_proposers_lease(etcd: Etcd, keys: Keys) -> None:
     session = Session(etcd)
     session.start()
-    assert session.wait_held(5)
+    eventually(lambda: session.remaining, within=5)
     handshake = Handshake(etcd, session, keys)
     handshake.propose(RECORD)
     session.stop()
@@ -210,8 +212,8 @@ class Doubtful(Etcd):
 
 
 @pytest.fixture
-def doubtful(single: EtcdCluster, closing: Closing) -> Doubtful:
-    etcd = Doubtful(single.endpoints)
+def doubtful(etcd_member: EtcdCluster, closing: Closing) -> Doubtful:
+    etcd = Doubtful(etcd_member.endpoints)
     closing(etcd.close)
     return etcd
 
@@ -262,7 +264,7 @@ def test_a_frozen_members_late_write_changes_nothing(
     closing(etcd.close)
     closing(session.stop)
     session.start()
-    assert session.wait_held(5)
+    eventually(lambda: session.remaining, within=5)
     handshake.propose(RECORD)
     three.freeze(0)
     eventually(lambda: _done(lambda: _advance_all(handshake)), within=8)

@@ -88,7 +88,7 @@ def right(members: list[Member], etcd: EtcdCluster, keys: Keys) -> bool:
     return (
         held == wanted
         and all(len(v.nodes) == len(v.instances) == len(v.loads) == 2 for v in views)
-        and sum(member.election.is_leader for member in members) == 1
+        and sum(member.election.epoch > 0 for member in members) == 1
         and len({view.leader for view in views} - {None}) == 1
         and all(member.registry.alive for member in members)
     )
@@ -184,12 +184,12 @@ def test_a_leader_that_retires_hands_over_at_once_and_for_good(
     members: list[Member], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    leader, other = sorted(members, key=lambda m: not m.election.is_leader)
+    leader, other = sorted(members, key=lambda m: not m.election.epoch)
     epoch = leader.election.epoch
     only_when_told(other.election)
     leader.election.retire()
-    assert not leader.election.is_leader
-    eventually(lambda: other.election.is_leader, within=5)
+    assert not leader.election.epoch
+    eventually(lambda: other.election.epoch, within=5)
     assert other.election.epoch > epoch
     assert f"This node ({leader.name}) resigns, in epoch {epoch}, and stands no more." in (
         caplog.text
@@ -224,11 +224,11 @@ def test_a_keep_alive_may_fail_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.fixture
-def plane(single: EtcdCluster, keys: Keys) -> ControlPlane:
+def plane(etcd_member: EtcdCluster, keys: Keys) -> ControlPlane:
     cluster = keys.prefix.split("/")[2]
     config = Config(
         cluster=cluster, node="a", advertise_address="127.0.0.1:1",
-        etcd_endpoints=single.endpoints, lease_ttl=2.0,
+        etcd_endpoints=etcd_member.endpoints, lease_ttl=2.0,
     )  # fmt: skip
     return ControlPlane(config)
 

@@ -36,12 +36,14 @@ def registry(
     return registry
 
 
-def test_everything_is_in_the_view(single: EtcdCluster, registry: Registry, keys: Keys) -> None:
+def test_everything_is_in_the_view(
+    etcd_member: EtcdCluster, registry: Registry, keys: Keys
+) -> None:
     registry.announce_node(NODE)
     registry.announce_instance(INSTANCE)
     registry.report_loads([LOAD])
-    single.ctl("put", keys.desired("a"), "3")
-    single.ctl("put", keys.drain("b-1"), "please")
+    etcd_member.ctl("put", keys.desired("a"), "3")
+    etcd_member.ctl("put", keys.drain("b-1"), "please")
     eventually(lambda: registry.view.loads and registry.view.draining and registry.view.instances)
     view = registry.view
     assert view.nodes == {"a": NODE}
@@ -53,13 +55,13 @@ def test_everything_is_in_the_view(single: EtcdCluster, registry: Registry, keys
     starting = replace(INSTANCE, state=InstanceState.STARTING)
     registry.announce_instance(starting)
     eventually(lambda: registry.view.instances == {"a-0": starting})
-    single.ctl("del", keys.drain("b-1"))
+    etcd_member.ctl("del", keys.drain("b-1"))
     registry.withdraw_instance("a-0")
     eventually(lambda: not registry.view.instances and not registry.view.draining)
 
 
 def test_a_node_knows_its_instances_before_etcd_does(
-    single: EtcdCluster, registry: Registry, session: Session, keys: Keys
+    etcd_member: EtcdCluster, registry: Registry, session: Session, keys: Keys
 ) -> None:
     """Whatever etcd is doing: here nothing is written at all."""
     session.stop()
@@ -67,7 +69,7 @@ def test_a_node_knows_its_instances_before_etcd_does(
     registry.subscribe(views.append)
     registry.announce_instance(INSTANCE)
     assert registry.view.instances == {"a-0": INSTANCE} == views[-1].instances
-    single.ctl("put", keys.desired("a"), "3")
+    etcd_member.ctl("put", keys.desired("a"), "3")
     eventually(lambda: views[-1].desired == {"a": 3})
     assert registry.view.instances == {"a-0": INSTANCE}
     starting = replace(INSTANCE, state=InstanceState.STARTING)
@@ -78,23 +80,23 @@ def test_a_node_knows_its_instances_before_etcd_does(
 
 
 def test_what_etcd_shows_is_not_kept_beside_it(
-    single: EtcdCluster, registry: Registry, keys: Keys
+    etcd_member: EtcdCluster, registry: Registry, keys: Keys
 ) -> None:
     registry.announce_instance(INSTANCE)
-    eventually(lambda: single.ctl("get", keys.instance("a-0")))
+    eventually(lambda: etcd_member.ctl("get", keys.instance("a-0")))
     eventually(lambda: not registry._ahead._pending)
     registry._session.stop()  # its lease is given back, and the key with it
     eventually(lambda: not registry.view.instances, within=10)
 
 
-def test_an_operator_can_read_it(single: EtcdCluster, registry: Registry, keys: Keys) -> None:
+def test_an_operator_can_read_it(etcd_member: EtcdCluster, registry: Registry, keys: Keys) -> None:
     registry.announce_node(NODE)
     registry.report_loads([LOAD])
     eventually(lambda: registry.view.loads and registry.view.nodes)
-    shown = single.ctl("get", "--prefix", keys.prefix)
+    shown = etcd_member.ctl("get", "--prefix", keys.prefix)
     assert shown.splitlines() == [
         keys.load("a"),
-        '{"sequence":1,"loads":{"a-0":{"running":3,"waiting":0,"used_blocks":40,'
+        '{"loads":{"a-0":{"running":3,"waiting":0,"used_blocks":40,'
         '"waiting_blocks":0,"head_blocks":0,"prefill_tokens":0,'
         '"preempted":0,"preemptions":0,"priorities":{},"received":{"b":12}}}}',
         keys.node("a"),
@@ -104,15 +106,15 @@ def test_an_operator_can_read_it(single: EtcdCluster, registry: Registry, keys: 
 
 
 def test_bad_values_are_skipped(
-    single: EtcdCluster, registry: Registry, keys: Keys, caplog: pytest.LogCaptureFixture
+    etcd_member: EtcdCluster, registry: Registry, keys: Keys, caplog: pytest.LogCaptureFixture
 ) -> None:
-    single.ctl("put", keys.desired("a"), "many")
-    single.ctl("put", keys.desired("b"), "--", "-1")
-    single.ctl("put", keys.node("x"), "{")
-    single.ctl("put", keys.instance("x"), '{"node": 5}')
-    single.ctl("put", keys.desired("c"), "2")
+    etcd_member.ctl("put", keys.desired("a"), "many")
+    etcd_member.ctl("put", keys.desired("b"), "--", "-1")
+    etcd_member.ctl("put", keys.node("x"), "{")
+    etcd_member.ctl("put", keys.instance("x"), '{"node": 5}')
+    etcd_member.ctl("put", keys.desired("c"), "2")
     eventually(lambda: registry.view.desired == {"c": 2})
-    single.ctl("put", keys.desired("c"), "3")
+    etcd_member.ctl("put", keys.desired("c"), "3")
     eventually(lambda: registry.view.desired == {"c": 3})
     assert not registry.view.nodes and not registry.view.instances
     ignored = [r.getMessage() for r in caplog.records if "is ignored" in r.getMessage()]
@@ -159,7 +161,7 @@ def test_unchanged_parts_are_shared(etcd: Etcd, registry: Registry, keys: Keys) 
 
 
 def test_a_leader_that_no_view_showed_has_gone_all_the_same(
-    single: EtcdCluster, etcd: Etcd, registry: Registry, keys: Keys
+    etcd_member: EtcdCluster, etcd: Etcd, registry: Registry, keys: Keys
 ) -> None:
     views: list[ClusterView] = []
     held, go_on = threading.Event(), threading.Event()
@@ -172,7 +174,7 @@ def test_a_leader_that_no_view_showed_has_gone_all_the_same(
     registry.subscribe(read)
     registry.announce_node(NODE)
     assert held.wait(5), "the watch stands still from here on"
-    single.ctl("put", keys.leader, '{"node":"b"}')
+    etcd_member.ctl("put", keys.leader, '{"node":"b"}')
     assert etcd.delete(keys.leader)
     revision = etcd.put(keys.c10d("pair") + "x", b"nothing of ours")
     go_on.set()
@@ -194,13 +196,13 @@ def test_the_first_list_is_told_though_it_is_empty(
 
 
 def test_a_key_that_somebody_deleted_comes_back(
-    single: EtcdCluster, registry: Registry, keys: Keys
+    etcd_member: EtcdCluster, registry: Registry, keys: Keys
 ) -> None:
     known: list[bool] = []
     registry.subscribe(lambda view: known.append("a" in view.nodes))
     registry.announce_node(NODE)
     eventually(lambda: known == [True])
-    single.ctl("del", keys.node("a"))
+    etcd_member.ctl("del", keys.node("a"))
     eventually(lambda: known == [True, False, True])
 
 

@@ -152,7 +152,7 @@ class Wire:
         keys, values = self._keys, {}
         for node in view.nodes.values():
             values[keys.node(node.id)] = codec.encode_node(node)
-            values[keys.load(node.id)] = codec.encode_loads(1, list(view.loads.values()))
+            values[keys.load(node.id)] = codec.encode_loads(list(view.loads.values()))
         for info in view.instances.values():
             values[keys.instance(info.id)] = codec.encode_instance(info)
         for name, number in view.desired.items():

@@ -55,10 +55,10 @@ MirrorOf = Callable[[EtcdCluster], Mirror]
 
 
 def test_first_list_then_changes(
-    single: EtcdCluster, etcd: Etcd, keys: Keys, mirror_of: MirrorOf
+    etcd_member: EtcdCluster, etcd: Etcd, keys: Keys, mirror_of: MirrorOf
 ) -> None:
     etcd.put(keys.node("a"), b"1")
-    mirror = mirror_of(single)
+    mirror = mirror_of(etcd_member)
     assert mirror.items == {keys.node("a"): b"1"}
     etcd.put(keys.node("b"), b"2")
     etcd.delete(keys.node("a"))
@@ -67,8 +67,8 @@ def test_first_list_then_changes(
     assert mirror.revisions == sorted(mirror.revisions)
 
 
-def test_empty_prefix_is_told_and_proven(single: EtcdCluster, mirror_of: MirrorOf) -> None:
-    mirror = mirror_of(single)
+def test_empty_prefix_is_told_and_proven(etcd_member: EtcdCluster, mirror_of: MirrorOf) -> None:
+    mirror = mirror_of(etcd_member)
     assert mirror.items == {} and len(mirror.revisions) == 1
     proven = mirror.watch._proven
     assert mirror.watch.alive
@@ -77,9 +77,9 @@ def test_empty_prefix_is_told_and_proven(single: EtcdCluster, mirror_of: MirrorO
 
 
 def test_many_changes_arrive_complete(
-    single: EtcdCluster, etcd: Etcd, keys: Keys, mirror_of: MirrorOf
+    etcd_member: EtcdCluster, etcd: Etcd, keys: Keys, mirror_of: MirrorOf
 ) -> None:
-    mirror = mirror_of(single)
+    mirror = mirror_of(etcd_member)
     for i in range(300):
         etcd.put(keys.node(f"n{i % 50}"), str(i).encode())
     want = {keys.node(f"n{i % 50}"): str(i).encode() for i in range(250, 300)}
@@ -87,7 +87,10 @@ def test_many_changes_arrive_complete(
 
 
 def test_a_reader_that_fails_does_not_end_the_watch(
-    single: EtcdCluster, etcd: Etcd, keys: Keys, closing: Callable[[Callable[[], object]], None]
+    etcd_member: EtcdCluster,
+    etcd: Etcd,
+    keys: Keys,
+    closing: Callable[[Callable[[], object]], None],
 ) -> None:
     seen: list[int] = []
 
@@ -170,9 +173,11 @@ def test_compaction_and_restart(keys: Keys, mirror_of: MirrorOf) -> None:
         etcd.close()
 
 
-def test_a_compacted_revision_is_listed_again(single: EtcdCluster, etcd: Etcd, keys: Keys) -> None:
+def test_a_compacted_revision_is_listed_again(
+    etcd_member: EtcdCluster, etcd: Etcd, keys: Keys
+) -> None:
     """The list and the watch may be far apart when the node was stopped in between."""
-    late = Compacted(single.endpoints)
+    late = Compacted(etcd_member.endpoints)
     seen: list[Mapping[str, KeyValue]] = []
     watch = PrefixWatch(late, keys.prefix, lambda items, *_: seen.append(items))
     watch.start()
