@@ -8,9 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
+from typing import Annotated
+
+import msgspec
 
 NodeId = str
 InstanceId = str
+Count = Annotated[int, msgspec.Meta(ge=0)]  # which is checked where it comes from etcd
 
 _EMPTY: Mapping[str, int] = MappingProxyType({})
 _NO_PRIORITY: Mapping[int, int] = MappingProxyType({})
@@ -40,9 +44,11 @@ class NodeInfo:
     id: NodeId
     address: str
     version: str
-    epoch: int
-    max_instances: int = 0  # most that it runs, whatever is desired there; 0: not known
-    initial_instances: int = 0  # that it runs while no number is desired there; 0: none, or unknown
+    epoch: Count
+    max_instances: Count = 0  # most that it runs, whatever is desired there; 0: not known
+    initial_instances: Count = (
+        0  # that it runs while no number is desired there; 0: none, or unknown
+    )
     token_mark: str = ""  # shows which token it has out of etcd; empty if it was given one
 
 
@@ -54,10 +60,10 @@ class InstanceInfo:
     node: NodeId
     model: str
     state: InstanceState
-    total_blocks: int  # KV blocks in all; 0 until the engine is up
-    block_size: int  # tokens in a KV block
+    total_blocks: Count  # KV blocks in all; 0 until the engine is up
+    block_size: Count  # tokens in a KV block
     role: str = "any"  # any | prefill | decode
-    failed_starts: int = 0  # of its engine in a row, since it was up the last time
+    failed_starts: Count = 0  # of its engine in a row, since it was up the last time
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +75,17 @@ class InstanceLoad:
     """
 
     instance: InstanceId
-    running: int = 0  # requests in the batch
-    waiting: int = 0  # requests queued
-    used_blocks: int = 0  # held by running requests
-    waiting_blocks: int = 0  # asked for by all queued requests
-    head_blocks: int = 0  # asked for by the request at the head of the queue
-    prefill_tokens: int = 0  # not computed yet of all requests that have no first token
-    preempted: int = 0  # of the queued requests those that have run before
-    preemptions: int = 0  # since the instance started
+    running: Count = 0  # requests in the batch
+    waiting: Count = 0  # requests queued
+    used_blocks: Count = 0  # held by running requests
+    waiting_blocks: Count = 0  # asked for by all queued requests
+    head_blocks: Count = 0  # asked for by the request at the head of the queue
+    prefill_tokens: Count = 0  # not computed yet of all requests that have no first token
+    preempted: Count = 0  # of the queued requests those that have run before
+    preemptions: Count = 0  # since the instance started
     # How many requests it has of each priority (vLLM's numbers) but 0, running and queued.
-    priorities: Mapping[int, int] = field(default_factory=lambda: _NO_PRIORITY)
-    received: Mapping[NodeId, int] = field(default_factory=lambda: _EMPTY)
+    priorities: Mapping[int, Count] = field(default_factory=lambda: _NO_PRIORITY)
+    received: Mapping[NodeId, Count] = field(default_factory=lambda: _EMPTY)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,111 +1,66 @@
 """The values of etcd's keys: JSON that an operator can read, to and from the cluster's facts.
 
-Decoding raises ValueError, with a reason to log, for anything that is not what we would write;
-fields that a newer version adds are ignored.
+The fields of a fact are the keys of its JSON, but for its name, which the key in etcd has. Decoding
+raises ValueError, with a reason to log, for anything that is not what we would write; fields that a
+newer version adds are ignored.
 """
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import msgspec
 import orjson
 
-from llumnix.cluster import InstanceId, InstanceInfo, InstanceLoad, InstanceState, NodeId, NodeInfo
+from llumnix.cluster import Count, InstanceId, InstanceInfo, InstanceLoad, NodeId, NodeInfo
 
 
 def encode_node(node: NodeInfo) -> bytes:
-    return orjson.dumps(
-        {
-            "address": node.address,
-            "version": node.version,
-            "epoch": node.epoch,
-            "max_instances": node.max_instances,
-            "initial_instances": node.initial_instances,
-            "token_mark": node.token_mark,
-        }
-    )
+    return _dumps(_without_name(node))
 
 
 def decode_node(node: NodeId, value: bytes) -> NodeInfo:
-    data = _object(value)
-    return NodeInfo(
-        node,
-        _text(data, "address"),
-        _text(data, "version", ""),
-        _count(data, "epoch", 0),
-        _count(data, "max_instances", 0),
-        _count(data, "initial_instances", 0),
-        _text(data, "token_mark", ""),
-    )
+    data = {"version": "", "epoch": 0} | _object(value) | {"id": node}
+    return msgspec.convert(data, NodeInfo)
 
 
 def encode_instance(instance: InstanceInfo) -> bytes:
-    return orjson.dumps(
-        {
-            "node": instance.node,
-            "model": instance.model,
-            "role": instance.role,
-            "state": instance.state.value,
-            "total_blocks": instance.total_blocks,
-            "block_size": instance.block_size,
-            "failed_starts": instance.failed_starts,
-        }
-    )
+    return _dumps(_without_name(instance))
 
 
 def decode_instance(instance: InstanceId, value: bytes) -> InstanceInfo:
-    data = _object(value)
-    return InstanceInfo(
-        id=instance,
-        node=_text(data, "node"),
-        model=_text(data, "model"),
-        state=InstanceState(_text(data, "state")),
-        total_blocks=_count(data, "total_blocks"),
-        block_size=_count(data, "block_size"),
-        role=_text(data, "role", "any"),
-        failed_starts=_count(data, "failed_starts", 0),
-    )
+    data = _object(value) | {"id": instance}
+    return msgspec.convert(data, InstanceInfo)
 
 
-_COUNTS = (
-    *("running", "waiting", "used_blocks", "waiting_blocks", "head_blocks"),
-    *("prefill_tokens", "preempted", "preemptions"),
-)
+class _Loads(msgspec.Struct):
+    loads: dict[InstanceId, dict[str, Any]]
 
 
 def encode_loads(loads: Sequence[InstanceLoad]) -> bytes:
     """All loads of a node."""
-    reports = {}
-    for load in loads:
-        report: dict[str, Any] = {name: getattr(load, name) for name in _COUNTS}
-        report["priorities"] = {str(p): count for p, count in load.priorities.items()}
-        report["received"] = dict(load.received)
-        reports[load.instance] = report
-    return orjson.dumps({"loads": reports})
+    return _dumps({"loads": {load.instance: _without_name(load) for load in loads}})
 
 
 def decode_loads(value: bytes) -> tuple[InstanceLoad, ...]:
-    reports = _object(value).get("loads")
-    if not isinstance(reports, dict):
-        raise ValueError("it has no object 'loads'")
+    reports = msgspec.json.decode(value, type=_Loads).loads
     return tuple(_decode_load(instance, report) for instance, report in reports.items())
 
 
-def _decode_load(instance: InstanceId, report: Any) -> InstanceLoad:
-    if not isinstance(report, dict):
-        raise ValueError(f"the load of {instance} is no object")
-    received = report.get("received", {})
-    if not isinstance(received, dict):
-        raise ValueError("'received' is no object")
-    priorities = report.get("priorities", {})
-    if not isinstance(priorities, dict):
-        raise ValueError("'priorities' is no object")
-    return InstanceLoad(
-        instance,
-        **{name: _count(report, name, 0) for name in _COUNTS},
-        priorities=MappingProxyType({int(p): _count(priorities, p) for p in priorities}),
-        received=MappingProxyType({node: _count(received, node) for node in received}),
+def _decode_load(instance: InstanceId, report: dict[str, Any]) -> InstanceLoad:
+    load: InstanceLoad = msgspec.convert(
+        report | {"instance": instance}, InstanceLoad, str_keys=True
     )
+    return replace(
+        load,
+        priorities=MappingProxyType(load.priorities),
+        received=MappingProxyType(load.received),
+    )
+
+
+class _Leader(msgspec.Struct):
+    node: NodeId
 
 
 def encode_leader(node: NodeId) -> bytes:
@@ -113,7 +68,7 @@ def encode_leader(node: NodeId) -> bytes:
 
 
 def decode_leader(value: bytes) -> NodeId:
-    return _text(_object(value), "node")
+    return msgspec.json.decode(value, type=_Leader).node
 
 
 def encode_text(text: str) -> bytes:
@@ -138,6 +93,11 @@ class Desired(NamedTuple):
     without: InstanceId | None = None
 
 
+class _Desired(msgspec.Struct):
+    instances: Count
+    without: InstanceId = ""
+
+
 def encode_desired(desired: Desired) -> bytes:
     """A bare number, unless an instance is named. Raises ValueError for a negative one."""
     if desired.instances < 0:
@@ -150,8 +110,8 @@ def encode_desired(desired: Desired) -> bytes:
 def decode_desired(value: bytes) -> Desired:
     """What an operator or the leader put: 3, or "3", or {"instances": 3, "without": "a-1"}."""
     if value.lstrip().startswith(b"{"):
-        data = _object(value)
-        return Desired(_count(data, "instances"), _text(data, "without", "") or None)
+        found = msgspec.json.decode(value, type=_Desired)
+        return Desired(found.instances, found.without or None)
     try:
         number = int(value.decode().strip().strip('"'))
     except ValueError:
@@ -161,25 +121,15 @@ def decode_desired(value: bytes) -> Desired:
     return Desired(number)
 
 
+def _without_name(fact: NodeInfo | InstanceInfo | InstanceLoad) -> dict[str, Any]:
+    """All fields of a fact but the first, its name."""
+    return {field.name: getattr(fact, field.name) for field in fields(fact)[1:]}
+
+
+def _dumps(value: dict[str, Any]) -> bytes:
+    """As JSON, with numbers as keys and read-only mappings."""
+    return orjson.dumps(value, default=dict, option=orjson.OPT_NON_STR_KEYS)
+
+
 def _object(value: bytes) -> dict[str, Any]:
-    try:
-        data = orjson.loads(value)
-    except orjson.JSONDecodeError:
-        raise ValueError("it is no JSON") from None
-    if not isinstance(data, dict):
-        raise ValueError("it is no JSON object")
-    return data
-
-
-def _text(data: dict[str, Any], name: str, default: str | None = None) -> str:
-    value = data.get(name, default)
-    if not isinstance(value, str):
-        raise ValueError(f"'{name}' is no text")
-    return value
-
-
-def _count(data: dict[str, Any], name: str, default: int | None = None) -> int:
-    value = data.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"'{name}' is no count")
-    return value
+    return msgspec.json.decode(value, type=dict[str, Any])
