@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from llumnix.metrics import KEY_FAULTS
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SHOWN = 600.0  # seconds for which a warning is shown after it was last true
 AGAIN = 60.0  # seconds until the same sentence is logged again
@@ -44,7 +44,7 @@ class Alarms:
             last = self._warnings.get(matter)
             self._warnings[matter] = Told(sentence, now)
         if last is None or last.sentence != sentence or now - last.when > AGAIN:
-            log.warning("%s", sentence)
+            logger.warning("%s", sentence)
 
     def now(self) -> list[dict[str, object]]:
         """What to show: each sentence, and how many seconds ago it was last true."""

@@ -16,7 +16,7 @@ from llumnix.control.etcd.backoff import Backoff
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.errors import EtcdError, EtcdUnavailable
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class EtcdStore(Store):  # type: ignore[misc]  # torch's types are not followed
@@ -71,7 +71,7 @@ class EtcdStore(Store):  # type: ignore[misc]  # torch's types are not followed
             try:
                 self._etcd.lease_revoke(lease, timeout=2.0)
             except EtcdError as error:
-                log.warning("%s ends by itself, with its lease: %s.", self._prefix, error)
+                logger.warning("%s ends by itself, with its lease: %s.", self._prefix, error)
         self._etcd.close()
 
     # reading

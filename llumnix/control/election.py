@@ -15,7 +15,7 @@ from llumnix.control.etcd.types import Compare, Delete, KeyValue
 from llumnix.control.keys import Keys
 from llumnix.control.leader_key import Throne
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Election:
@@ -81,7 +81,7 @@ class Election:
         won = self._step_down(time.monotonic() + aside)
         if won is None:
             return False
-        log.info("This node (%s) resigns, in epoch %d.", self._node, won[0])
+        logger.info("This node (%s) resigns, in epoch %d.", self._node, won[0])
         self._give_up(*won)
         return True
 
@@ -92,7 +92,9 @@ class Election:
         """
         won = self._step_down(float("inf"))
         if won is not None:
-            log.info("This node (%s) resigns, in epoch %d, and stands no more.", self._node, won[0])
+            logger.info(
+                "This node (%s) resigns, in epoch %d, and stands no more.", self._node, won[0]
+            )
 
     def _step_down(self, stands_from: float) -> tuple[int, int] | None:
         """Leads no more, and stands again from then on; what was won until now."""
@@ -111,7 +113,9 @@ class Election:
         try:
             self.resign()
         except EtcdError as error:
-            log.warning("The leadership could not be given up and ends with the lease: %s.", error)
+            logger.warning(
+                "The leadership could not be given up and ends with the lease: %s.", error
+            )
         self._tell()
 
     def _run(self) -> None:
@@ -120,7 +124,7 @@ class Election:
             try:
                 self._stand()
             except EtcdError as error:
-                log.debug("Who leads is not known: %s.", error)
+                logger.debug("Who leads is not known: %s.", error)
             self._tell()
             self.pulse.beat()
             self._wake.wait(self._pause())
@@ -176,7 +180,8 @@ class Election:
         if last == self._told:
             return
         if self._told:
-            log.info("This node (%s) leads, in epoch %d.", self._node, self._told)
+            logger.info("This node (%s) leads, in epoch %d.", self._node, self._told)
         else:
-            log.info("This node (%s) does not lead any more, as it did in epoch %d.",
-                     self._node, last)  # fmt: skip
+            logger.info(
+                "This node (%s) does not lead any more, as it did in epoch %d.", self._node, last
+            )

@@ -10,7 +10,7 @@ from llumnix.control.etcd.errors import EtcdUnavailable, NameTaken
 from llumnix.control.etcd.session import Session
 from llumnix.control.etcd.types import KeyValue
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 POLL = 0.25  # seconds between looks whether the name is free
 MORE = 2.0  # seconds that etcd may take to notice that a lease has run out
@@ -40,8 +40,11 @@ class Claim:
                 raise self._taken(found)
             if not told:
                 told = True
-                log.info("%s is in etcd already, so this node waits for up to %.0f s for it to go.",
-                         self._key, ttl + MORE)  # fmt: skip
+                logger.info(
+                    "%s is in etcd already, so this node waits for up to %.0f s for it to go.",
+                    self._key,
+                    ttl + MORE,
+                )
             time.sleep(POLL)
 
     def take(self, session: Session, value: bytes) -> int:
@@ -62,7 +65,7 @@ class Claim:
             else:
                 ours, now = False, found
         except EtcdUnavailable as error:
-            log.warning("Whether %s is free is not known: %s.", self._key, error)
+            logger.warning("Whether %s is free is not known: %s.", self._key, error)
             return 0
         if not ours:
             raise self._taken(now)

@@ -20,7 +20,7 @@ from llumnix.control.local_overlay import Ahead
 from llumnix.control.view import ViewBuilder
 from llumnix.control.view_changes import changes
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Registry:
@@ -169,11 +169,11 @@ class Registry:
         if kept - set(before):
             self._say("etcd lacks %s, which stay in the view for %.1f s, to come back.", kept)
         elif before and not kept:
-            log.info("All that etcd lacked is back, or was deleted.")
+            logger.info("All that etcd lacked is back, or was deleted.")
 
     def _say(self, sentence: str, keys: Collection[str]) -> None:
         names = ", ".join(key.removeprefix(self._keys.prefix) for key in sorted(keys))
-        log.warning(sentence, names, self._grace_seconds)
+        logger.warning(sentence, names, self._grace_seconds)
 
     def _show(self, items: Mapping[str, KeyValue], deleted: Collection[str] | None) -> None:
         """Shows these keys; after a list, what was deleted is not known, and much may have been."""
@@ -193,10 +193,10 @@ class Registry:
         if not told:
             return
         for sentence in changes(old, view):
-            log.info("%s", sentence)
+            logger.info("%s", sentence)
         for subscriber in self._subscribers:
             try:
                 subscriber(view)
             except Exception:
                 # One subscriber's fault must not hide the view from the others.
-                log.exception("A subscriber failed on the view of revision %d.", view.revision)
+                logger.exception("A subscriber failed on the view of revision %d.", view.revision)

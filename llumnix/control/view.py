@@ -10,7 +10,7 @@ from llumnix.control import codec
 from llumnix.control.etcd.types import KeyValue
 from llumnix.control.keys import Keys, Kind
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _DECODERS: Mapping[Kind, Callable[[str, bytes], Any]] = {
     Kind.NODE: codec.decode_node,
@@ -68,7 +68,7 @@ class ViewBuilder:
             self._facts[kind][name] = _DECODERS[kind](name, kv.value)
         except ValueError as error:
             self._facts[kind].pop(name, None)
-            log.warning("%s is ignored: %s (%r).", key, error, kv.value[:80])
+            logger.warning("%s is ignored: %s (%r).", key, error, kv.value[:80])
 
     def _drop(self, key: str, touched: set[Kind]) -> None:
         parsed = self._keys.parse(key)

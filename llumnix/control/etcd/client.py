@@ -24,7 +24,7 @@ from llumnix.control.etcd.errors import (
 )
 from llumnix.control.etcd.types import Compare, Get, KeyValue, Op, Probe, Put, TxnResult
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _MAX_TRIES = 3  # members asked by one call, however many there are
 
@@ -237,7 +237,7 @@ class Etcd:
             if "authentication is not enabled" not in str(error):
                 raise
             self._token = ""
-            log.debug("etcd wants no authentication, so the user and password go unused.")
+            logger.debug("etcd wants no authentication, so the user and password go unused.")
         self._doubtful = False
 
     def _txn(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.types import Compare, Delete, KeyValue
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Judge = Callable[[bytes], bool]  # whether a value is wrong, and this node's is to take its place
 
@@ -76,16 +76,16 @@ class OwnedKeys:
         if not revision:
             ours, found = etcd.put_if_absent(key, value)
             if not ours and found.value != value:
-                log.warning("%s was lost, and is now another than that of this node.", key)
+                logger.warning("%s was lost, and is now another than that of this node.", key)
         else:
             ours, _ = etcd.compare_and_swap(key, value, revision)
         with self._lock:
             if self._strayed.get(key) == revision:
                 del self._strayed[key]
         if ours and revision:
-            log.warning("%s was overwritten in etcd, so it is written again.", key)
+            logger.warning("%s was overwritten in etcd, so it is written again.", key)
         elif ours:
-            log.info("etcd had lost %s, so it is written again.", key)
+            logger.info("etcd had lost %s, so it is written again.", key)
 
     def disturbed(self, items: Mapping[str, KeyValue], revision: int, lease: int) -> bool:
         """Whether a snapshot shows a key that somebody else changed and that is to be written now.
@@ -101,7 +101,7 @@ class OwnedKeys:
             self._revision = revision
             self._strayed = self._astray(items)
             for key in keys:
-                log.info("%s is not as this node wrote it, so it is written again.", key)
+                logger.info("%s is not as this node wrote it, so it is written again.", key)
                 del self._written[key]
             if 0 in self._strayed.values():
                 return True

@@ -2,7 +2,7 @@
 
 import logging
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def interval_of(ttl: float) -> float:
@@ -19,7 +19,12 @@ def fitting_timeout(ttl: float, timeout: float) -> float:
     longest = (ttl - interval_of(ttl)) / 2
     if timeout <= longest:
         return timeout
-    log.warning("An etcd timeout of %.2f s is too long for a lease of %.1f s, as a keep-alive every"
-                " %.1f s must be able to fail once, so it is %.2f s.",
-                timeout, ttl, interval_of(ttl), longest)  # fmt: skip
+    logger.warning(
+        "An etcd timeout of %.2f s is too long for a lease of %.1f s, as a keep-alive every "
+        "%.1f s must be able to fail once, so it is %.2f s.",
+        timeout,
+        ttl,
+        interval_of(ttl),
+        longest,
+    )
     return longest

@@ -17,7 +17,7 @@ from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.errors import EmbeddedEtcdError, EtcdError
 from llumnix.control.etcd.private_folders import private_folder, socket_folder
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Runs between fork and exec in a fresh interpreter, as it is unsafe to run Python code in the child
 # of a process with threads: asks the kernel to kill etcd with its parent, then becomes etcd.
@@ -84,7 +84,7 @@ class EmbeddedEtcd:
             self.stop()
             raise
         self._endpoints = (client,)
-        log.info("An embedded etcd answers this user alone, at %s.", client)
+        logger.info("An embedded etcd answers this user alone, at %s.", client)
 
     def stop(self, within: float = 5.0) -> None:
         """Ends etcd: asks it to, and kills it if it is still there after `within` seconds."""
@@ -156,7 +156,7 @@ class EmbeddedEtcd:
                     self._failure = error
                     self._started.set()
                     return
-                log.error("The embedded etcd can't be started again: %s", error)
+                logger.error("The embedded etcd can't be started again: %s", error)
                 self._stopping.wait(backoff.delay())
                 continue
             if process is None:
@@ -168,7 +168,7 @@ class EmbeddedEtcd:
                 backoff.reset()
             if not self._endpoints:  # it has been stopped, or has never answered
                 return
-            log.error(
+            logger.error(
                 "The embedded etcd ended by itself (code %d) and is started again: %s",
                 code,
                 self._last_line(),

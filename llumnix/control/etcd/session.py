@@ -14,7 +14,7 @@ from llumnix.control.etcd.lease_keys import Judge, OwnedKeys
 from llumnix.control.etcd.lease_timing import interval_of
 from llumnix.control.etcd.types import KeyValue
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Session:
@@ -95,7 +95,9 @@ class Session:
             try:
                 self._etcd.lease_revoke(lease, timeout=within)
             except EtcdError as error:
-                log.warning("The lease could not be revoked and will run out by itself: %s.", error)
+                logger.warning(
+                    "The lease could not be revoked and will run out by itself: %s.", error
+                )
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -148,10 +150,10 @@ class Session:
 
     def _enter(self, state: Literal["held", "lost", "unknown"], why: str) -> None:
         if state != self._state:
-            log.info("The lease is %s: %s.", state, why)
+            logger.info("The lease is %s: %s.", state, why)
         self._state = state
 
     def _complain(self, complaint: str) -> None:
         if complaint != self._complaint:
-            log.warning("etcd refuses what the session asks, which it repeats: %s.", complaint)
+            logger.warning("etcd refuses what the session asks, which it repeats: %s.", complaint)
         self._complaint = complaint

@@ -14,7 +14,7 @@ from llumnix.control.etcd.heartbeat import Pulse
 from llumnix.control.etcd.types import Batch, KeyValue
 from llumnix.control.etcd.watch_stream import Feed, Proof
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 OnChange = Callable[[Mapping[str, KeyValue], int, Collection[str] | None], None]
 
@@ -105,13 +105,18 @@ class PrefixWatch:
 
     def _tell(self, member: Member, error: EtcdError) -> None:
         if self.alive or not self._lost_sight:  # once for each outage
-            log.info("The watch of %s on %s broke off (%s), so it starts over on the next member.",
-                     self._prefix, member.endpoint, error)  # fmt: skip
+            logger.info(
+                "The watch of %s on %s broke off (%s), so it starts over on the next member.",
+                self._prefix,
+                member.endpoint,
+                error,
+            )
         self._lost_sight = not self.alive
         if self._lost_sight and self._static_since is None and self._listed.is_set():
             self._static_since = self._proven
-            log.warning("etcd is silent, so this node goes on with its view of revision %d.",
-                        self._revision)  # fmt: skip
+            logger.warning(
+                "etcd is silent, so this node goes on with its view of revision %d.", self._revision
+            )
 
     def _follow(self, member: Member) -> None:
         """Lists, then watches, on one member; returns when told to stop, raises when in doubt."""
@@ -119,7 +124,7 @@ class PrefixWatch:
         listed, revision = self._etcd.get_prefix(self._prefix, at=member)
         self.pulse.beat()
         if self._static_since is not None:
-            log.info("etcd answers again, after %.1f s.", asked - self._static_since)
+            logger.info("etcd answers again, after %.1f s.", asked - self._static_since)
             self._static_since = None
         self._replace(listed, revision)
         self._proven = asked
@@ -147,8 +152,11 @@ class PrefixWatch:
         # Keys that are as they were stay the same objects, so that readers see what changed.
         items = {kv.key: was if (was := old.get(kv.key)) == kv else kv for kv in listed}
         if revision < self._revision:
-            log.warning("etcd went back from revision %d to %d: its data was wiped or restored.",
-                        self._revision, revision)  # fmt: skip
+            logger.warning(
+                "etcd went back from revision %d to %d: its data was wiped or restored.",
+                self._revision,
+                revision,
+            )
         self._items, self._revision = items, revision
         if items != old or not self._listed.is_set():
             self._deliver(None)
@@ -194,4 +202,4 @@ class PrefixWatch:
             reader()
         except Exception:
             # A reader's fault must not end the mirror for all other readers.
-            log.exception("A reader of %s failed on revision %d.", self._prefix, self._revision)
+            logger.exception("A reader of %s failed on revision %d.", self._prefix, self._revision)
