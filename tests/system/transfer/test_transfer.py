@@ -106,12 +106,12 @@ def test_other_layouts_of_a_cache(
 
 @on_loop
 async def test_a_rendezvous_leaves_no_key(
-    tmp_path: Path, rendezvous: Rendezvous, member: EtcdCluster, prefix: str
+    tmp_path: Path, rendezvous: Rendezvous, etcd_member: EtcdCluster, prefix: str
 ) -> None:
     with _two(tmp_path, rendezvous) as (source, destination):
         await _pass(source, destination, job())
         await _pass(source, destination, job())
-        await soon(lambda: not member.ctl("get", "--prefix", prefix, "--keys-only").strip())
+        await soon(lambda: not etcd_member.ctl("get", "--prefix", prefix, "--keys-only").strip())
 
 
 @pytest.mark.parametrize("alone", ["send", "receive"])

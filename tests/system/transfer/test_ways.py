@@ -24,8 +24,8 @@ PAIR = "a-0--b-0"
 
 
 @pytest.fixture
-def meeting(member: EtcdCluster, prefix: str) -> Rendezvous:
-    arguments = {"endpoints": list(member.endpoints), "prefix": prefix}
+def meeting(etcd_member: EtcdCluster, prefix: str) -> Rendezvous:
+    arguments = {"endpoints": list(etcd_member.endpoints), "prefix": prefix}
     return Rendezvous("llumnix.control.c10d_store.EtcdStore", arguments, "127.0.0.1")
 
 
