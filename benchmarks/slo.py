@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from llumnix.policy.classes import PriorityClass
-from llumnix.simulator.arrivals import Arrivals
+from llumnix.simulator.arrivals import ArrivalProcess
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig, PolicyConfig
 from llumnix.simulator.result import Result
 from llumnix.simulator.run import simulate
@@ -57,7 +57,7 @@ def attainment(run: Run) -> dict[str, float]:
     """The share of each class that met both of its targets, and of the tight one each of them."""
     workload = Workload(
         requests=run.requests,
-        arrivals=Arrivals("poisson", rate=run.rate),
+        arrivals=ArrivalProcess("poisson", rate=run.rate),
         prompt="long",
         output="medium",
         priorities={CHAT.priority: 0.5},

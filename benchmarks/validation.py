@@ -24,9 +24,9 @@ from neighbours import Neighbours
 from validation_report import NUMBERS, QUANTITIES, beside, draw, table
 
 from llumnix.latency import LatencyProfile
-from llumnix.simulator.arrivals import Arrivals
+from llumnix.simulator.arrivals import ArrivalProcess
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig
-from llumnix.simulator.job import Job
+from llumnix.simulator.job import SimJob
 from llumnix.simulator.lengths import PowerLaw
 from llumnix.simulator.result import Story
 from llumnix.simulator.run import simulate
@@ -50,7 +50,7 @@ def cluster_of(facts: dict[str, Any], profile: LatencyProfile) -> ClusterConfig:
     return ClusterConfig(instances=1, engine=engine)
 
 
-def jobs_of(args: argparse.Namespace, arrivals: Arrivals, longest: int) -> list[Job]:
+def jobs_of(args: argparse.Namespace, arrivals: ArrivalProcess, longest: int) -> list[SimJob]:
     """The same requests for each rate, only more or less crowded."""
     lengths = PowerLaw(args.mean, args.alpha, args.cap)
     workload = Workload(args.requests, arrivals, lengths, lengths, max_tokens=longest)
@@ -59,11 +59,11 @@ def jobs_of(args: argparse.Namespace, arrivals: Arrivals, longest: int) -> list[
 
 def capacity(args: argparse.Namespace, cluster: ClusterConfig) -> float:
     """Requests a second that the simulated engine completes when all come at once."""
-    jobs = jobs_of(args, Arrivals("burst"), cluster.engine.max_model_len)
+    jobs = jobs_of(args, ArrivalProcess("burst"), cluster.engine.max_model_len)
     return len(jobs) / simulate(cluster, jobs).seconds
 
 
-async def replay(engine: Engine, jobs: Sequence[Job]) -> list[Story]:
+async def replay(engine: Engine, jobs: Sequence[SimJob]) -> list[Story]:
     """Run the requests on the real engine, each at its time, whatever became of those before."""
     streams: list[Stream] = []
     began = time.monotonic()
@@ -136,7 +136,7 @@ async def validate(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
     result = {"engine": facts, **measured, "workload": workload_of(args), "capacity": most}
     runs: list[dict[str, Any]] = []
     for share in args.shares:
-        jobs = jobs_of(args, Arrivals("poisson", share * most), facts["max_model_len"])
+        jobs = jobs_of(args, ArrivalProcess("poisson", share * most), facts["max_model_len"])
         neighbours = Neighbours()
         real = await replay(engine, jobs)
         run = {"share": share, "rate": share * most, "cores_of_others": neighbours.cores}

@@ -22,7 +22,7 @@ from benchmarks.cluster.results import Run, read
 from benchmarks.cluster.workload import Shape
 from llumnix.latency import LatencyProfile
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig, PolicyConfig
-from llumnix.simulator.job import Job
+from llumnix.simulator.job import SimJob
 from llumnix.simulator.result import Story
 from llumnix.simulator.run import simulate
 
@@ -52,7 +52,7 @@ def again(run: Run, cluster: ClusterConfig) -> Pair:
     shape = Shape(run["shape"])
     count, longest = run["figures"]["requests"], cluster.engine.max_model_len
     requests = shape.requests(run["rate"], run["cv"], count, run["seed"], longest)
-    jobs = [Job(number, r.at, r.prompt, r.output) for number, r in enumerate(requests)]
+    jobs = [SimJob(number, r.at, r.prompt, r.output) for number, r in enumerate(requests)]
     until = requests[-1].at + run["drain"]
     stories = simulate(cluster, jobs, seed=run["seed"]).stories
     rows = [_row(number, story, until) for number, story in enumerate(stories)]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from numpy.random import default_rng
 
-from llumnix.simulator.arrivals import Arrivals
+from llumnix.simulator.arrivals import ArrivalProcess
 from llumnix.simulator.lengths import OUTPUTS, PROMPTS, Fixed, Lengths, PowerLaw
 from llumnix.simulator.traces import read_lengths
 from llumnix.simulator.workload import LengthsOption, Workload, generate
@@ -58,7 +58,9 @@ class Shape:
         workload = Workload(count, arrivals, prompts, outputs, max_tokens=longest)
         return [Planned(job.at, job.prompt, job.output) for job in generate(workload, seed).jobs]
 
-    def _drawn(self, arrivals: Arrivals, count: int, seed: int, longest: int) -> list[Planned]:
+    def _drawn(
+        self, arrivals: ArrivalProcess, count: int, seed: int, longest: int
+    ) -> list[Planned]:
         rows = [(max(row.prompt, 1), max(row.output, 1)) for row in read_lengths(self.name)]
         # A row that is too long would have to be cut to something that nobody has asked for.
         fitting = [row for row in rows if sum(row) <= longest]
@@ -86,7 +88,7 @@ def _capped(lengths: Lengths, longest: int) -> PowerLaw:
     return PowerLaw(lengths.mean, lengths.alpha, min(lengths.cap, longest * 3 // 4))
 
 
-def _arrivals(rate: float, cv: float) -> Arrivals:
+def _arrivals(rate: float, cv: float) -> ArrivalProcess:
     if rate == float("inf"):
-        return Arrivals("burst")
-    return Arrivals("poisson", rate) if cv == 1 else Arrivals("gamma", rate, cv)
+        return ArrivalProcess("burst")
+    return ArrivalProcess("poisson", rate) if cv == 1 else ArrivalProcess("gamma", rate, cv)

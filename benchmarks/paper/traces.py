@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from llumnix.simulator.arrivals import Arrivals
+from llumnix.simulator.arrivals import ArrivalProcess
 from llumnix.simulator.cluster import EngineConfig
 from llumnix.simulator.traces import FORMATS
 from llumnix.simulator.workload import Trace, Workload
@@ -40,7 +40,7 @@ class Row:
             return Workload(count, trace=Trace(file, "azure", rate), max_tokens=LONGEST)
         return Workload(
             requests,
-            Arrivals("poisson" if cv is None else "gamma", rate, cv),
+            ArrivalProcess("poisson" if cv is None else "gamma", rate, cv),
             self.prompt,
             self.output,
             priorities={-1: high} if high else {},

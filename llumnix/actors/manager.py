@@ -14,7 +14,7 @@ from llumnix.control.desired import Wish
 from llumnix.policy.decision_context import TERMS, Terms
 from llumnix.policy.load import freeness
 from llumnix.policy.rebalance import Pair, Planner, pairs
-from llumnix.policy.rescheduler import DRAIN_MOVES, PATIENCE, Order, Pace, Rescheduler
+from llumnix.policy.rescheduler import DRAIN_MOVES, PATIENCE, MoveOrder, Pace, Rescheduler
 from llumnix.policy.scaling import Scaler, ScalingTerms
 from llumnix.policy.select import TOGETHER
 
@@ -141,7 +141,7 @@ class ManagerActor(Actor):
         self._holds = holds
         return not holds
 
-    def _command_all(self, order: Order) -> None:
+    def _command_all(self, order: MoveOrder) -> None:
         view, pair = self._view, order.pair
         source, destination = view.instances[pair.source], view.instances[pair.destination]
         together = pair.rule in TOGETHER

@@ -55,7 +55,7 @@ class Keys:
         return self._under(Kind.DESIRED, node)
 
     def drain(self, name: str) -> str:
-        """Present while that node or instance is to be emptied."""
+        """Present while that node or instance drains."""
         return self._under(Kind.DRAIN, name)
 
     def migration(self, request: str) -> str:

@@ -126,11 +126,11 @@ class Registry:
         self._publisher.report(loads)
 
     def put_drain(self, name: str) -> None:
-        """Has a node or an instance emptied until `delete_drain`. Blocks; raises EtcdError."""
+        """Drains a node or an instance until `delete_drain`. Blocks; raises EtcdError."""
         self._etcd.put(self._keys.drain(name), b"{}")
 
     def delete_drain(self, name: str) -> None:
-        """Has it emptied no more. Blocks; raises EtcdError."""
+        """Ends the drain of a node or an instance. Blocks; raises EtcdError."""
         self._etcd.delete(self._keys.drain(name))
 
     def put_desired(self, wish: Wish) -> None:

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llumnix.simulator import plots, record
-from llumnix.simulator.config import Config, check_seeds, read_config
-from llumnix.simulator.errors import ConfigError
+from llumnix.simulator.config import SimConfig, check_seeds, read_config
+from llumnix.simulator.errors import SimConfigError
 from llumnix.simulator.run import simulate
 from llumnix.simulator.summary import summarize
 from llumnix.simulator.table import table
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _plot(options.results, options.out)
         else:
             _run(options)
-    except ConfigError as error:
+    except SimConfigError as error:
         return _told(str(error), WRONG)
     except plots.PlotsMissing as error:
         return _told(str(error), FAILED)
@@ -65,7 +65,7 @@ def _run(options: argparse.Namespace) -> None:
     try:
         check_seeds(seeds)
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise SimConfigError(str(error)) from error
     draws = options.out is not None and not options.no_plots
     if draws:
         plots.check_plots()  # now, and not after hours
@@ -84,7 +84,7 @@ def _run(options: argparse.Namespace) -> None:
         plots.save_plots(records, options.out, prefix=f"{name}-")
 
 
-def _simulate(config: Config, seed: int, quiet: bool) -> bytes:
+def _simulate(config: SimConfig, seed: int, quiet: bool) -> bytes:
     """Run one seed and print its table; the record."""
     jobs, too_long = config.requests(seed)
     with _progress(len(jobs), f"seed {seed}", quiet) as progress:

@@ -2,10 +2,10 @@
 
 from llumnix.cluster import kv_blocks
 from llumnix.dataplane.hosted_instance import HostedInstance
-from llumnix.policy.select import Candidate
+from llumnix.policy.select import MovableRequest
 
 
-def candidates(hosted: HostedInstance) -> list[Candidate]:
+def candidates(hosted: HostedInstance) -> list[MovableRequest]:
     """Those that may leave it, in the order in which they came."""
     size = hosted.facts.block_size if hosted.facts else 1
     queue = hosted.order.queue
@@ -13,7 +13,7 @@ def candidates(hosted: HostedInstance) -> list[Candidate]:
     waiting = frozenset(tenant.request_id for tenant in queue if not tenant.started)
     head = queue[0].request_id if queue else None  # which may be one that was preempted
     return [
-        Candidate(
+        MovableRequest(
             request=tenant.request_id,
             priority=tenant.priority,
             tokens=tenant.tokens,

@@ -15,7 +15,7 @@ from llumnix.policy.decision_context import Terms
 from llumnix.policy.dispatch import Candidate, Request
 from llumnix.policy.dispatch_state import is_candidate
 from llumnix.policy.load import dispatch_usage
-from llumnix.policy.rebalance import UNCHECKED, Allowed, Pair, fit, is_emptied
+from llumnix.policy.rebalance import UNCHECKED, Allowed, Pair, fit, is_draining
 
 WATERMARK = 0.01  # share of the KV blocks that its memory manager keeps free
 
@@ -34,8 +34,8 @@ def artifact(view: ClusterView, terms: Terms, allowed: Allowed) -> list[Pair]:
     sources, destinations = [], []
     for i, load in view.loads.items():
         info = view.instances.get(i)
-        if info is None or is_emptied(view, info) or info.state is InstanceState.STARTING:
-            continue  # who empties an instance is the rescheduler
+        if info is None or is_draining(view, info) or info.state is InstanceState.STARTING:
+            continue  # the rescheduler itself drains instances
         free = artifact_freeness(info, load, terms)
         if load.preempted or free < terms.thresholds.out_below:
             if load.running + load.waiting:

@@ -14,7 +14,7 @@ class Place(NamedTuple):
 
     wanted: int  # are to run there
     up: int  # are ready
-    parting: int  # drain, to be stopped
+    draining: int  # drain, to be stopped
     held_back: int  # an operator drains by name; they run, but serve nothing new
     room: float  # further ones that may be wanted there
 
@@ -52,9 +52,9 @@ class Census:
         return {node: number for node, number in short.items() if number > 0}
 
     @property
-    def parting(self) -> Mapping[NodeId, int]:
+    def draining(self) -> Mapping[NodeId, int]:
         """How many instances drain on each node because fewer are wanted there."""
-        return {node: place.parting for node, place in self.places.items() if place.parting}
+        return {node: place.draining for node, place in self.places.items() if place.draining}
 
 
 def census(view: ClusterView) -> Census:
@@ -87,7 +87,7 @@ def _place(view: ClusterView, node: NodeId) -> Place:
         wanted,
         up=sum(i.state is InstanceState.READY for i in staying),
         # One that is to be kept may still be shown as draining.
-        parting=max(0, min(len(infos) - len(staying), len(infos) - wanted)),
+        draining=max(0, min(len(infos) - len(staying), len(infos) - wanted)),
         held_back=sum(i.id in view.draining for i in staying),
         room=limit - wanted,
     )

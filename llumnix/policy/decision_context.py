@@ -25,7 +25,7 @@ class Thresholds:
     # request is also a block's length more of decoding for each request of the source, against the
     # two steps or so that the move costs one of them.
     min_gain: float = 1.0
-    # An instance that is being emptied must put its requests somewhere: anywhere with free memory.
+    # An instance that drains must put its requests somewhere: anywhere with free memory.
     drain_above: float = 0.0
 
     def __post_init__(self) -> None:

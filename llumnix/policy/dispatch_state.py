@@ -27,7 +27,7 @@ HOPELESS = 3  # failed starts in a row, from which on no request waits for an in
 
 
 def is_candidate(view: ClusterView, info: InstanceInfo) -> bool:
-    """Whether an instance may get new requests: it is up, and nobody empties it."""
+    """Whether an instance may get new requests: it is up, and does not drain."""
     return (
         info.state is InstanceState.READY
         and info.total_blocks > 0

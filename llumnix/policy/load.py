@@ -96,7 +96,7 @@ def virtual_usage(info: InstanceInfo, load: InstanceLoad, classes: Classes = NO_
 def freeness(info: InstanceInfo, load: InstanceLoad, classes: Classes = NO_CLASSES) -> float:
     """F for rescheduling, in blocks a request.
 
-    +inf for an instance with no request, -inf for one that is being emptied (the paper's stand-in
+    +inf for an instance with no request, -inf for one that drains (the paper's stand-in
     request of infinite usage), whatever it holds.
     """
     if info.state is InstanceState.DRAINING:

@@ -19,7 +19,7 @@ class _Setback:
     until: int  # the tick at which the pair may be tried again
 
 
-class Moves:
+class MovesUnderWay:
     """The moves of one leader's term; a plain object without threads or clock."""
 
     def __init__(self, patience: int) -> None:

@@ -2,7 +2,7 @@
 
 Source: Llumnix (OSDI'24): instances with a freeness below one threshold are sources, those above
 another are destinations, and the lowest is paired with the highest, the second with the second, and
-so on. An instance that is being emptied has the freeness -inf (the paper's stand-in request of
+so on. An instance that drains has the freeness -inf (the paper's stand-in request of
 infinite usage): it comes first of all sources, and takes nothing.
 """
 
@@ -37,7 +37,7 @@ Allowed = Callable[[Pair], bool]
 Planner = Callable[[ClusterView, Terms, Allowed], list[Pair]]
 
 
-def is_emptied(view: ClusterView, info: InstanceInfo) -> bool:
+def is_draining(view: ClusterView, info: InstanceInfo) -> bool:
     """Whether an instance's requests are to leave it: it drains, or its node does."""
     return (
         info.state is InstanceState.DRAINING
@@ -55,17 +55,17 @@ def pairs(
 
     `allowed` says of a pair whether it may be named now; if not, the source is paired with the next
     best. Instances without a known load are left out, and moves stay within one model, one block
-    size and one role (of an instance that is being emptied, also into the role `any`).
+    size and one role (of an instance that drains, also into the role `any`).
     """
     free = {
         i: -inf
-        if is_emptied(view, view.instances[i])
+        if is_draining(view, view.instances[i])
         else freeness(view.instances[i], load, terms.classes)
         for i, load in view.loads.items()
         if i in view.instances
     }
     thresholds = terms.thresholds
-    # What an instance that is emptied must put somewhere goes also where a class keeps room.
+    # What an instance that drains must put somewhere goes also where a class keeps room.
     bare = {i: freeness(view.instances[i], view.loads[i]) for i in free}
     rising = sorted(free, key=lambda i: (free[i], i))
     open_ones = [i for i in rising if is_candidate(view, view.instances[i])]
@@ -94,14 +94,14 @@ def room(view: ClusterView, pair: Pair, terms: Terms = TERMS) -> Room | None:
 
     Its floor is what keeps requests from going to and fro: after the move the destination is freer
     than the source was before it, by the gain that is wanted. So the lower of the two freenesses
-    rises with every move, and there is no way back. For one that is being emptied there is none.
+    rises with every move, and there is no way back. For one that drains there is none.
     """
     source, destination = view.instances.get(pair.source), view.instances.get(pair.destination)
     given, load = view.loads.get(pair.source), view.loads.get(pair.destination)
     if source is None or destination is None or given is None or load is None:
         return None
-    emptied = is_emptied(view, source)
-    classes = NO_CLASSES if emptied else terms.classes
+    drains = is_draining(view, source)
+    classes = NO_CLASSES if drains else terms.classes
     headroom = classes.added(destination, load.priorities)
     batch = load.running + (1 if load.waiting else 0)
     if pair.rule in (SPILL, QUEUE):  # it is to begin at once, and nobody is to be preempted for it
@@ -117,7 +117,7 @@ def room(view: ClusterView, pair: Pair, terms: Terms = TERMS) -> Room | None:
     return Room(
         blocks=destination.total_blocks - virtual_usage(destination, load, classes),
         batch=batch,
-        floor=-inf if emptied else floor,
+        floor=-inf if drains else floor,
         headroom=headroom,
     )
 
@@ -142,5 +142,5 @@ def fit(view: ClusterView, pair: Pair) -> bool:
     """Whether a request of the one can go on at the other."""
     source, destination = view.instances[pair.source], view.instances[pair.destination]
     alike = (source.model, source.block_size) == (destination.model, destination.block_size)
-    spare = is_emptied(view, source) and destination.role == "any"
+    spare = is_draining(view, source) and destination.role == "any"
     return alike and (source.role == destination.role or spare)

@@ -11,18 +11,18 @@ from llumnix.cluster import ClusterView
 from llumnix.policy.classes import NO_CLASSES
 from llumnix.policy.decision_context import Terms
 from llumnix.policy.rebalance import Pair, room
-from llumnix.policy.select import DRAIN_RULE, Candidate, choose, choose_together
+from llumnix.policy.select import DRAIN_RULE, MovableRequest, choose, choose_together
 
 
 def leaving(
     pair: Pair,
-    candidates: Iterable[Candidate],
+    candidates: Iterable[MovableRequest],
     view: ClusterView,
     terms: Terms,
     rule: str,
     drains: bool = False,
     blocks: float = inf,
-) -> Candidate | None:
+) -> MovableRequest | None:
     """The request that goes to the destination; None when none can.
 
     The pair's own rule counts before `rule`, which is the one that is configured. `blocks` is what
@@ -44,12 +44,12 @@ def leaving(
 
 def leaving_together(
     pair: Pair,
-    candidates: Iterable[Candidate],
+    candidates: Iterable[MovableRequest],
     view: ClusterView,
     terms: Terms,
     count: int,
     blocks: float,
-) -> list[Candidate]:
+) -> list[MovableRequest]:
     """The queued requests that go to the destination together, by the pair's rule.
 
     They are `count` at most, and ask for no more than `blocks`: of the room there the leader may

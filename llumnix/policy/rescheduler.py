@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 from llumnix.cluster import ClusterView, InstanceId
 from llumnix.policy.decision_context import TERMS, Terms
-from llumnix.policy.moves import Moves
+from llumnix.policy.moves import MovesUnderWay
 from llumnix.policy.planned import Planned
 from llumnix.policy.queues import is_blocked
-from llumnix.policy.rebalance import Pair, Planner, is_emptied, pairs, room
+from llumnix.policy.rebalance import Pair, Planner, is_draining, pairs, room
 from llumnix.policy.select import TOGETHER
 
-DRAIN_MOVES = 4  # at once, from or to an instance, when one is being emptied
+DRAIN_MOVES = 4  # at once, from or to an instance, when one drains
 PATIENCE = 60  # ticks until a move without an answer counts as failed
 REPEATS = 16  # most times that a round asks its planner what else is to be done
 
@@ -46,12 +46,12 @@ class Pace:
 PAPER = Pace(copies=1, soonest=0.0, books=False)
 
 
-class Order(NamedTuple):
+class MoveOrder(NamedTuple):
     """What one round asks of a pair."""
 
     pair: Pair
     moves: int  # requests to be moved; of those that go together the most
-    drains: bool  # whether the source is being emptied
+    drains: bool  # whether the source does
     blocks: float = inf  # that may be taken of the destination, for each move, or all together
 
 
@@ -64,16 +64,16 @@ class Rescheduler:
         terms: Terms = TERMS,
         drain_moves: int = DRAIN_MOVES,
         patience: int = PATIENCE,
-        empties: bool = True,
+        drains: bool = True,
         pace: Pace | None = None,
     ) -> None:
-        """`empties`: whatever the planner names, instances that are to be emptied give all."""
+        """`drains`: whatever the planner names, instances that drain give all."""
         self._planner = planner
         self._terms = terms
         self._drain_moves = drain_moves
-        self._empties = empties and planner is not pairs  # which names them itself, before others
+        self._drains = drains and planner is not pairs  # which names them itself, before others
         self._pace = pace or Pace()
-        self._moves = Moves(patience)
+        self._moves = MovesUnderWay(patience)
         self._planned = Planned()
         self._last = -inf  # seconds; when the last round was
 
@@ -85,12 +85,12 @@ class Rescheduler:
             self._planned.end(pair, 0, 0)
         return late
 
-    def orders(self, view: ClusterView, now: float = 0.0) -> list[Order]:
+    def orders(self, view: ClusterView, now: float = 0.0) -> list[MoveOrder]:
         """What this round asks for, the most urgent first; from now on it is under way."""
         self._last = now
         return self._ordered(view, urgent=False)
 
-    def urgent(self, view: ClusterView, now: float) -> list[Order]:
+    def urgent(self, view: ClusterView, now: float) -> list[MoveOrder]:
         """What is to be done as soon as a view shows it: queues that could begin elsewhere."""
         if not self._pace.soonest or now - self._last < self._pace.soonest:
             return []
@@ -101,23 +101,23 @@ class Rescheduler:
         self._last = now
         return self._ordered(view, urgent=True)
 
-    def _ordered(self, view: ClusterView, urgent: bool) -> list[Order]:
+    def _ordered(self, view: ClusterView, urgent: bool) -> list[MoveOrder]:
         if not self._pace.books:
             return [] if urgent else self._once(view, urgent)
         self._planned.seen(view)
-        made: list[Order] = []
-        emptying: set[InstanceId] = set()  # and what takes from them, which is enough for a round
+        made: list[MoveOrder] = []
+        drained: set[InstanceId] = set()  # and what takes from them, which is enough for a round
         for _ in range(REPEATS):
-            more = self._once(self._planned.on(view), urgent, emptying)
+            more = self._once(self._planned.on(view), urgent, drained)
             if not more:
                 break
             made += more
-            emptying.update(i for order in more if order.drains for i in order.pair[:2])
+            drained.update(i for order in more if order.drains for i in order.pair[:2])
         return made
 
     def _once(
         self, view: ClusterView, urgent: bool, without: Set[InstanceId] = frozenset()
-    ) -> list[Order]:
+    ) -> list[MoveOrder]:
         made = []
         for pair in self._found(view, urgent):
             if not without.isdisjoint(pair[:2]):
@@ -133,7 +133,7 @@ class Rescheduler:
         return made
 
     def _found(self, view: ClusterView, urgent: bool) -> list[Pair]:
-        """The pairs by which instances are emptied, and behind them those of the planner.
+        """The pairs by which instances drain, and behind them those of the planner.
 
         That may be another package's, so what it names need not be there.
         """
@@ -142,10 +142,10 @@ class Rescheduler:
             return self._further(view, pair) > 0
 
         found: list[Pair] = []
-        emptied = any(is_emptied(view, info) for info in view.instances.values())
-        if self._empties and emptied and not urgent:
+        drains = any(is_draining(view, info) for info in view.instances.values())
+        if self._drains and drains and not urgent:
             every = pairs(view, self._terms, allowed)
-            found = [p for p in every if is_emptied(view, view.instances[p.source])]
+            found = [p for p in every if is_draining(view, view.instances[p.source])]
         used = {instance for pair in found for instance in pair[:2]}
         known = view.loads.keys() & view.instances.keys()
         return found + [
@@ -167,7 +167,7 @@ class Rescheduler:
         """A move of a pair has ended; whether there was one.
 
         `requests` is how many went, with so many `blocks` together if that is known. See
-        `Moves.end` for `blameless`.
+        `MovesUnderWay.end` for `blameless`.
         """
         self._planned.end(pair, requests if moved else 0, blocks)
         return self._moves.end(pair, moved, blameless and self._pace.books)
@@ -176,15 +176,15 @@ class Rescheduler:
         """For how many rounds a pair is to rest after moves that failed."""
         return self._moves.rest(pair)
 
-    def _order(self, view: ClusterView, pair: Pair) -> Order:
-        drains = is_emptied(view, view.instances[pair.source])
+    def _order(self, view: ClusterView, pair: Pair) -> MoveOrder:
+        drains = is_draining(view, view.instances[pair.source])
         moves = self._further(view, pair)
         if drains or not self._pace.books:
-            return Order(pair, moves, drains)
+            return MoveOrder(pair, moves, drains)
         free = room(view, pair, self._terms)
-        return Order(pair, moves, drains, max(free.blocks, 0) if free else 0)
+        return MoveOrder(pair, moves, drains, max(free.blocks, 0) if free else 0)
 
-    def _expected(self, view: ClusterView, order: Order) -> tuple[int, int]:
+    def _expected(self, view: ClusterView, order: MoveOrder) -> tuple[int, int]:
         """How many requests an order moves, and their blocks, if they are as most are."""
         load = view.loads[order.pair.source]
         if order.pair.rule not in TOGETHER:
@@ -199,7 +199,7 @@ class Rescheduler:
         load = view.loads[pair.source]
         if pair.rule in TOGETHER:
             return 0 if self._moves.rest(pair) or self._moves.busy(pair) else load.waiting
-        if not is_emptied(view, view.instances[pair.source]):
+        if not is_draining(view, view.instances[pair.source]):
             return min(self._moves.vacant(pair, limit=self._pace.copies), 1)
         left = load.running + load.waiting - self._moves.of(pair.source)
         return min(self._moves.vacant(pair, self._drain_moves), left)

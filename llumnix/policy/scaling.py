@@ -108,7 +108,7 @@ def supply(
 ) -> Supply:
     """What these instances have for requests of normal priority, which see headroom as used.
 
-    What runs on instances that are being emptied is about to come to these: it counts as theirs,
+    What runs on instances that drain is about to come to these: it counts as theirs,
     and so the mean is the same while an instance drains and after it.
     """
     total = available = sum(info.total_blocks for info in serving.values())
@@ -191,8 +191,8 @@ class Scaler:
 
     def _raise(self, found: Census, have: Supply, now: float) -> Decision | None:
         """Keep what is about to go, which is there already; else start further instances."""
-        if found.parting:
-            room = {node: min(found.places[node].room, n) for node, n in found.parting.items()}
+        if found.draining:
+            room = {node: min(found.places[node].room, n) for node, n in found.draining.items()}
             return self._further(Action.KEEP, found, have, room)
         late = now - self._timers.missing_since >= self._terms.patience
         if self._rests(now) or (found.missing and not late):
@@ -205,7 +205,7 @@ class Scaler:
     ) -> Decision | None:
         """Remove one instance, when no other change is under way."""
         late = any(place.up > place.wanted for place in found.places.values())
-        if leaves is None or self._rests(now) or found.missing or found.parting or late:
+        if leaves is None or self._rests(now) or found.missing or found.draining or late:
             return None
         desired = {leaves.node: found.places[leaves.node].wanted - 1}
         terms, without = self._terms, have.mean(-leaves.total_blocks)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class MovableRequest:
     """A request of the source, as far as a rule may know it."""
 
     request: str
@@ -46,11 +46,11 @@ class Room(NamedTuple):
     # free there, besides those that are kept already.
     headroom: Mapping[int, int] = _NO_HEADROOM
 
-    def takes(self, candidate: Candidate) -> bool:
+    def takes(self, candidate: MovableRequest) -> bool:
         """Whether the destination can hold the request, and is left with enough freeness."""
         return self.fits(candidate.blocks + self.headroom.get(candidate.priority, 0))
 
-    def after(self, candidate: Candidate) -> "Room":
+    def after(self, candidate: MovableRequest) -> "Room":
         """What is left once it is there; the next of its class keeps no further headroom."""
         kept = self.headroom.get(candidate.priority, 0)
         headroom = {**self.headroom, candidate.priority: 0} if kept else self.headroom
@@ -64,10 +64,10 @@ class Room(NamedTuple):
         return left >= 0 and left / (self.batch + 1) > self.floor
 
 
-Rule = Callable[[Sequence[Candidate], Room], Candidate | None]
+Rule = Callable[[Sequence[MovableRequest], Room], MovableRequest | None]
 
 
-def lowest_priority(candidates: Sequence[Candidate], room: Room) -> Candidate | None:
+def lowest_priority(candidates: Sequence[MovableRequest], room: Room) -> MovableRequest | None:
     """Running, of the lowest priority; of these the shortest sequence, and then the last come.
 
     Source: Llumnix (OSDI'24): the unimportant bear the pause, and the shortest is copied soonest.
@@ -75,45 +75,45 @@ def lowest_priority(candidates: Sequence[Candidate], room: Room) -> Candidate | 
     return min(_decoding(candidates), key=lambda c: (-c.priority, c.tokens, -c.order), default=None)
 
 
-def last_running(candidates: Sequence[Candidate], room: Room) -> Candidate | None:
+def last_running(candidates: Sequence[MovableRequest], room: Room) -> MovableRequest | None:
     """LCR: of the running ones the last come."""
     return max(_decoding(candidates), key=lambda c: c.order, default=None)
 
 
-def first_running(candidates: Sequence[Candidate], room: Room) -> Candidate | None:
+def first_running(candidates: Sequence[MovableRequest], room: Room) -> MovableRequest | None:
     """FCR: of the running ones the first come."""
     return min(_decoding(candidates), key=lambda c: c.order, default=None)
 
 
-def shortest_running(candidates: Sequence[Candidate], room: Room) -> Candidate | None:
+def shortest_running(candidates: Sequence[MovableRequest], room: Room) -> MovableRequest | None:
     """SR: of the running ones that with the shortest sequence."""
     return min(_decoding(candidates), key=lambda c: (c.tokens, -c.order), default=None)
 
 
-def longest_running(candidates: Sequence[Candidate], room: Room) -> Candidate | None:
+def longest_running(candidates: Sequence[MovableRequest], room: Room) -> MovableRequest | None:
     """LR: of the running ones that with the longest sequence."""
     return max(_decoding(candidates), key=lambda c: (c.tokens, c.order), default=None)
 
 
-def first_waiting(candidates: Sequence[Candidate], room: Room) -> Candidate | None:
+def first_waiting(candidates: Sequence[MovableRequest], room: Room) -> MovableRequest | None:
     """FCW: of the queued ones the first come."""
     waiting = (c for c in candidates if not c.running)
     return min(waiting, key=lambda c: c.order, default=None)
 
 
-def last_waiting(candidates: Sequence[Candidate], room: Room) -> Candidate | None:
+def last_waiting(candidates: Sequence[MovableRequest], room: Room) -> MovableRequest | None:
     """Of the queued ones the last come."""
     return max((c for c in candidates if not c.running), key=lambda c: c.order, default=None)
 
 
-def first_behind(candidates: Sequence[Candidate], room: Room) -> Candidate | None:
+def first_behind(candidates: Sequence[MovableRequest], room: Room) -> MovableRequest | None:
     """Of the queued ones the first come that has another before it."""
     return first_waiting([c for c in candidates if not c.head], room)
 
 
 def first_waiting_or_shortest_running(
-    candidates: Sequence[Candidate], room: Room
-) -> Candidate | None:
+    candidates: Sequence[MovableRequest], room: Room
+) -> MovableRequest | None:
     """FCWSR: of the queued ones the first come; when none is queued, the shortest running."""
     return first_waiting(candidates, room) or shortest_running(candidates, room)
 
@@ -133,7 +133,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
     }
 )
 
-# For an instance that is to be emptied: the one rule that leaves nothing behind, and what is queued
+# For an instance that drains: the one rule that leaves nothing behind, and what is queued
 # goes first, as it has no KV cache to copy and waits in vain.
 DRAIN_RULE = "FCWSR"
 
@@ -141,7 +141,7 @@ QUEUE, TAIL = "queue", "tail"  # rules by which many go at once that wait
 TOGETHER = frozenset({QUEUE, TAIL})
 
 
-def choose(candidates: Iterable[Candidate], rule: str, room: Room) -> Candidate | None:
+def choose(candidates: Iterable[MovableRequest], rule: str, room: Room) -> MovableRequest | None:
     """The request that leaves, out of those that the destination takes; None when none can.
 
     One that keeps headroom leaves only if no other does: it is what the others have to leave for.
@@ -157,8 +157,8 @@ def choose(candidates: Iterable[Candidate], rule: str, room: Room) -> Candidate 
 
 
 def choose_together(
-    candidates: Iterable[Candidate], rule: str, room: Room, count: int
-) -> list[Candidate]:
+    candidates: Iterable[MovableRequest], rule: str, room: Room, count: int
+) -> list[MovableRequest]:
     """Those that leave together, `count` at most: as many of the queued as the destination takes.
 
     By the rule `queue` the most important go first, and of these the first come. By `tail` it is
@@ -166,7 +166,7 @@ def choose_together(
     """
     may = (c for c in candidates if c.queued and not (rule == TAIL and c.generated))
     waiting = sorted(may, key=lambda c: (c.priority, c.order))
-    chosen: list[Candidate] = []
+    chosen: list[MovableRequest] = []
     for candidate in reversed(waiting) if rule == TAIL else waiting:
         if len(chosen) < count and room.takes(candidate):
             chosen.append(candidate)
@@ -174,6 +174,6 @@ def choose_together(
     return chosen
 
 
-def _decoding(candidates: Iterable[Candidate]) -> Iterable[Candidate]:
+def _decoding(candidates: Iterable[MovableRequest]) -> Iterable[MovableRequest]:
     """Those running that have an output: one in its prefill has no KV cache worth a copy yet."""
     return (c for c in candidates if c.running and c.generated > 0)

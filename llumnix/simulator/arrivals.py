@@ -14,7 +14,7 @@ LARGEST_CV = 1e3  # beyond it, and below its inverse, there is nothing left to d
 
 
 @dataclass(frozen=True, slots=True)
-class Arrivals:
+class ArrivalProcess:
     """An open-loop process: requests come whether or not earlier ones have ended.
 
     Gaps are exponential (poisson), of a Gamma distribution with shape 1/CV^2 and scale CV^2/rate as

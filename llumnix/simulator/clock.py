@@ -6,7 +6,7 @@ from itertools import count
 from typing import Any
 
 
-class Clock:
+class VirtualClock:
     """A queue of events; those of one moment happen in the order in which they were set."""
 
     def __init__(self) -> None:

@@ -9,13 +9,13 @@ import orjson
 import yaml
 
 from llumnix.simulator.cluster import ClusterConfig
-from llumnix.simulator.errors import ConfigError
+from llumnix.simulator.errors import SimConfigError
 from llumnix.simulator.schema import build
 from llumnix.simulator.workload import Generated, Workload, generate
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class SimConfig:
     """What is to be run, once for each seed."""
 
     workload: Workload
@@ -28,13 +28,13 @@ class Config:
         """The requests of one run.
 
         Raises:
-            ConfigError: they cannot be made, or there is one that no instance could take.
+            SimConfigError: they cannot be made, or there is one that no instance could take.
         """
         made = generate(self.workload, seed)
         longest = max(job.prompt + job.output for job in made.jobs)
         limit = self.cluster.engine.max_model_len
         if longest > limit:
-            raise ConfigError(
+            raise SimConfigError(
                 f"a request has {longest} tokens, more than cluster.engine.max_model_len, {limit}: "
                 "workload.max_tokens can cut it"
             )
@@ -63,13 +63,13 @@ def check_seeds(seeds: tuple[int, ...]) -> None:
         raise ValueError(f"seeds are {list(seeds)}, and must differ, and be from 0 to 2^63 - 1")
 
 
-def read_config(file: Path) -> Config:
+def read_config(file: Path) -> SimConfig:
     """A configuration file, in YAML.
 
     Paths in it (keys `file`) are taken from the folder that it is in.
 
     Raises:
-        ConfigError: it cannot be read, or something in it is missing, unknown or wrong.
+        SimConfigError: it cannot be read, or something in it is missing, unknown or wrong.
     """
     given = _load(file)
     try:
@@ -78,10 +78,10 @@ def read_config(file: Path) -> Config:
         read = build(_File, given, "")
         orjson.dumps(given, option=orjson.OPT_NON_STR_KEYS)  # as it will be recorded
     except RecursionError as error:
-        raise ConfigError(f"{file} has a value that contains itself") from error
+        raise SimConfigError(f"{file} has a value that contains itself") from error
     except TypeError as error:
-        raise ConfigError(f"{file} cannot be recorded as JSON: {error}") from error
-    return Config(
+        raise SimConfigError(f"{file} cannot be recorded as JSON: {error}") from error
+    return SimConfig(
         workload=read.workload,
         cluster=read.cluster,
         seeds=read.seeds or (read.seed or 0,),
@@ -94,9 +94,9 @@ def _load(file: Path) -> Any:
     try:
         return yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+        raise SimConfigError(f"{file} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:  # such as an impossible date
-        raise ConfigError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+        raise SimConfigError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
 
 
 def _anchored(given: Any, folder: Path) -> Any:

@@ -13,7 +13,7 @@ from llumnix.cluster import (
 )
 from llumnix.policy.decision_context import Terms
 from llumnix.policy.scaling import Action, Decision, Scaler
-from llumnix.simulator.clock import Clock
+from llumnix.simulator.clock import VirtualClock
 from llumnix.simulator.cluster import ClusterConfig
 from llumnix.simulator.instance import NODE, SimInstance
 from llumnix.simulator.result import Story
@@ -23,7 +23,11 @@ class Fleet:
     """All instances that are there, and the view that everybody has of them."""
 
     def __init__(
-        self, config: ClusterConfig, terms: Terms, clock: Clock, on_end: Callable[[Story], None]
+        self,
+        config: ClusterConfig,
+        terms: Terms,
+        clock: VirtualClock,
+        on_end: Callable[[Story], None],
     ) -> None:
         self._config = config
         self._model = config.engine.model()
@@ -50,7 +54,7 @@ class Fleet:
         return self._spent + here
 
     def report(self) -> ClusterView:
-        """Every instance says what has changed; those that were emptied end."""
+        """Every instance says what has changed; those that have drained end."""
         for instance in list(self.instances.values()):
             if instance.state is InstanceState.DRAINING and instance.idle:
                 self._end(instance)
@@ -78,8 +82,8 @@ class Fleet:
         if decision.action is Action.REMOVE and decision.victim is not None:
             self._become(self.instances[decision.victim], InstanceState.DRAINING)
         elif decision.action is Action.KEEP:
-            parting = [i for i in self.instances.values() if i.state is InstanceState.DRAINING]
-            for instance in parting[: wanted - self._desired]:
+            draining = [i for i in self.instances.values() if i.state is InstanceState.DRAINING]
+            for instance in draining[: wanted - self._desired]:
                 self._become(instance, InstanceState.READY)
         else:
             for _ in range(wanted - self._desired):

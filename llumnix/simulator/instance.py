@@ -8,8 +8,8 @@ from llumnix.cluster import InstanceId, InstanceInfo, InstanceLoad, InstanceStat
 from llumnix.engine.sim.config import ModelConfig
 from llumnix.engine.sim.model import ModelledEngine
 from llumnix.engine.sim.request import SimRequest, StepResult
-from llumnix.policy.select import Candidate
-from llumnix.simulator.clock import Clock
+from llumnix.policy.select import MovableRequest
+from llumnix.simulator.clock import VirtualClock
 from llumnix.simulator.result import Story
 
 NODE = "sim"  # all instances are on one node
@@ -18,7 +18,7 @@ NODE = "sim"  # all instances are on one node
 class SimInstance:
     """An engine, the requests it has, and the load that it reports."""
 
-    def __init__(self, name: InstanceId, config: ModelConfig, clock: Clock) -> None:
+    def __init__(self, name: InstanceId, config: ModelConfig, clock: VirtualClock) -> None:
         self.id = name
         self.state = InstanceState.STARTING
         self.engine = ModelledEngine(config)
@@ -107,7 +107,7 @@ class SimInstance:
         """Whether a request is in the batch and has generated something here."""
         return name in self._started and self.stories[name].preempted_at is None
 
-    def candidates(self, leaving: set[str]) -> list[Candidate]:
+    def candidates(self, leaving: set[str]) -> list[MovableRequest]:
         """Its requests as a rule of choice sees them."""
         size = self.engine.config.block_size
         queued = self.engine.queued()
@@ -120,7 +120,7 @@ class SimInstance:
                 continue
             tokens = story.job.prompt + len(story.times)
             found.append(
-                Candidate(
+                MovableRequest(
                     request=name,
                     priority=story.job.priority,
                     tokens=tokens,

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 
-class Job(NamedTuple):
+class SimJob(NamedTuple):
     """One request: when it comes, and how long it is."""
 
     number: int  # 0, 1, … in the order of arrival

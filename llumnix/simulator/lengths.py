@@ -145,7 +145,7 @@ class FileLengths:
     column: str
 
     def draw(self, count: int, generator: Generator) -> Tokens:
-        """See `Lengths`. Raises ConfigError if the file cannot be read or has no lengths."""
+        """See `Lengths`. Raises SimConfigError if the file cannot be read or has no lengths."""
         found = read_columns(self.file, (self.column,))
         lengths = np.array([length for (length,) in found], dtype=np.int64)
         return generator.choice(np.maximum(lengths, 1), size=count)

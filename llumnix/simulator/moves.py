@@ -9,9 +9,9 @@ from llumnix.cluster import ClusterView, InstanceId, kv_blocks
 from llumnix.policy.decision_context import Terms
 from llumnix.policy.rebalance import Pair
 from llumnix.policy.request_choice import leaving, leaving_together
-from llumnix.policy.rescheduler import Order
+from llumnix.policy.rescheduler import MoveOrder
 from llumnix.policy.select import TOGETHER
-from llumnix.simulator.clock import Clock
+from llumnix.simulator.clock import VirtualClock
 from llumnix.simulator.cost import MigrationCost
 from llumnix.simulator.instance import SimInstance
 from llumnix.simulator.result import Hop, Story
@@ -42,7 +42,7 @@ class SimMoves:
 
     def __init__(
         self,
-        clock: Clock,
+        clock: VirtualClock,
         cost: MigrationCost,
         terms: Terms,
         rule: str,
@@ -62,7 +62,7 @@ class SimMoves:
         self,
         view: ClusterView,
         instances: dict[InstanceId, SimInstance],
-        order: Order,
+        order: MoveOrder,
     ) -> None:
         """Have the source of a pair choose a request, or those that go together, and move it."""
         pair = order.pair

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from llumnix.simulator.errors import ConfigError
+from llumnix.simulator.errors import SimConfigError
 from llumnix.simulator.result import Hop, Result, Sample, Story
 from llumnix.simulator.summary import Summary
 from llumnix.version import VERSION
@@ -88,21 +88,21 @@ def read(path: Path) -> Record:
     """Read a run back.
 
     Raises:
-        ConfigError: it cannot be read, or is none.
+        SimConfigError: it cannot be read, or is none.
     """
     try:
         content = path.read_bytes()
         found = orjson.loads(gzip.decompress(content) if path.suffix == ".gz" else content)
     except (gzip.BadGzipFile, EOFError, orjson.JSONDecodeError) as error:
-        raise ConfigError(f"{path} is no record of a run: {error}") from error
+        raise SimConfigError(f"{path} is no record of a run: {error}") from error
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        raise SimConfigError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ConfigError(f"{path} is no record of a run in format {FORMAT}")
+        raise SimConfigError(f"{path} is no record of a run in format {FORMAT}")
     names = [one.name for one in fields(Record)]
     for name in names:
         if name not in found:
-            raise ConfigError(f"{path} is no whole record of a run: it lacks {name}")
+            raise SimConfigError(f"{path} is no whole record of a run: it lacks {name}")
     return Record(**{name: found[name] for name in names})
 
 
@@ -110,10 +110,10 @@ def token_times(request: Row) -> list[float]:
     """Seconds from a request's arrival to each of its tokens.
 
     Raises:
-        ConfigError: they were left out.
+        SimConfigError: they were left out.
     """
     if "tokens_us" not in request:
-        raise ConfigError("the record was made without the times of tokens")
+        raise SimConfigError("the record was made without the times of tokens")
     return [time / 1e6 for time in accumulate(request["tokens_us"])]
 
 

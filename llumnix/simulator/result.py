@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from llumnix.cluster import InstanceId
-from llumnix.simulator.job import Job
+from llumnix.simulator.job import SimJob
 
 
 class Hop(NamedTuple):
@@ -22,7 +22,7 @@ class Hop(NamedTuple):
 class Story:
     """A request from its arrival to its end; times in seconds from the beginning of the run."""
 
-    job: Job
+    job: SimJob
     instance: InstanceId = ""  # to which it was dispatched
     times: "array[float]" = field(default_factory=lambda: array("d"))  # of each output token
     preemptions: int = 0

@@ -10,13 +10,13 @@ from llumnix.plugins import dispatch_policy, planner
 from llumnix.policy.dispatch import Request
 from llumnix.policy.dispatch_state import DispatchBoard
 from llumnix.policy.rebalance import Pair
-from llumnix.policy.rescheduler import Order, Rescheduler
+from llumnix.policy.rescheduler import MoveOrder, Rescheduler
 from llumnix.policy.select import TOGETHER
-from llumnix.simulator.clock import Clock
+from llumnix.simulator.clock import VirtualClock
 from llumnix.simulator.cluster import ClusterConfig
 from llumnix.simulator.cost import COSTS
 from llumnix.simulator.fleet import Fleet
-from llumnix.simulator.job import Job
+from llumnix.simulator.job import SimJob
 from llumnix.simulator.moves import SimMoves
 from llumnix.simulator.result import Result, Sample, Story
 from llumnix.simulator.samples import sample
@@ -24,7 +24,7 @@ from llumnix.simulator.samples import sample
 
 def simulate(
     config: ClusterConfig,
-    jobs: Sequence[Job],
+    jobs: Sequence[SimJob],
     progress: Callable[[int], None] = lambda ended: None,
     seed: int = 0,
 ) -> Result:
@@ -44,14 +44,14 @@ class Simulation:
     def __init__(
         self,
         config: ClusterConfig,
-        jobs: Sequence[Job],
+        jobs: Sequence[SimJob],
         progress: Callable[[int], None],
         seed: int,
     ) -> None:
         self._config = config
         self._jobs = jobs
         self._progress = progress
-        self._clock = clock = Clock()
+        self._clock = clock = VirtualClock()
         self._model = config.engine.model()
         policy = config.policy
         self._terms = terms = policy.terms(config.engine.latency)
@@ -134,7 +134,7 @@ class Simulation:
         self._command(self._rescheduler.orders(self._fleet.view, self._clock.now))
         self._clock.after(self._config.policy.interval, self._reschedule)
 
-    def _command(self, orders: list[Order]) -> None:
+    def _command(self, orders: list[MoveOrder]) -> None:
         fleet = self._fleet
         for order in orders:
             for _ in range(1 if order.pair.rule in TOGETHER else order.moves):

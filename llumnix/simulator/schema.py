@@ -13,7 +13,7 @@ from math import isnan, nan
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from llumnix.simulator.errors import ConfigError
+from llumnix.simulator.errors import SimConfigError
 
 T = TypeVar("T")
 
@@ -26,29 +26,29 @@ def build(kind: type[T], value: object, where: str) -> T:
     """A dataclass from a mapping; `where` is the mapping's key, for errors; "" at the top.
 
     Raises:
-        ConfigError: a key is missing, unknown, or has a value of another type; or the dataclass
+        SimConfigError: a key is missing, unknown, or has a value of another type; or the dataclass
             refuses what it is given with a ValueError.
     """
     told = where or "the configuration"
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{told} is {_shown(value)}, and must have the keys {_keys(kind)}")
+        raise SimConfigError(f"{told} is {_shown(value)}, and must have the keys {_keys(kind)}")
     known = _fields(kind)
     for key in value:
         if key not in known:
-            raise ConfigError(f"{told} has no key {key!r}; it has {_keys(kind)}")
+            raise SimConfigError(f"{told} has no key {key!r}; it has {_keys(kind)}")
     for name, one in known.items():
         if name not in value and one.default is MISSING and one.default_factory is MISSING:
-            raise ConfigError(f"{_inside(where, name)} is missing")
+            raise SimConfigError(f"{_inside(where, name)} is missing")
     hints = get_type_hints(kind)
     built = {key: _convert(hints[key], one, _inside(where, key)) for key, one in value.items()}
     try:
         return kind(**built)
     except ValueError as error:
-        raise ConfigError(f"{told}: {error}") from error
+        raise SimConfigError(f"{told}: {error}") from error
 
 
 def _convert(kind: Any, value: object, where: str) -> Any:
-    """The value as the type wants it. Raises ConfigError."""
+    """The value as the type wants it. Raises SimConfigError."""
     origin = get_origin(kind)
     if kind in (Any, object):
         return value
@@ -63,7 +63,7 @@ def _convert(kind: Any, value: object, where: str) -> Any:
     if isinstance(kind, type) and issubclass(kind, Enum):
         return kind(_choice([member.value for member in kind], value, where))
     if not _is_scalar(kind, value):
-        raise ConfigError(f"{where} is {_shown(value)}, and must be {_NAMES.get(kind, kind)}")
+        raise SimConfigError(f"{where} is {_shown(value)}, and must be {_NAMES.get(kind, kind)}")
     return _float(value, where) if kind is float else value
 
 
@@ -73,7 +73,7 @@ def _float(value: object, where: str) -> float:
     except OverflowError:
         number = nan
     if isnan(number):
-        raise ConfigError(f"{where} is {_shown(value)}, and must be a number")
+        raise SimConfigError(f"{where} is {_shown(value)}, and must be a number")
     return number
 
 
@@ -100,12 +100,12 @@ def _union(kinds: Sequence[Any], value: object, where: str) -> Any:
     for kind in kinds:
         try:
             return _convert(kind, value, where)
-        except ConfigError as error:
+        except SimConfigError as error:
             reasons.append(error)
     if len(reasons) == 1:
         raise reasons[0]
     possible = ", or ".join(_named(kind) for kind in kinds)
-    raise ConfigError(f"{where} is {_shown(value)}, and must be {possible}")
+    raise SimConfigError(f"{where} is {_shown(value)}, and must be {possible}")
 
 
 def _may_be(kind: Any, value: object) -> bool:
@@ -130,13 +130,13 @@ def _choice(choices: Sequence[Any], value: object, where: str) -> Any:
     for choice in choices:
         if choice == value and type(choice) is type(value):
             return choice
-    raise ConfigError(f"{where} is {_shown(value)}, and must be of {list(choices)}")
+    raise SimConfigError(f"{where} is {_shown(value)}, and must be of {list(choices)}")
 
 
 def _container(origin: Any, kinds: tuple[Any, ...], value: object, where: str) -> Any:
     if not isinstance(value, _read_as(origin)):
         needed = "a mapping" if _read_as(origin) is Mapping else "a list"
-        raise ConfigError(f"{where} is {_shown(value)}, and must be {needed}")
+        raise SimConfigError(f"{where} is {_shown(value)}, and must be {needed}")
     if isinstance(value, Mapping):
         key_kind, kind = kinds
         return {
@@ -146,7 +146,7 @@ def _container(origin: Any, kinds: tuple[Any, ...], value: object, where: str) -
     items = cast(Sequence[object], value)
     if origin is tuple and Ellipsis not in kinds:
         if len(items) != len(kinds):
-            raise ConfigError(f"{where} is {_shown(value)}, and must have {len(kinds)} entries")
+            raise SimConfigError(f"{where} is {_shown(value)}, and must have {len(kinds)} entries")
         each = kinds
     else:
         each = (kinds[0],) * len(items)

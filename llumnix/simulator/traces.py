@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import orjson
 
-from llumnix.simulator.errors import ConfigError
+from llumnix.simulator.errors import SimConfigError
 
 MOONCAKE_BLOCK = 512  # tokens for each of its hash_ids; the last may stand for fewer
 
@@ -35,7 +35,7 @@ def read_azure(file: str) -> list[Recorded]:
     """Azure's LLM inference traces: a CSV of TIMESTAMP, ContextTokens, GeneratedTokens.
 
     Raises:
-        ConfigError: the file cannot be read, or is none of these.
+        SimConfigError: the file cannot be read, or is none of these.
     """
     columns = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
     found = []
@@ -44,7 +44,7 @@ def read_azure(file: str) -> list[Recorded]:
             # Its seventh decimal is more than fromisoformat is bound to take.
             seconds = datetime.fromisoformat(stamp[:26]).replace(tzinfo=UTC).timestamp()
         except ValueError as error:
-            raise ConfigError(f"{file}, line {number}: {stamp!r} is no time") from error
+            raise SimConfigError(f"{file}, line {number}: {stamp!r} is no time") from error
         lengths = _tokens(file, number, prompt), _tokens(file, number, output)
         found.append(Recorded(seconds, *lengths))
     return _from_zero(found)
@@ -54,7 +54,7 @@ def read_mooncake(file: str) -> list[Recorded]:
     """Mooncake's traces: JSON lines of timestamp (ms), input_length, output_length, hash_ids.
 
     Raises:
-        ConfigError: the file cannot be read, or is none of these.
+        SimConfigError: the file cannot be read, or is none of these.
     """
     found = []
     for number, line in enumerate(_lines(file), start=1):
@@ -64,7 +64,7 @@ def read_mooncake(file: str) -> list[Recorded]:
             seconds, prompt = row["timestamp"] / 1000, int(row["input_length"])
             output = int(row["output_length"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{file}, line {number} is no request of Mooncake's") from error
+            raise SimConfigError(f"{file}, line {number} is no request of Mooncake's") from error
         found.append(Recorded(seconds, prompt, output, hashes, MOONCAKE_BLOCK))
     return _from_zero(found)
 
@@ -73,7 +73,7 @@ def read_lengths(file: str) -> list[Recorded]:
     """A CSV of input_tokens and output_tokens, without times.
 
     Raises:
-        ConfigError: the file cannot be read, or is none of these.
+        SimConfigError: the file cannot be read, or is none of these.
     """
     pairs = read_columns(file, ("input_tokens", "output_tokens"))
     return [Recorded(0.0, prompt, output) for prompt, output in pairs]
@@ -92,12 +92,12 @@ def read_columns(file: str, columns: tuple[str, ...]) -> list[tuple[int, ...]]:
     """Columns of a CSV file as whole numbers.
 
     Raises:
-        ConfigError: the file cannot be read, is empty, lacks a column, or has no number in it.
+        SimConfigError: the file cannot be read, is empty, lacks a column, or has no number in it.
     """
     rows = _rows(file, columns)
     found = [tuple(_tokens(file, number, cell) for cell in row) for number, row in rows]
     if not found:
-        raise ConfigError(f"{file} has no rows")
+        raise SimConfigError(f"{file} has no rows")
     return found
 
 
@@ -107,29 +107,29 @@ def _rows(file: str, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]
     try:
         missing = [column for column in columns if column not in (reader.fieldnames or ())]
         if missing:
-            raise ConfigError(f"{file} has no column {missing[0]}")
+            raise SimConfigError(f"{file} has no column {missing[0]}")
         for row in reader:
             yield reader.line_num, [row[column] or "" for column in columns]
     except csv.Error as error:
-        raise ConfigError(f"{file}, line {reader.line_num + 1} is no CSV: {error}") from error
+        raise SimConfigError(f"{file}, line {reader.line_num + 1} is no CSV: {error}") from error
 
 
 def _lines(file: str) -> list[str]:
     try:
         return Path(file).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+        raise SimConfigError(f"{file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is no text") from error
+        raise SimConfigError(f"{file} is no text") from error
 
 
 def _tokens(file: str, number: int, cell: str) -> int:
     try:
         tokens = int(cell)
     except ValueError as error:
-        raise ConfigError(f"{file}, line {number}: {cell!r} is no number of tokens") from error
+        raise SimConfigError(f"{file}, line {number}: {cell!r} is no number of tokens") from error
     if abs(tokens) >= 2**31:
-        raise ConfigError(f"{file}, line {number}: {cell} tokens are too many")
+        raise SimConfigError(f"{file}, line {number}: {cell} tokens are too many")
     return tokens
 
 

@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.random import Generator, default_rng
 
-from llumnix.simulator.arrivals import Arrivals
-from llumnix.simulator.errors import ConfigError
-from llumnix.simulator.job import Job
+from llumnix.simulator.arrivals import ArrivalProcess
+from llumnix.simulator.errors import SimConfigError
+from llumnix.simulator.job import SimJob
 from llumnix.simulator.lengths import (
     OUTPUTS,
     PROMPTS,
@@ -59,7 +59,7 @@ class Workload:
     """
 
     requests: int | None = None  # in all; of a trace the first ones, all by default
-    arrivals: Arrivals | None = None
+    arrivals: ArrivalProcess | None = None
     prompt: LengthsOption | None = None
     output: LengthsOption | None = None
     trace: Trace | None = None
@@ -102,7 +102,7 @@ class Workload:
 class Generated(NamedTuple):
     """The requests of one seed."""
 
-    jobs: list[Job]  # in the order of arrival
+    jobs: list[SimJob]  # in the order of arrival
     too_long: int  # of them that were cut or resampled
 
 
@@ -123,14 +123,14 @@ def generate(workload: Workload, seed: int) -> Generated:
     """The requests of a workload; the same for the same seed (0 or more).
 
     Raises:
-        ConfigError: a file cannot be read, has too few requests, or none that is short enough.
+        SimConfigError: a file cannot be read, has too few requests, or none that is short enough.
     """
     recorded = _traced(workload) if workload.trace else _drawn(workload, seed)
     fitting, too_long = _fit(recorded, workload, seed)
     times = _times(fitting, workload, seed)
     priorities = _priorities(len(fitting), workload.priorities, seed)
     jobs = [
-        Job(number, at, one.prompt, one.output, priority, one.hashes, one.block)
+        SimJob(number, at, one.prompt, one.output, priority, one.hashes, one.block)
         for number, (one, at, priority) in enumerate(zip(fitting, times, priorities, strict=True))
     ]
     return Generated(jobs, too_long)
@@ -154,7 +154,7 @@ def _lengths(key: str, option: LengthsOption, named: Mapping[str, Lengths]) -> L
     if not isinstance(option, str):
         return option
     if option not in named:
-        raise ConfigError(f"{key} is {option!r}, and must be of {sorted(named)}")
+        raise SimConfigError(f"{key} is {option!r}, and must be of {sorted(named)}")
     return named[option]
 
 
@@ -163,7 +163,7 @@ def _traced(workload: Workload) -> list[Recorded]:
     recorded = FORMATS[workload.trace.format].read(workload.trace.file)
     count = workload.requests or len(recorded)
     if not 0 < count <= len(recorded):
-        raise ConfigError(f"{workload.trace.file} has {len(recorded)} requests, not {count}")
+        raise SimConfigError(f"{workload.trace.file} has {len(recorded)} requests, not {count}")
     # vLLM takes no empty prompt and ends no request without a token.
     return [
         one._replace(prompt=max(one.prompt, 1), output=max(one.output, 1))
@@ -183,7 +183,7 @@ def _fit(recorded: list[Recorded], workload: Workload, seed: int) -> tuple[list[
     if workload.too_long == "cut":
         return [_cut(one, limit) for one in recorded], too_long
     if not fits:
-        raise ConfigError(f"max_tokens is {limit}, and every request is longer")
+        raise SimConfigError(f"max_tokens is {limit}, and every request is longer")
     others = iter(_Stream.RESAMPLING.of(seed).integers(len(fits), size=too_long).tolist())
     return [
         one

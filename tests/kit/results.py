@@ -2,7 +2,7 @@
 
 from array import array
 
-from llumnix.simulator.job import Job
+from llumnix.simulator.job import SimJob
 from llumnix.simulator.result import Hop, Result, Sample, Story
 
 
@@ -20,7 +20,7 @@ def story(
     for gap in gaps:
         at += gap
         times.append(at)
-    job = Job(number, float(number), 10, len(gaps) if output is None else output, priority)
+    job = SimJob(number, float(number), 10, len(gaps) if output is None else output, priority)
     return Story(job, "i0", times, int(loss > 0), loss, list(hops))
 
 

@@ -14,7 +14,7 @@ from pyetcd import etcdrpc as pb
 
 from llumnix.control.etcd import protobuf
 from llumnix.control.etcd.errors import EtcdError, EtcdRefused, LeaseNotFound, WatchEnded
-from llumnix.control.etcd.types import Batch, Probe
+from llumnix.control.etcd.types import Probe, WatchBatch
 
 _OPTIONS = [
     # gRPC would wait up to two minutes before it tries a member again that was down.
@@ -155,7 +155,7 @@ class WatchStream:
     def __init__(self, call: Any) -> None:
         self._call = call
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[WatchBatch]:
         """Yields until the stream ends, which always raises WatchEnded."""
         try:
             for response in self._call:

@@ -5,7 +5,16 @@ from typing import Any
 
 from pyetcd import etcdrpc as pb
 
-from llumnix.control.etcd.types import Batch, Compare, Delete, KeyValue, Op, Probe, Put, TxnResult
+from llumnix.control.etcd.types import (
+    Compare,
+    Delete,
+    KeyValue,
+    Op,
+    Probe,
+    Put,
+    TxnResult,
+    WatchBatch,
+)
 
 _DELETED = 1  # the type of an event; 0 is a put
 
@@ -81,11 +90,11 @@ def key_value(kv: Any) -> KeyValue:
     return KeyValue(key, kv.value, kv.create_revision, kv.mod_revision, kv.lease)
 
 
-def batch(response: Any) -> Batch:
+def batch(response: Any) -> WatchBatch:
     """A watch's answer, which has at least one event."""
     events = [(key_value(event.kv), event.type == _DELETED) for event in response.events]
     changes = [(kv.key, None if deleted else kv) for kv, deleted in events]
-    return Batch(changes, events[-1][0].mod_revision)
+    return WatchBatch(changes, events[-1][0].mod_revision)
 
 
 def probe(response: Any) -> Probe:

@@ -62,7 +62,7 @@ class TxnResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class WatchBatch:
     """Changes that a watch delivered, in order; `None` as the value of a key that was deleted."""
 
     changes: Sequence[tuple[str, KeyValue | None]]

@@ -11,7 +11,7 @@ from llumnix.control.etcd.channel import Member
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.errors import EtcdError, WatchEnded
 from llumnix.control.etcd.heartbeat import Pulse
-from llumnix.control.etcd.types import Batch, KeyValue
+from llumnix.control.etcd.types import KeyValue, WatchBatch
 from llumnix.control.etcd.watch_stream import Feed, Proof
 
 logger = logging.getLogger(__name__)
@@ -161,10 +161,10 @@ class PrefixWatch:
         if items != old or not self._listed.is_set():
             self._deliver(None)
 
-    def _apply(self, batch: Batch, feed: Feed) -> None:
+    def _apply(self, batch: WatchBatch, feed: Feed) -> None:
         items = dict(self._items)
         deleted: set[str] = set()
-        more: Batch | None = batch
+        more: WatchBatch | None = batch
         while more is not None:
             for key, kv in more.changes:
                 if kv is None:

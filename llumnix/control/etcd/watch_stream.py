@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from llumnix.control.etcd.channel import Member, Unreachable, WatchStream
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.errors import EtcdError, WatchEnded
-from llumnix.control.etcd.types import Batch, Probe
+from llumnix.control.etcd.types import Probe, WatchBatch
 
 _PROBE_TIMEOUT = 1.0  # seconds; a healthy quorum answers in milliseconds
 
@@ -44,7 +44,7 @@ class Feed:
         self._revision = revision
         self._interval = interval
         self._on_ask = on_ask
-        self._inbox: queue.SimpleQueue[Batch | Proof | EtcdError | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[WatchBatch | Proof | EtcdError | None] = queue.SimpleQueue()
         self._asked: float | None = None
         self._ask_at = float("inf")
         self._stream: WatchStream | None = None
@@ -56,7 +56,7 @@ class Feed:
         self._ask_at = time.monotonic() + self._interval
         self._pump.start()
 
-    def next(self) -> Batch | Proof | None:
+    def next(self) -> WatchBatch | Proof | None:
         """Waits for the next change or proof; None after `wake`.
 
         Raises WatchEnded or Unreachable, at the latest a probe's interval and timeout after the
@@ -77,12 +77,12 @@ class Feed:
                 self._asked, self._ask_at = None, news.asked + self._interval
             return news
 
-    def next_at_once(self) -> Batch | None:
+    def next_at_once(self) -> WatchBatch | None:
         """A further change that has already arrived, if that is what comes next."""
         if self._inbox.empty():
             return None
         news = self._inbox.get()
-        if isinstance(news, Batch):
+        if isinstance(news, WatchBatch):
             return news
         self._inbox.put(news)  # only changes must stay in order
         return None

@@ -38,7 +38,7 @@ def test_an_empty_instance_is_infinitely_free_until_something_is_sent(sent: InFl
     assert dispatch_freeness(INFO, idle, sent) == (90 if sent.requests else inf)
 
 
-def test_an_instance_that_is_emptied_is_the_least_free_of_all() -> None:
+def test_an_instance_that_drains_is_the_least_free_of_all() -> None:
     assert freeness(DRAINING, BUSY) == -inf
     assert freeness(DRAINING, InstanceLoad("i")) == -inf
 

@@ -5,7 +5,7 @@ from llumnix.policy.classes import Classes, PriorityClass
 from llumnix.policy.decision_context import Terms
 from llumnix.policy.lookahead import lookahead
 from llumnix.policy.rebalance import SPILL, SPILL_FLOOR, Pair, room
-from llumnix.policy.select import Candidate, Room, choose
+from llumnix.policy.select import MovableRequest, Room, choose
 
 READY = InstanceState.READY
 FULL = InstanceLoad(
@@ -69,8 +69,10 @@ def test_without_a_blocked_queue_it_is_the_paper_s_rule() -> None:
     assert moves(tight, loose) == [Pair("a", "b")]
 
 
-def candidate(name: str, blocks: int, order: int, running: bool, head: bool = False) -> Candidate:
-    return Candidate(name, 0, blocks * 16, blocks, running, order, int(running), head)
+def candidate(
+    name: str, blocks: int, order: int, running: bool, head: bool = False
+) -> MovableRequest:
+    return MovableRequest(name, 0, blocks * 16, blocks, running, order, int(running), head)
 
 
 WAITING = [

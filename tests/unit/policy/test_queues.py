@@ -11,7 +11,7 @@ from llumnix.policy.planned import Planned
 from llumnix.policy.queues import queues
 from llumnix.policy.rebalance import Pair
 from llumnix.policy.rescheduler import PAPER, Pace, Rescheduler
-from llumnix.policy.select import Candidate, Room, choose_together
+from llumnix.policy.select import MovableRequest, Room, choose_together
 
 READY = InstanceState.READY
 # A head of 20 blocks that does not fit, and four behind it of 10 each.
@@ -119,11 +119,11 @@ def test_the_paper_s_pace_knows_neither_books_nor_haste() -> None:
 
 
 def test_those_that_leave_together_fit_together_in_their_order() -> None:
-    def one(name: str, blocks: int, order: int, priority: int = 0) -> Candidate:
-        return Candidate(name, priority, blocks * 16, blocks, False, order, 0, queued=True)
+    def one(name: str, blocks: int, order: int, priority: int = 0) -> MovableRequest:
+        return MovableRequest(name, priority, blocks * 16, blocks, False, order, 0, queued=True)
 
     waiting = [one("a", 20, 0), one("b", 5, 1), one("c", 9, 2), one("d", 3, 3, -1)]
-    running = [Candidate("r", 0, 16, 1, True, 9, 1)]
+    running = [MovableRequest("r", 0, 16, 1, True, 9, 1)]
 
     def names(rule: str, room: Room, count: int = 9) -> str:
         chosen = choose_together(waiting + running, rule, room, count)
@@ -132,7 +132,7 @@ def test_those_that_leave_together_fit_together_in_their_order() -> None:
     assert names("queue", Room(17)) == "dbc" and names("queue", Room(28)) == "dab"
     assert names("tail", Room(17)) == "cbd" and names("queue", Room(99), 2) == "da"
     assert names("queue", Room(20, 2, floor=4.0)) == "d", "all keep room to grow"
-    back = Candidate("p", 0, 32, 2, True, 1, 4, queued=True)  # preempted, and in no batch
+    back = MovableRequest("p", 0, 32, 2, True, 1, 4, queued=True)  # preempted, and in no batch
     assert [c.request for c in choose_together([*waiting, back], "queue", Room(5), 9)] == ["d", "p"]
     assert back not in choose_together([back], "tail", Room(5), 9)
     kept = Room(20, headroom={-1: 15})

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
 from llumnix.policy.decision_context import Terms, Thresholds
 from llumnix.policy.load import freeness
-from llumnix.policy.rebalance import Pair, is_emptied, pairs, room
-from llumnix.policy.select import DRAIN_RULE, RULES, Candidate, Room, choose
+from llumnix.policy.rebalance import Pair, is_draining, pairs, room
+from llumnix.policy.select import DRAIN_RULE, RULES, MovableRequest, Room, choose
 
 READY, DRAINING, STARTING = InstanceState.READY, InstanceState.DRAINING, InstanceState.STARTING
 DEFAULT = Terms()
@@ -103,20 +103,20 @@ def test_equal_roles_are_balanced() -> None:
 
 
 @pytest.mark.parametrize(("state", "draining"), [(DRAINING, ""), (READY, "a-0"), (READY, "a")])
-def test_an_instance_that_is_emptied_comes_first_and_takes_nothing(
+def test_an_instance_that_drains_comes_first_and_takes_nothing(
     state: InstanceState, draining: str
 ) -> None:
     infos = [info("a-0", state=state), info("b-0"), info("c-0")]
     loads = [load("a-0", 50, running=1), load("b-0", 1), load("c-0", 9)]
     seen = view(infos, loads, draining)
-    assert is_emptied(seen, infos[0])
+    assert is_draining(seen, infos[0])
     assert pairs(seen, DEFAULT) == [Pair("a-0", "c-0")], "b-0 waits for the next round"
     assert pairs(view(infos, [InstanceLoad("a-0"), *loads[1:]], draining), DEFAULT) == [
         Pair("b-0", "c-0")
     ], "nothing is left there"
 
 
-def test_where_there_is_little_room_an_emptied_instance_takes_it() -> None:
+def test_where_there_is_little_room_a_draining_instance_takes_it() -> None:
     infos = [info("a", state=DRAINING), info("b"), info("c"), info("d", state=DRAINING)]
     loads = [load("a", 9), load("b", 0), load("c", 2), load("d", 9)]
     assert pairs(view(infos, loads), DEFAULT) == [Pair("a", "c")], "b is full, so d waits"
@@ -125,7 +125,7 @@ def test_where_there_is_little_room_an_emptied_instance_takes_it() -> None:
     assert made == [Pair("a", "c")], "c takes, so it doesn't give in the same round"
 
 
-def test_an_emptied_role_may_go_where_any_is_welcome() -> None:
+def test_a_draining_role_may_go_where_any_is_welcome() -> None:
     infos = [info("a", role="decode", state=DRAINING), info("b"), info("c", role="prefill")]
     loads = [load("a", 1), load("b", 5), load("c", 9)]
     assert pairs(view(infos, loads), DEFAULT) == [Pair("a", "b")]
@@ -170,7 +170,7 @@ def test_senseless_thresholds_are_refused() -> None:
 class Cluster:
     """Instances and their requests, from which the view is made; moves change it."""
 
-    def __init__(self, infos: list[InstanceInfo], held: dict[str, list[Candidate]]) -> None:
+    def __init__(self, infos: list[InstanceInfo], held: dict[str, list[MovableRequest]]) -> None:
         self.infos = infos
         self.held = held
 
@@ -193,7 +193,7 @@ class Cluster:
     def freeness(self, instance: str) -> float:
         return freeness(self.view.instances[instance], self.view.loads[instance])
 
-    def move(self, pair: Pair, rule: str, thresholds: Thresholds) -> Candidate | None:
+    def move(self, pair: Pair, rule: str, thresholds: Thresholds) -> MovableRequest | None:
         """Do what a pair asks for, as the source would."""
         space = room(self.view, pair, Terms(thresholds))
         assert space is not None
@@ -226,7 +226,7 @@ def clusters(draw: st.DrawFn) -> Cluster:
     sizes = st.lists(st.tuples(st.integers(1, 60), st.booleans()), max_size=8)
     held = {
         i.id: [
-            Candidate(f"{i.id}{n}", 0, blocks * 16, blocks, running, n, generated=1)
+            MovableRequest(f"{i.id}{n}", 0, blocks * 16, blocks, running, n, generated=1)
             for n, (blocks, running) in enumerate(draw(sizes))
         ]
         for i in infos
@@ -274,8 +274,10 @@ def test_a_move_is_never_undone_by_the_next(
 
 
 def test_a_move_that_would_only_turn_the_sides_round_is_not_made() -> None:
-    large = [Candidate(f"a{n}", 0, 16 * k, k, True, n, generated=1) for n, k in enumerate((40, 59))]
-    small = [Candidate(f"b{n}", 0, 96, 6, True, n, generated=1) for n in range(10)]
+    large = [
+        MovableRequest(f"a{n}", 0, 16 * k, k, True, n, generated=1) for n, k in enumerate((40, 59))
+    ]
+    small = [MovableRequest(f"b{n}", 0, 96, 6, True, n, generated=1) for n in range(10)]
     cluster = Cluster([info("a"), info("b")], {"a": large, "b": small})
     assert pairs(cluster.view, DEFAULT) == [Pair("a", "b")]
     assert cluster.move(Pair("a", "b"), "SR", DEFAULT.thresholds) is None
@@ -294,8 +296,10 @@ def test_balancing_comes_to_an_end(cluster: Cluster, thresholds: Thresholds, rul
     raise AssertionError("it goes on and on")
 
 
-def test_an_instance_is_emptied_in_a_few_rounds() -> None:
-    held = [Candidate(f"r{n}", 0, 80, 5, n % 2 == 0, n, generated=n % 2 == 0) for n in range(8)]
+def test_an_instance_drains_in_a_few_rounds() -> None:
+    held = [
+        MovableRequest(f"r{n}", 0, 80, 5, n % 2 == 0, n, generated=n % 2 == 0) for n in range(8)
+    ]
     infos = [info("a", state=DRAINING), info("b"), info("c")]
     cluster = Cluster(infos, {"a": held, "b": [], "c": []})
     rounds = 0

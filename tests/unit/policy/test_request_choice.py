@@ -6,7 +6,7 @@ from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceSta
 from llumnix.policy.decision_context import Terms
 from llumnix.policy.rebalance import SPILL, UNCHECKED, Pair
 from llumnix.policy.request_choice import leaving
-from llumnix.policy.select import Candidate
+from llumnix.policy.select import MovableRequest
 
 A = InstanceLoad("a", 2, 2, used_blocks=70, waiting_blocks=44, head_blocks=40)
 B = InstanceLoad("b", 1, used_blocks=79)
@@ -15,10 +15,10 @@ VIEW = ClusterView(
     loads={"a": A, "b": B},
 )
 HELD = [
-    Candidate("long", 0, 960, 60, True, 0, 9),
-    Candidate("short", 0, 160, 10, True, 1, 9),
-    Candidate("head", 0, 640, 40, False, 2, 0, head=True),
-    Candidate("behind", 0, 64, 4, False, 3, 0),
+    MovableRequest("long", 0, 960, 60, True, 0, 9),
+    MovableRequest("short", 0, 160, 10, True, 1, 9),
+    MovableRequest("head", 0, 640, 40, False, 2, 0, head=True),
+    MovableRequest("behind", 0, 64, 4, False, 3, 0),
 ]
 
 

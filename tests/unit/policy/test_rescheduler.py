@@ -6,7 +6,7 @@ from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceSta
 from llumnix.policy.classes import Classes, PriorityClass
 from llumnix.policy.decision_context import Terms
 from llumnix.policy.rebalance import Pair, Planner, room
-from llumnix.policy.rescheduler import PAPER, Order, Rescheduler
+from llumnix.policy.rescheduler import PAPER, MoveOrder, Rescheduler
 
 READY, DRAINING = InstanceState.READY, InstanceState.DRAINING
 HIGH = Terms(classes=Classes({-1: PriorityClass("high", -1, target_tokens=10 * 16)}))
@@ -36,20 +36,20 @@ def test_a_pair_that_is_not_there_is_left_out(pair: Pair) -> None:
 
 def test_a_pair_that_is_busy_is_not_ordered_though_it_is_named() -> None:
     rescheduler = Rescheduler(naming(Pair("a", "b")), pace=PAPER)
-    assert rescheduler.orders(view(A, B)) == [Order(Pair("a", "b"), 1, False)]
+    assert rescheduler.orders(view(A, B)) == [MoveOrder(Pair("a", "b"), 1, False)]
     assert rescheduler.orders(view(A, B)) == []
 
 
-def test_an_instance_is_emptied_whatever_the_rule() -> None:
+def test_an_instance_drains_whatever_the_rule() -> None:
     seen = view(A, B, C, draining="a")
     first, *others = Rescheduler(naming(Pair("b", "c"))).orders(seen)
     assert first.pair.source == "a" and others == [], "both others can't be in two moves"
     (order,) = Rescheduler(naming()).orders(seen)
     assert order.pair.source == "a" and order.moves == 3 and order.drains
-    assert Rescheduler(naming(), empties=False).orders(seen) == []
+    assert Rescheduler(naming(), drains=False).orders(seen) == []
 
 
-def test_what_is_emptied_goes_also_where_a_class_keeps_room() -> None:
+def test_what_drains_goes_also_where_a_class_keeps_room() -> None:
     kept = InstanceLoad("b", 3, used_blocks=30, priorities={-1: 1})
     seen = view(A, kept, draining="a")
     (order,) = Rescheduler(terms=HIGH).orders(seen)

@@ -95,8 +95,8 @@ def test_without_a_number_one_goes_of_what_runs() -> None:
     found = after(Scaler(TERMS), seen, 0.0, 10.0)
     assert found is not None
     assert (found.action, found.victim, found.desired) == (Action.REMOVE, "a-3", {"a": 3})
-    parting = replace(seen, instances={**seen.instances, "a-3": info("a-3", DRAINING)})
-    assert census(parting).wanted == 3, "what drains is not to stay"
+    draining = replace(seen, instances={**seen.instances, "a-3": info("a-3", DRAINING)})
+    assert census(draining).wanted == 3, "what drains is not to stay"
 
 
 def test_as_many_are_added_as_bring_the_mean_to_its_range() -> None:
@@ -167,8 +167,8 @@ def test_none_goes_that_the_others_could_not_do_without() -> None:
 
 
 def test_one_goes_at_a_time() -> None:
-    parting = view([info("a-0"), info("b-0"), info("b-1", DRAINING)], b=1)
-    assert after(Scaler(TERMS), parting, 0.0, 10.0, 100.0) is None
+    draining = view([info("a-0"), info("b-0"), info("b-1", DRAINING)], b=1)
+    assert after(Scaler(TERMS), draining, 0.0, 10.0, 100.0) is None
 
 
 def test_what_is_about_to_go_is_kept_instead_of_an_addition_and_without_a_pause() -> None:

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llumnix.policy.select import DRAIN_RULE, RULES, Candidate, Room, choose
+from llumnix.policy.select import DRAIN_RULE, RULES, MovableRequest, Room, choose
 
 PLENTY = Room(10_000)
 
 
-def candidate(request: str, order: int, tokens: int = 100, **but: int | bool) -> Candidate:
-    made = Candidate(request, 0, tokens, -(-tokens // 16), True, order, generated=1)
+def candidate(request: str, order: int, tokens: int = 100, **but: int | bool) -> MovableRequest:
+    made = MovableRequest(request, 0, tokens, -(-tokens // 16), True, order, generated=1)
     return replace(made, **but)  # type: ignore[arg-type]
 
 
@@ -30,7 +30,7 @@ MIXED = [
 ]
 
 
-def named(candidates: Sequence[Candidate], rule: str, room: Room = PLENTY) -> str | None:
+def named(candidates: Sequence[MovableRequest], rule: str, room: Room = PLENTY) -> str | None:
     chosen = choose(candidates, rule, room)
     return chosen.request if chosen else None
 
@@ -104,7 +104,7 @@ def test_an_unknown_rule_is_refused() -> None:
 
 CANDIDATES = st.lists(
     st.builds(
-        Candidate,
+        MovableRequest,
         request=st.uuids().map(str),
         priority=st.integers(-2, 2),
         tokens=st.integers(1, 999),
@@ -121,7 +121,7 @@ ROOMS = st.builds(Room, st.integers(-20, 80), st.integers(0, 5), st.floats(-20, 
 
 @given(CANDIDATES, st.sampled_from(list(RULES)), ROOMS)
 def test_whoever_leaves_is_taken_and_is_the_rule_s_choice(
-    candidates: list[Candidate], rule: str, room: Room
+    candidates: list[MovableRequest], rule: str, room: Room
 ) -> None:
     chosen = choose(candidates, rule, room)
     fitting = [c for c in candidates if room.takes(c)]

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llumnix.simulator.arrivals import Arrivals
+from llumnix.simulator.arrivals import ArrivalProcess
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig
-from llumnix.simulator.config import Config, read_config
-from llumnix.simulator.errors import ConfigError
+from llumnix.simulator.config import SimConfig, read_config
+from llumnix.simulator.errors import SimConfigError
 from llumnix.simulator.lengths import PowerLaw, Quantiles
 from llumnix.simulator.workload import generate
 
@@ -27,7 +27,7 @@ workload:
 """
 
 
-def read(folder: Path, text: str) -> Config:
+def read(folder: Path, text: str) -> SimConfig:
     file = folder / "run.yaml"
     file.write_text(text)
     return read_config(file)
@@ -37,7 +37,7 @@ def test_a_whole_file(tmp_path: Path) -> None:
     config = read(tmp_path, "seeds: [3, 4]\ntokens: false\n" + CLUSTER + WORKLOAD)
     assert config.seeds == (3, 4) and config.tokens is False
     assert config.cluster == ClusterConfig(2, EngineConfig(max_model_len=9000))
-    assert config.workload.arrivals == Arrivals("gamma", 2.0, 4.0)
+    assert config.workload.arrivals == ArrivalProcess("gamma", 2.0, 4.0)
     assert config.workload.prompt == PowerLaw(100, 1.5)
     assert config.workload.output == Quantiles(306, 74, 348, 1484, 3388)
     assert config.workload.priorities == {-1: 0.1}
@@ -81,7 +81,7 @@ def test_one_seed_or_none(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_wrong_is_one_sentence(tmp_path: Path, text: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=told) as caught:
+    with pytest.raises(SimConfigError, match=told) as caught:
         read(tmp_path, text)
     assert "\n" not in str(caught.value)
 
@@ -114,19 +114,21 @@ def test_a_number_that_cannot_be_is_one_sentence(tmp_path: Path, part: str, told
     key, value = next(iter(yaml.safe_load(part).items()))
     whole = {"workload": given, "cluster": {}}
     whole |= {key: value} if key in ("seed", "cluster") else {"workload": given | {key: value}}
-    with pytest.raises(ConfigError, match=told) as caught:
+    with pytest.raises(SimConfigError, match=told) as caught:
         read(tmp_path, yaml.safe_dump(whole))
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+    with pytest.raises(SimConfigError, match="cannot be read: No such file"):
         read_config(tmp_path / "none.yaml")
 
 
 def test_a_request_that_no_instance_could_take(tmp_path: Path) -> None:
     config = read(tmp_path, "cluster: {engine: {max_model_len: 100}}" + WORKLOAD)
-    with pytest.raises(ConfigError, match=r"tokens, more than cluster.engine.max_model_len, 100"):
+    with pytest.raises(
+        SimConfigError, match=r"tokens, more than cluster.engine.max_model_len, 100"
+    ):
         config.requests(0)
     config = read(
         tmp_path, "cluster: {engine: {max_model_len: 100}}" + WORKLOAD + "  max_tokens: 100"

@@ -6,7 +6,7 @@ import pytest
 
 from llumnix.plugins import dispatch_policy
 from llumnix.simulator.cluster import ClusterConfig, PolicyConfig
-from llumnix.simulator.job import Job
+from llumnix.simulator.job import SimJob
 from llumnix.simulator.run import simulate
 
 EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "policy"
@@ -27,7 +27,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("installed")
 def test_it_dispatches_by_prompts() -> None:
     assert not dispatch_policy("shortest-prefill").keeps
-    jobs = [Job(0, 0.0, 4000, 2), Job(1, 0.001, 100, 2), Job(2, 0.002, 100, 2)]
+    jobs = [SimJob(0, 0.0, 4000, 2), SimJob(1, 0.001, 100, 2), SimJob(2, 0.002, 100, 2)]
     config = ClusterConfig(2, policy=PolicyConfig(dispatch="shortest-prefill"))
     long, one, other = (story.instance for story in simulate(config, jobs).stories)
     assert one == other != long

@@ -3,10 +3,10 @@
 from math import inf
 
 from llumnix.latency import LatencyProfile
-from llumnix.simulator.clock import Clock
+from llumnix.simulator.clock import VirtualClock
 from llumnix.simulator.cluster import EngineConfig
 from llumnix.simulator.instance import SimInstance
-from llumnix.simulator.job import Job
+from llumnix.simulator.job import SimJob
 from llumnix.simulator.result import Story
 
 STEP = 1.0  # seconds
@@ -20,29 +20,32 @@ ENGINE = EngineConfig(
 )
 
 
-def instance(clock: Clock, *jobs: Job) -> SimInstance:
+def instance(clock: VirtualClock, *jobs: SimJob) -> SimInstance:
     made = SimInstance("i", ENGINE.model(), clock)
     for job in jobs:
         made.add(Story(job))
     return made
 
 
-def until_preempted(clock: Clock, full: SimInstance) -> None:
+def until_preempted(clock: VirtualClock, full: SimInstance) -> None:
     clock.run(lambda: bool(full.engine.preempted), inf)
 
 
 def test_one_that_was_preempted_is_the_head_of_the_queue() -> None:
-    clock = Clock()
-    full = instance(clock, Job(0, 0.0, 100, 150), Job(1, 0.0, 100, 150))
+    clock = VirtualClock()
+    full = instance(clock, SimJob(0, 0.0, 100, 150), SimJob(1, 0.0, 100, 150))
     until_preempted(clock, full)
-    full.add(Story(Job(2, clock.now, 30, 5)))
+    full.add(Story(SimJob(2, clock.now, 30, 5)))
     told = [(c.request, c.running, c.head) for c in full.candidates(set())]
     assert told == [("0", True, False), ("1", True, True), ("2", False, False)]
 
 
 def test_the_loss_of_one_that_was_preempted_ends_with_its_next_token_wherever_that_comes() -> None:
-    clock = Clock()
-    full, free = instance(clock, Job(0, 0.0, 100, 150), Job(1, 0.0, 100, 150)), instance(clock)
+    clock = VirtualClock()
+    full, free = (
+        instance(clock, SimJob(0, 0.0, 100, 150), SimJob(1, 0.0, 100, 150)),
+        instance(clock),
+    )
     until_preempted(clock, full)
     story = full.stories["1"]
     since, tokens = story.preempted_at, len(story.times)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.random import default_rng
 
-from llumnix.simulator.errors import ConfigError
+from llumnix.simulator.errors import SimConfigError
 from llumnix.simulator.lengths import OUTPUTS, PROMPTS, FileLengths, Fixed, Lengths, Quantiles
 
 DATA = Path(__file__).parent / "data"
@@ -82,7 +82,7 @@ def test_a_column_of_a_file() -> None:
 
 
 def test_a_column_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match="no column tokens"):
+    with pytest.raises(SimConfigError, match="no column tokens"):
         FileLengths(str(DATA / "lengths.csv"), "tokens").draw(1, default_rng(0))
 
 

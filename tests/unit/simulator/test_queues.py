@@ -7,7 +7,7 @@ from llumnix.policy.decision_context import TERMS
 from llumnix.policy.queues import is_blocked
 from llumnix.policy.rebalance import Pair, room
 from llumnix.policy.rescheduler import PAPER, Pace
-from llumnix.simulator.arrivals import Arrivals
+from llumnix.simulator.arrivals import ArrivalProcess
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig, PolicyConfig
 from llumnix.simulator.fleet import Fleet
 from llumnix.simulator.run import simulate
@@ -45,7 +45,7 @@ def longest(monkeypatch: pytest.MonkeyPatch, dispatch: str, rule: str, pace: Pac
     monkeypatch.setattr(Fleet, "report", watched)
     workload = Workload(
         requests=300,
-        arrivals=Arrivals("gamma", rate=6.0, cv=3.0),
+        arrivals=ArrivalProcess("gamma", rate=6.0, cv=3.0),
         prompt="medium",
         output="medium",
         max_tokens=2900,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llumnix.simulator.errors import ConfigError
+from llumnix.simulator.errors import SimConfigError
 from llumnix.simulator.record import Record, encode, read, token_times, write
 from llumnix.simulator.result import Result
 from llumnix.simulator.summary import summarize
@@ -57,7 +57,7 @@ def test_times_of_tokens_are_right_to_a_microsecond(
 
 def test_times_of_tokens_may_be_left_out(tmp_path: Path) -> None:
     record = recorded(tmp_path / "run.json", result(), tokens=False)
-    with pytest.raises(ConfigError, match="without the times"):
+    with pytest.raises(SimConfigError, match="without the times"):
         token_times(record.requests[0])
 
 
@@ -85,10 +85,10 @@ def test_no_samples_and_no_requests(tmp_path: Path) -> None:
 )
 def test_a_file_that_is_none(tmp_path: Path, name: str, content: bytes, told: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(SimConfigError, match=told):
         read(tmp_path / name)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+    with pytest.raises(SimConfigError, match="cannot be read: No such file"):
         read(tmp_path / "a.json")

@@ -9,10 +9,10 @@ from llumnix.latency import PROFILES, LatencyProfile
 from llumnix.policy.classes import PriorityClass
 from llumnix.policy.decision_context import Thresholds
 from llumnix.policy.scaling import ScalingTerms
-from llumnix.simulator.arrivals import Arrivals
+from llumnix.simulator.arrivals import ArrivalProcess
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig, PolicyConfig
 from llumnix.simulator.cost import COSTS
-from llumnix.simulator.job import Job
+from llumnix.simulator.job import SimJob
 from llumnix.simulator.result import Result, Story
 from llumnix.simulator.run import Simulation, simulate
 from llumnix.simulator.workload import Workload, generate
@@ -24,10 +24,10 @@ TERMS = Thresholds(out_below=10, in_above=10)
 SCALING = ScalingTerms(low=20.0, high=60.0, period=1.0, cooldown=2.0, maximum=8)
 
 
-def jobs(requests: int = 200, seed: int = 1, rate: float = 6.0) -> list[Job]:
+def jobs(requests: int = 200, seed: int = 1, rate: float = 6.0) -> list[SimJob]:
     workload = Workload(
         requests=requests,
-        arrivals=Arrivals("gamma", rate=rate, cv=2.0),
+        arrivals=ArrivalProcess("gamma", rate=rate, cv=2.0),
         prompt="medium",
         output="short",
         priorities={-1: 0.1},
@@ -73,7 +73,7 @@ def test_the_same_seed_is_the_same_run() -> None:
 
 
 def test_a_request_alone_takes_what_the_profile_says() -> None:
-    (story,) = simulate(ClusterConfig(1), [Job(0, 1.0, prompt=1000, output=3)]).stories
+    (story,) = simulate(ClusterConfig(1), [SimJob(0, 1.0, prompt=1000, output=3)]).stories
     profile = PROFILES["llama-7b-a10"]
     assert story.prefill == pytest.approx(profile.step_seconds(1000, 0, 0))
     steps = [profile.step_seconds(0, 1, context) for context in (1001, 1002)]
@@ -86,7 +86,7 @@ def test_a_move_costs_its_downtime_and_the_destination_s_next_step() -> None:
     policy = PolicyConfig(
         dispatch="rr", rescheduling="llumnix", thresholds=Thresholds(40.0, 40.0), interval=0.5
     )
-    work = [Job(0, 0.0, 300, 200), Job(1, 0.01, 100, 2), Job(2, 0.02, 300, 200)]
+    work = [SimJob(0, 0.0, 300, 200), SimJob(1, 0.01, 100, 2), SimJob(2, 0.02, 300, 200)]
     result = simulate(ClusterConfig(2, engine, policy), work)
     moved = [story for story in result.stories if story.hops]
     assert len(moved) == 1
@@ -114,7 +114,7 @@ def test_a_class_with_headroom_is_served_sooner_than_the_rest() -> None:
 
 
 def test_several_dispatchers_know_their_own_requests_only() -> None:
-    burst = [Job(n, 0.0, 16, 2) for n in range(16)]
+    burst = [SimJob(n, 0.0, 16, 2) for n in range(16)]
     alone = simulate(ClusterConfig(4, policy=PolicyConfig()), burst)
     apart = simulate(ClusterConfig(4, policy=PolicyConfig(dispatchers=4)), burst)
     counts = [
@@ -137,5 +137,5 @@ def test_what_a_request_costs_beside_the_steps_delays_all_its_tokens_alike() -> 
     """The first token's wait grows by it, the time per further token does not."""
     profile = LatencyProfile(prefill_fixed=0.25, decode_fixed=0.125, outside=0.5)
     config = ClusterConfig(1, replace(CHUNKED, profile=profile))
-    (story,) = simulate(config, [Job(0, 0.0, 100, 3)]).stories
+    (story,) = simulate(config, [SimJob(0, 0.0, 100, 3)]).stories
     assert story.times.tolist() == [0.75, 0.875, 1.0]

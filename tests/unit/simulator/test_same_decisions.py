@@ -24,10 +24,10 @@ from llumnix.policy.decision_context import Thresholds
 from llumnix.policy.dispatch import Request
 from llumnix.policy.dispatch_state import DispatchBoard
 from llumnix.policy.rebalance import Pair
-from llumnix.policy.rescheduler import Order, Rescheduler
+from llumnix.policy.rescheduler import MoveOrder, Rescheduler
 from llumnix.policy.scaling import Decision, Scaler, ScalingTerms
 from llumnix.policy.select import TOGETHER
-from llumnix.simulator.arrivals import Arrivals
+from llumnix.simulator.arrivals import ArrivalProcess
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig, PolicyConfig
 from llumnix.simulator.run import Simulation
 from llumnix.simulator.workload import Workload, generate
@@ -53,7 +53,7 @@ class Dispatched(NamedTuple):
 class Rounded(NamedTuple):
     """A round of rescheduling has taken place, on the clock or as a view asked for it."""
 
-    orders: list[Order]
+    orders: list[MoveOrder]
     now: float
     urgent: ClusterView | None = None
 
@@ -124,7 +124,7 @@ def config(dispatch: str, rescheduling: str) -> ClusterConfig:
 def run(simulated: ClusterConfig) -> None:
     workload = Workload(
         requests=300,
-        arrivals=Arrivals("gamma", rate=5.0, cv=3.0),
+        arrivals=ArrivalProcess("gamma", rate=5.0, cv=3.0),
         prompt="medium",
         output="short",
         priorities={-1: 0.1},
@@ -134,7 +134,7 @@ def run(simulated: ClusterConfig) -> None:
     Simulation(simulated, jobs, lambda ended: None, SEED).run()
 
 
-def counts(order: Order) -> list[int]:
+def counts(order: MoveOrder) -> list[int]:
     """The commands of an order, and how many requests each is for."""
     return [order.moves] if order.pair.rule in TOGETHER else [1] * order.moves
 

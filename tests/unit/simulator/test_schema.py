@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llumnix.simulator.errors import ConfigError
+from llumnix.simulator.errors import SimConfigError
 from llumnix.simulator.schema import build
 
 
@@ -127,7 +127,7 @@ def test_everything_at_once() -> None:
     ],
 )
 def test_what_does_not_fit(given_: Any, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(SimConfigError, match=told):
         build(Outer, given_, "top")
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llumnix.simulator.errors import ConfigError
+from llumnix.simulator.errors import SimConfigError
 from llumnix.simulator.traces import FORMATS, Recorded, read_azure, read_lengths, read_mooncake
 
 DATA = Path(__file__).parent / "data"
@@ -21,7 +21,7 @@ def test_azure() -> None:
 def test_a_field_that_is_no_number_of_tokens_but_a_book(tmp_path: Path) -> None:
     file = tmp_path / "dump.csv"
     file.write_text("input_tokens,output_tokens\n" + "a" * 140_000 + ",1\n")
-    with pytest.raises(ConfigError, match=r"dump.csv, line 2 is no CSV: field larger than"):
+    with pytest.raises(SimConfigError, match=r"dump.csv, line 2 is no CSV: field larger than"):
         read_lengths(str(file))
 
 
@@ -48,7 +48,7 @@ def test_requests_come_in_order_of_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_missing_file_is_one_sentence(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"^nowhere\.csv cannot be read: No such file"):
+    with pytest.raises(SimConfigError, match=r"^nowhere\.csv cannot be read: No such file"):
         FORMATS[name].read("nowhere.csv")
 
 
@@ -67,5 +67,5 @@ def test_a_missing_file_is_one_sentence(name: str) -> None:
 def test_a_file_that_is_none(tmp_path: Path, name: str, text: str, told: str) -> None:
     file = tmp_path / "trace"
     file.write_text(text)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(SimConfigError, match=told):
         FORMATS[name].read(str(file))

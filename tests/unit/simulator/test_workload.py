@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llumnix.simulator.arrivals import Arrivals
-from llumnix.simulator.errors import ConfigError
+from llumnix.simulator.arrivals import ArrivalProcess
+from llumnix.simulator.errors import SimConfigError
 from llumnix.simulator.workload import Trace, Workload, generate
 
 DATA = Path(__file__).parent / "data"
-POISSON = Workload(300, Arrivals("poisson", 10), "medium", "long", priorities={-1: 0.1})
+POISSON = Workload(300, ArrivalProcess("poisson", 10), "medium", "long", priorities={-1: 0.1})
 MOONCAKE = Trace(str(DATA / "mooncake.jsonl"), "mooncake")
 
 
@@ -33,7 +33,7 @@ def test_requests_are_numbered_in_the_order_of_arrival() -> None:
 @pytest.mark.parametrize(
     "changed, kept",
     [
-        ({"arrivals": Arrivals("gamma", 99, 4)}, ("prompt", "output", "priority")),
+        ({"arrivals": ArrivalProcess("gamma", 99, 4)}, ("prompt", "output", "priority")),
         ({"output": "short"}, ("at", "prompt", "priority")),
         ({"prompt": 17}, ("at", "output", "priority")),
         ({"priorities": {-1: 0.5}}, ("at", "prompt", "output")),
@@ -65,7 +65,7 @@ def test_nothing_is_too_long(limit: int, too_long: Any, seed: int) -> None:
     longer = [job for job in whole if job.prompt + job.output > limit]
     limited = replace(POISSON, max_tokens=limit, too_long=too_long)
     if len(longer) == len(whole) and too_long == "resample":
-        with pytest.raises(ConfigError, match="max_tokens"):
+        with pytest.raises(SimConfigError, match="max_tokens"):
             generate(limited, seed)
         return
     jobs, count = generate(limited, seed)
@@ -78,7 +78,7 @@ def test_nothing_is_too_long(limit: int, too_long: Any, seed: int) -> None:
 
 
 def test_a_cut_takes_the_output_first() -> None:
-    wide = Workload(1, Arrivals("burst"), 90, 30, max_tokens=100)
+    wide = Workload(1, ArrivalProcess("burst"), 90, 30, max_tokens=100)
     assert generate(wide, 0).jobs[0][2:4] == (90, 10)
     assert generate(replace(wide, prompt=300), 0).jobs[0][2:4] == (99, 1)
 
@@ -103,18 +103,18 @@ def test_a_cut_prompt_keeps_the_hashes_of_its_blocks() -> None:
 
 def test_lengths_of_a_trace_with_other_arrivals() -> None:
     lengths = Trace(str(DATA / "lengths.csv"), "lengths")
-    jobs = generate(Workload(5, Arrivals("uniform", 10), trace=lengths), 0).jobs
+    jobs = generate(Workload(5, ArrivalProcess("uniform", 10), trace=lengths), 0).jobs
     assert [(job.prompt, job.output) for job in jobs[:2]] == [(34, 244), (17, 71)]
     assert jobs[1].at == 0.1
 
 
 def test_more_than_a_trace_has() -> None:
-    with pytest.raises(ConfigError, match="has 12 requests, not 13"):
+    with pytest.raises(SimConfigError, match="has 12 requests, not 13"):
         generate(Workload(13, trace=MOONCAKE), 0)
 
 
 def test_a_name_of_nothing() -> None:
-    with pytest.raises(ConfigError, match="prompt is 'tall', and must be of"):
+    with pytest.raises(SimConfigError, match="prompt is 'tall', and must be of"):
         generate(replace(POISSON, prompt="tall"), 0)
 
 
@@ -137,6 +137,6 @@ def test_too_much_or_too_little(changed: dict[str, Any], named: str) -> None:
 
 def test_times_of_a_trace_come_from_one_place() -> None:
     with pytest.raises(ValueError, match="exclude each other"):
-        Workload(arrivals=Arrivals("burst"), trace=replace(MOONCAKE, rate=1.0))
+        Workload(arrivals=ArrivalProcess("burst"), trace=replace(MOONCAKE, rate=1.0))
     with pytest.raises(ValueError, match="arrivals is missing"):
         Workload(trace=Trace("a.csv", "lengths"))
