@@ -100,8 +100,8 @@ class Stage:
         self.device = device
         self.exchange = exchange
         self.instances = sorted(exchange.hosted)
-        self.client = ClusterClient(exchange, self._dispatch, len(self.instances))
-        self.client.on_failure = lambda request_id, reason, refused: self._fail(request_id, reason)
+        self.client = ClusterClient(exchange, self, len(self.instances))
+        self.client.bind(lambda request_id, reason, refused: self._fail(request_id, reason))
         self._migrations = migrations
         self._streams: dict[str, Stream] = {}
         self._turn = 0
@@ -112,7 +112,7 @@ class Stage:
         stream = Stream(request, instance or self.instances[self._turn % 2])
         self._streams[request.request_id] = stream
         self.client.ledger.open(request.request_id, request)
-        self.client._spawn(self.client._place(request.request_id))
+        self.client._tasks.spawn(self.client._place(request.request_id))
         return stream
 
     async def end(self, stream: Stream) -> None:
@@ -194,7 +194,19 @@ class Stage:
         if (stream := self._streams.get(request_id)) is not None:
             stream.fail(reason)
 
-    async def _dispatch(self, tokens: int, priority: int, avoid: frozenset[str]) -> Route:
+    def ready(self) -> dict[str, str]:
+        """For the client, whose dispatcher this is: where requests may run."""
+        return dict.fromkeys(self.instances, NODE)
+
+    def awaited(self) -> bool:
+        """None starts later."""
+        return False
+
+    def undo(self, route: Route) -> None:
+        """Nothing counts what it has sent."""
+
+    async def decide(self, tokens: int, priority: int, avoid: frozenset[str]) -> Route:
+        """Each request to the instance that its stream is for."""
         waiting = [
             s for i, s in self._streams.items() if (e := self.client.ledger.get(i)) and not e.owner
         ]
@@ -250,9 +262,9 @@ async def make_stage(
             log = Path(os.environ.get("LLUMNIX_BENCH_LOGS", folder)) / f"{name}.log"
             placement = place(config, slot, 2)
             engine = VllmEngine(name, config, placement, log, Patience(seconds), meet)
-            hosted.append(HostedInstance(engine, slot, home))
+            hosted.append(HostedInstance(engine, slot, home, on_load=lambda: None))
         try:
-            await asyncio.gather(*(h.start() for h in hosted))
+            await asyncio.gather(*(h.start(on_death=lambda reason: None) for h in hosted))
             exchange.hosted |= {h.id: h for h in hosted}
             rules = Rules(Limits(within=30.0), "low", Terms())
             view = _view(hosted)

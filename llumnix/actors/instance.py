@@ -181,9 +181,8 @@ class InstanceActor(Actor):
             self._proxy.went_down.defer(start, self._unexpected(error))
             return
         self._hosted = hosted
-        hosted.on_death = lambda reason: self._send(self._bury(hosted, start, reason))
         try:
-            facts = await hosted.start()
+            facts = await hosted.start(lambda reason: self._send(self._bury(hosted, start, reason)))
         except EngineError as error:
             await self._bury(hosted, start, str(error))
         except Exception as error:

@@ -12,8 +12,9 @@ from llumnix.dataplane.hosted_request import Tenant
 class Order:
     """The requests of one engine: its batch, and its queue."""
 
-    def __init__(self) -> None:
-        self.by_priority = False  # whether the engine's queue goes by priority first
+    def __init__(self, by_priority: bool = False) -> None:
+        """`by_priority`: whether the engine's queue goes by priority first."""
+        self._by_priority = by_priority
         self.queue: list[Tenant] = []  # in the order in which they are to run
         self._batch: dict[str, Tenant] = {}  # by name, in the order in which they were admitted
 
@@ -45,12 +46,12 @@ class Order:
 
     def _least(self) -> str:
         """Who is preempted: the last admitted, or by priority the least urgent."""
-        if self.by_priority:
+        if self._by_priority:
             return max(self._batch, key=lambda name: self._batch[name].urgency())
         return next(reversed(self._batch))
 
     def _wait(self, tenant: Tenant, first: bool) -> None:
-        if self.by_priority:
+        if self._by_priority:
             self.queue.append(tenant)
             self.queue.sort(key=Tenant.urgency)
         elif first:

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 
 from llumnix.cluster import InstanceId
+from llumnix.tasks import TaskSet
 
 
 class Cancels:
@@ -16,7 +17,7 @@ class Cancels:
         self._cancel = cancel
         self._pending: dict[InstanceId, list[str]] = {}
         self._next: asyncio.Task[None] | None = None  # sends what is pending
-        self._sending: set[asyncio.Task[None]] = set()  # kept: a loop holds its tasks weakly
+        self._sending = TaskSet()
 
     def add(self, requests: Iterable[tuple[InstanceId, str]]) -> asyncio.Task[None]:
         """End requests, each at its instance; what is returned is done when that has been sent.
@@ -26,9 +27,7 @@ class Cancels:
         for instance, request_id in requests:
             self._pending.setdefault(instance, []).append(request_id)
         if self._next is None:
-            self._next = asyncio.get_running_loop().create_task(self._send())
-            self._sending.add(self._next)
-            self._next.add_done_callback(self._sending.discard)
+            self._next = self._sending.spawn(self._send(), name="cancels")
         return self._next
 
     async def _send(self) -> None:

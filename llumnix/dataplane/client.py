@@ -7,10 +7,8 @@ entered into the ledger, and whatever comes back passes the ledger before the fr
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
-from typing import Any
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.metrics.stats import SchedulerStats
@@ -20,12 +18,15 @@ from llumnix.dataplane.cancels import Cancels
 from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.frames import HandOver, Lost, News
 from llumnix.dataplane.hosted_request import TRIAL_TOKENS
+from llumnix.dataplane.interruptions import Interruptions
 from llumnix.dataplane.ledger import Entry, Ledger, Verdict
-from llumnix.dataplane.placer import CRASHES, DEATHS, Dispatch, Placer, Route
+from llumnix.dataplane.placer import CRASHES, DEATHS, Dispatcher, Placer, Route
 from llumnix.dataplane.resumability import NO_RESUME, why_pinned
 from llumnix.dataplane.utilities import UtilityCalls
 from llumnix.dataplane.waiting import WaitLimits
 from llumnix.engine.base import EngineError
+from llumnix.late import Late
+from llumnix.tasks import TaskSet
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +34,9 @@ logger = logging.getLogger(__name__)
 _DISOWNED = (Verdict.STALE, Verdict.UNKNOWN)
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
-    """A request that was handed over to a new owner, which has not answered yet."""
-
-    began: float  # monotonic
-    epoch: int  # that it has there
+# Told of a request that has to end: its id, one sentence, and the status that fits, 400 if no
+# engine can run it, 500 if it is not to be sent again, 503 if it may be.
+OnFailure = Callable[[str, str, HTTPStatus], None]
 
 
 class Resources:
@@ -53,38 +51,40 @@ class ClusterClient(UtilityCalls):
     def __init__(
         self,
         exchange: Exchange,
-        dispatch: Dispatch,
+        dispatcher: Dispatcher,
         slots: int,
         limits: WaitLimits | None = None,
-        resumes: bool = True,  # whether the engines can go on with a request that has begun
+        resumes: bool = True,
+        interruptions: Interruptions | None = None,
+        on_open: Sequence[Callable[[EngineCoreRequest], None]] = (),
+        on_close: Sequence[Callable[[str], None]] = (),
     ) -> None:
+        """`resumes`: whether the engines can go on with a request that has begun. `on_open`: called
+        for each request of the frontend, in its handler's context, in this order; `on_close`: with
+        the id of each of them once it has ended, however it has."""
         super().__init__(exchange)
         self.resources = Resources()
         # One engine label for each slot of this node in vLLM's metrics, the last for other nodes.
         self.engine_ranks_managed = list(range(slots + 1))
         self.ledger = Ledger()
+        self.interruptions = interruptions or Interruptions()
         self._elsewhere = slots
         self._resumes = resumes
-        self.placer = Placer(self.ledger, exchange, dispatch, self, limits or WaitLimits())
+        self._dispatcher = dispatcher
+        self.placer = Placer(
+            self.ledger, exchange, dispatcher, limits or WaitLimits(), self.interruptions
+        )
         self._cancels = Cancels(self.placer.cancel)
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
-        self._tasks: set[asyncio.Task[None]] = set()
-        # Called for a request that has to end: its id, one sentence, and the status that fits, 400
-        # if no engine can run it, 500 if it is not to be sent again, 503 if it may be.
-        self.on_failure: Callable[[str, str, HTTPStatus], None] = lambda *failure: None
-        # Called for each request of the frontend, in its handler's context, in this order.
-        self.on_open: list[Callable[[EngineCoreRequest], None]] = []
-        # Called with the id of each of them once it has ended, however it has.
-        self.on_close: list[Callable[[str], None]] = []
-        # Called with the seconds that a move has interrupted a stream of tokens.
-        self.on_gap: Callable[[float], None] = lambda seconds: None
-        # Called with the seconds from the loss of an owner to the next token.
-        self.on_failover: Callable[[float], None] = lambda seconds: None
-        self._moving: dict[str, Move] = {}
-        self._homeless = self.placer.homeless
-        exchange.on_outputs = self.deliver
-        exchange.on_node_lost.append(self._on_node_lost)
-        exchange.on_node_found = self.placer.trust_node
+        self._tasks = TaskSet()
+        self._on_open = on_open
+        self._on_close = on_close
+        self._on_failure: Late[OnFailure] = Late("frontend")
+        exchange.bind(self)
+
+    def bind(self, on_failure: OnFailure) -> None:
+        """Have the frontend that stands above this client told of requests that have to end."""
+        self._on_failure.bind(on_failure)
 
     @property
     def node(self) -> NodeId:
@@ -94,7 +94,7 @@ class ClusterClient(UtilityCalls):
     @property
     def instances(self) -> Mapping[InstanceId, NodeId]:
         """The instances that are ready, wherever they are."""
-        return self.placer.instances()
+        return self._dispatcher.ready()
 
     # ---- what vLLM's frontend calls ----
 
@@ -107,11 +107,11 @@ class ClusterClient(UtilityCalls):
             request.lora_request = self._adapters.shared(request.lora_request)
         self.ledger.open(request.request_id, request)
         if getattr(request, "abort_immediately", False):  # which newer versions of vLLM have
-            self._spawn(self._pass_on(request.request_id))
+            self._tasks.spawn(self._pass_on(request.request_id))
             return
-        for call in self.on_open:
+        for call in self._on_open:
             call(request)
-        self._spawn(self._place(request.request_id))
+        self._tasks.spawn(self._place(request.request_id))
 
     async def _pass_on(self, request_id: str) -> None:
         """Show an engine's KV connector a request that was refused; no output will end it."""
@@ -129,8 +129,7 @@ class ClusterClient(UtilityCalls):
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Nothing to end here: engines and links have other owners."""
-        for task in self._tasks:
-            task.cancel()
+        self._tasks.cancel()
 
     def dp_engines_running(self) -> bool:
         """Whether any request is open."""
@@ -154,6 +153,7 @@ class ClusterClient(UtilityCalls):
             self._hand_over(frame)
             return
         accepted = []
+        interrupted = self.interruptions.any
         unwanted: list[tuple[str, int]] = []
         for output, epoch, position in zip(
             frame.outputs, frame.epochs, frame.positions, strict=True
@@ -162,10 +162,8 @@ class ClusterClient(UtilityCalls):
             verdict = self.ledger.accept(request_id, epoch, position, output.new_token_ids)
             if verdict is Verdict.ACCEPTED:
                 accepted.append(output)
-                if self._moving and (move := self._moving.pop(request_id, None)) and position:
-                    self.on_gap(time.monotonic() - move.began)
-                if self._homeless and (since := self._homeless.pop(request_id, None)) and position:
-                    self.on_failover(time.monotonic() - since)
+                if interrupted:
+                    self.interruptions.answered(request_id, position)
                 if output.finish_reason is not None:
                     self._close(request_id)
             elif verdict in _DISOWNED:
@@ -185,6 +183,10 @@ class ClusterClient(UtilityCalls):
             )
 
     # ---- placing and replacing ----
+
+    def node_found(self, node: NodeId) -> None:
+        """There is a new connection to a node."""
+        self.placer.trust_node(node)
 
     async def _place(self, request_id: str, reason: str = "") -> None:
         """Send a request to an instance; whatever goes wrong, its client hears of it."""
@@ -209,15 +211,13 @@ class ClusterClient(UtilityCalls):
         if entry is not None and entry.epoch == frame.epoch and entry.owner == frame.instance:
             route = Route(frame.destination, frame.node, 0)
             epoch = self.placer.claim(request_id, route)
-            former = self._moving.get(request_id)
-            began = former.began if former else time.monotonic()
-            self._moving[request_id] = Move(began, epoch)
-            self._spawn(self._resume_at(request_id, entry, route, epoch))
+            self.interruptions.moved(request_id, epoch)
+            self._tasks.spawn(self._resume_at(request_id, entry, route, epoch))
             return
         self.ledger.dropped[Verdict.STALE] += 1
         if entry is None or entry.owner != frame.destination:  # which waits for it in vain
-            self.placer.nodes.setdefault(frame.destination, frame.node)
-            self._spawn(self.placer.cancel(frame.destination, [request_id]))
+            self.placer.learn(frame.destination, frame.node)
+            self._tasks.spawn(self.placer.cancel(frame.destination, [request_id]))
 
     async def _resume_at(self, request_id: str, entry: Entry, route: Route, epoch: int) -> None:
         """Resume a request where its former owner wants it, or else wherever it can."""
@@ -229,11 +229,12 @@ class ClusterClient(UtilityCalls):
             logger.warning("request %s could not move: %s", request_id, failure)
             await self._place(request_id, failure)
 
-    def _on_node_lost(self, node: NodeId, reason: str) -> None:
+    def node_lost(self, node: NodeId, reason: str) -> None:
+        """All that ran at a node goes on elsewhere."""
         self.placer.suspect_node(node)
-        for instance in [i for i, n in self.placer.nodes.items() if n == node]:
+        for instance in self.placer.tried_at(node):
             for request_id, entry in self.ledger.owned_by(instance):
-                self._homeless.pop(request_id, None)  # it was at home there
+                self.interruptions.found(request_id)
                 self._lost(request_id, entry.epoch, Lost(instance, [], [], reason))
 
     def _lost(self, request_id: str, epoch: int, lost: Lost) -> None:
@@ -246,13 +247,12 @@ class ClusterClient(UtilityCalls):
         entry = self.ledger.get(request_id)
         if entry is None or entry.epoch != epoch or entry.owner is None:
             return
-        move = self._moving.get(request_id)
-        came = move is not None and move.epoch == epoch
+        came = self.interruptions.moves_to(request_id, epoch)
         died = lost.died and not came
         if died and entry.deaths >= DEATHS and (lost.together or entry.gained >= TRIAL_TOKENS):
             # It has passed a trial that took longer than others waited for it; or another API
             # server's suspect was on trial there too, and it is tried once more.
-            entry.deaths -= 1
+            entry.clear()
         entry.deaths += died
         entry.crashes += died
         reason = lost.reason
@@ -272,11 +272,10 @@ class ClusterClient(UtilityCalls):
             logger.warning(
                 "request %s goes on elsewhere at token %d: %s", request_id, entry.position, reason
             )
-            if died:  # else it was refused, and has looked for an instance since its last loss
-                self._homeless[request_id] = time.monotonic()
-            self._homeless.setdefault(request_id, time.monotonic())
+            # One that was refused has looked for an instance since its last loss.
+            self.interruptions.lost(request_id, anew=died)
             self.ledger.release(request_id)
-            self._spawn(self._place(request_id, reason))
+            self._tasks.spawn(self._place(request_id, reason))
 
     def _why_pinned(self, entry: Entry) -> str | None:
         return why_pinned(entry.request) if self._resumes else NO_RESUME
@@ -284,14 +283,13 @@ class ClusterClient(UtilityCalls):
     def _disown(self, instance: InstanceId, unwanted: list[tuple[str, int]]) -> None:
         """Outputs that nobody wants have an orphan behind them: end it where it runs."""
         ids, epochs = map(list, zip(*unwanted, strict=True))
-        self._spawn(self.placer.cancel(instance, ids, epochs))
+        self._tasks.spawn(self.placer.cancel(instance, ids, epochs))
 
     def _close(self, request_id: str) -> Entry | None:
-        self._moving.pop(request_id, None)
-        self._homeless.pop(request_id, None)
+        self.interruptions.ended(request_id)
         entry = self.ledger.close(request_id)
         if entry is not None:
-            for call in self.on_close:
+            for call in self._on_close:
                 call(request_id)
         return entry
 
@@ -300,12 +298,7 @@ class ClusterClient(UtilityCalls):
     ) -> None:
         if self._close(request_id) is not None:
             logger.error("request %s ended: %s", request_id, reason)
-            self.on_failure(request_id, reason, status)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+            self._on_failure()(request_id, reason, status)
 
 
 def _in_our_time(outputs: list[EngineCoreOutput], timestamp: float) -> float:

@@ -6,7 +6,7 @@ An instance of this node is called directly, any other one over the peer link to
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from llumnix.cluster import InstanceId, NodeId
 from llumnix.dataplane.frames import (
@@ -15,7 +15,6 @@ from llumnix.dataplane.frames import (
     Frame,
     HandOver,
     Lost,
-    News,
     Outputs,
     Reply,
     Submit,
@@ -24,6 +23,8 @@ from llumnix.dataplane.hosted_instance import HostedInstance
 from llumnix.dataplane.hosted_request import Origin
 from llumnix.dataplane.peer import Link, Peers
 from llumnix.engine.base import EngineDead, EngineError
+from llumnix.late import Late
+from llumnix.tasks import TaskSet
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,16 @@ CALLABLE_BY_PEERS = frozenset(
 Procedure = Callable[..., Awaitable[Any]]
 
 
+class Home(Origin, Protocol):
+    """The API server of a node: it gets what comes for its requests, and hears of other nodes."""
+
+    def node_lost(self, node: NodeId, reason: str) -> None:
+        """The connection to a node has ended, for this reason."""
+
+    def node_found(self, node: NodeId) -> None:
+        """There is a new connection to a node."""
+
+
 class Exchange:
     """Carries requests to instances, near and far; lives on the node's event loop."""
 
@@ -46,19 +57,21 @@ class Exchange:
         self.node = node
         self.hosted: dict[InstanceId, HostedInstance] = {}
         self.procedures: dict[str, Procedure] = {}
-        self.on_outputs: Callable[[News], None] = lambda frame: None
+        # Others than the node's API server that are told of a lost connection, and why.
         self.on_node_lost: list[Callable[[NodeId, str], None]] = []
-        self.on_node_found: Callable[[NodeId], None] = lambda node: None
+        self._home: Late[Home] = Late("API server")
         self._peers = peers
-        self._tasks: set[asyncio.Task[Any]] = set()
-        peers.on_frame = self._on_frame
-        peers.on_close = self._on_close
-        peers.on_open = lambda node: self.on_node_found(node)
+        self._tasks = TaskSet()
+        peers.bind(self)
 
-    async def submit(self, node: NodeId, home: Origin, frame: Submit) -> None:
-        """Have a request run. Raises EngineDead if its node can't be reached."""
+    def bind(self, home: Home) -> None:
+        """Serve the node's API server, which has to be there before anything is carried."""
+        self._home.bind(home)
+
+    async def submit(self, node: NodeId, frame: Submit) -> None:
+        """Have a request of this API server run. Raises EngineDead if its node can't be reached."""
         if node == self.node:
-            await self._submit(home, frame)
+            await self._submit(self._home(), frame)
         else:
             (await self._peers.link(node)).send(frame)
 
@@ -97,30 +110,36 @@ class Exchange:
 
     async def close(self) -> None:
         """End all links and tasks; the hosted instances are stopped by their owners."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
         await self._peers.close()
 
-    async def _on_frame(self, link: Link, frame: Frame) -> None:
+    async def take(self, link: Link, frame: Frame) -> None:
+        """Serve a frame that has come over a link."""
         match frame:
             case Outputs() | Lost() | HandOver():
-                self.on_outputs(frame)
+                self._home().deliver(frame)
             case Submit():
                 await self._submit(link, frame)
             case Cancel():
                 await self._cancel(frame)
             case Call():
                 # In a task of its own: a slow call must not hold up the frames behind it.
-                self._spawn(self._reply(link, frame))
+                self._tasks.spawn(self._reply(link, frame), name=f"reply-{frame.method}")
             case _:
                 logger.warning("ignored a %s from node %s", type(frame).__name__, link.node)
 
-    async def _on_close(self, link: Link) -> None:
+    def opened(self, node: NodeId) -> None:
+        """There is a new link to a node."""
+        self._home().node_found(node)
+
+    async def closed(self, link: Link) -> None:
+        """A link has ended, and so has all that came over it."""
         for hosted in list(self.hosted.values()):
             await hosted.evict(link)
+        reason = f"lost the connection to node {link.node}"
+        self._home().node_lost(link.node, reason)
         for tell in self.on_node_lost:
-            tell(link.node, f"lost the connection to node {link.node}")
+            tell(link.node, reason)
 
     async def _submit(self, origin: Origin, frame: Submit) -> None:
         hosted = self.hosted.get(frame.instance)
@@ -161,8 +180,3 @@ class Exchange:
             link.send(reply)
         except EngineError as error:
             link.send(Reply(frame.id, error=str(error)))
-
-    def _spawn(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

@@ -28,15 +28,24 @@ PRIORITIES = 64  # that a load report counts by number, the most frequent ones
 class HostedInstance:
     """An engine together with the requests it runs and the origins they came from."""
 
-    def __init__(self, engine: Engine, slot: int, home: Origin) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        slot: int,
+        home: Origin,
+        on_load: Callable[[], None],
+        by_priority: bool = False,
+    ) -> None:
+        """`home`: the API server of this node, which gets the engine's statistics. `on_load`: told
+        of each change of the load, cheaply. `by_priority`: whether the engine's queue goes by it.
+        """
         self.engine = engine
         self.slot = slot  # 0, 1, … on this node; the `engine` label of vLLM's own metrics
         self.facts: EngineFacts | None = None
         self.life = uuid.uuid4().hex[:8]  # of this engine; another one has the id after a restart
-        self.order = Order()  # in which they run, and wait
-        self.on_load: Callable[[], None] = lambda: None
-        self.on_death: Callable[[str], None] = lambda reason: None
-        self._home = home  # the API server of this node: it gets the engine's statistics
+        self.order = Order(by_priority)  # in which they run, and wait
+        self._on_load = on_load
+        self._home = home
         self._tenants: dict[str, Tenant] = {}  # by the id that the engine knows them by
         self._names: dict[str, str] = {}  # request id → that id
         self._received: dict[Origin, int] = {}  # the highest sequence number of each
@@ -70,9 +79,15 @@ class HostedInstance:
         name = self._names.get(request_id)
         return self._tenants[name] if name is not None else None
 
-    async def start(self) -> EngineFacts:
-        """Bring the engine up. Raises EngineError."""
-        self.facts = await self.engine.start(EngineEvents(self._on_outputs, self._on_death))
+    async def start(self, on_death: Callable[[str], None]) -> EngineFacts:
+        """Bring the engine up; `on_death` hears why if it dies. Raises EngineError."""
+
+        def died(reason: str) -> None:
+            self._dead = reason
+            self._lose_all(reason, died=True)
+            on_death(reason)
+
+        self.facts = await self.engine.start(EngineEvents(self._on_outputs, died))
         return self.facts
 
     async def stop(self, timeout: float) -> None:
@@ -123,7 +138,7 @@ class HostedInstance:
             logger.exception("instance %s cannot take request %r", self.id, request_id)
             reason = f"the request can't be given to an engine: {type(error).__name__}: {error}"
             self._refuse(name, reason, retry=False)
-        self.on_load()
+        self._on_load()
 
     def _tenant(self, name: str, origin: Origin, frame: Submit) -> Tenant:
         assert self.facts is not None
@@ -184,7 +199,7 @@ class HostedInstance:
             frame = HandOver(self.id, tenant.epoch, tenant.request_id, destination, node)
             tenant.origin.deliver(frame)
         if gone:
-            self.on_load()
+            self._on_load()
             await self.engine.abort([tenant.name for tenant in gone])
         return gone
 
@@ -206,7 +221,7 @@ class HostedInstance:
                 tenant.wake()
         if known and self._dead is None:
             await self.engine.abort(known)
-        self.on_load()
+        self._on_load()
 
     async def evict(self, origin: Origin) -> None:
         """End everything that came from an origin which is gone."""
@@ -306,12 +321,7 @@ class HostedInstance:
                 frames[self._home] = Outputs(self.id, step.timestamp, [], [], [])
         for origin, frame in frames.items():
             origin.deliver(frame, stats if origin is self._home else None)
-        self.on_load()
-
-    def _on_death(self, reason: str) -> None:
-        self._dead = reason
-        self._lose_all(reason, died=True)
-        self.on_death(reason)
+        self._on_load()
 
     def _take_out(self, name: str) -> Tenant | None:
         """It is not here any more; the engine may not know yet."""

@@ -36,6 +36,10 @@ class Entry:
     crashes: int = 0  # engines that died under it
     lost_by: set[InstanceId] = field(default_factory=set)  # owners not to be tried again
 
+    def clear(self) -> None:
+        """It was found innocent of one of its engines' deaths."""
+        self.deaths -= 1
+
     @property
     def gained(self) -> int:
         """How many tokens its last owner has generated."""

@@ -8,16 +8,16 @@ import ipaddress
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 from aiohttp import web
 
 from llumnix.cluster import NodeId
-from llumnix.dataplane.frames import AnyFrame, Codec, FrameError, Hello
-from llumnix.dataplane.peer_link import HEARTBEAT, MAX_FRAME, Link, OnFrame
+from llumnix.dataplane.frames import AnyFrame, Codec, Frame, FrameError, Hello
+from llumnix.dataplane.peer_link import HEARTBEAT, MAX_FRAME, Link
 from llumnix.dataplane.peer_proof import (
     PROOF,
     Door,
@@ -29,6 +29,8 @@ from llumnix.dataplane.peer_proof import (
     convinced,
 )
 from llumnix.engine.base import EngineDead
+from llumnix.late import Late
+from llumnix.tasks import TaskSet
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,19 @@ class Self:
     address: str  # at which the others dial it
     version: str
     life: str = field(default_factory=lambda: secrets.token_hex(8))
+
+
+class Receiver(Protocol):
+    """Takes what comes over links."""
+
+    async def take(self, link: Link, frame: Frame) -> None:
+        """Serve a frame; the next one of its link waits for that."""
+
+    def opened(self, node: NodeId) -> None:
+        """There is a new link to a node."""
+
+    async def closed(self, link: Link) -> None:
+        """A link has ended."""
 
 
 class Peers:
@@ -65,15 +80,17 @@ class Peers:
         self._links: dict[NodeId, Link] = {}
         self._running: set[Link] = set()  # with those beside: two nodes may dial at the same time
         self._dialling: dict[NodeId, asyncio.Lock] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet()
         self._session: aiohttp.ClientSession | None = None
         self._closed = False
         self._complaint = ""
         self._complained = float("-inf")
         self._readable = False  # whether it has been said that links can be read on their way
-        self.on_frame: OnFrame
-        self.on_close: Callable[[Link], Awaitable[None]]
-        self.on_open: Callable[[NodeId], None] = lambda node: None
+        self._receiver: Late[Receiver] = Late("receiver of frames")
+
+    def bind(self, receiver: Receiver) -> None:
+        """Give all frames to it; it has to be there before the first link is."""
+        self._receiver.bind(receiver)
 
     @property
     def open(self) -> int:
@@ -95,9 +112,7 @@ class Peers:
             except GreetingError as error:
                 self._complain(f"node {node} gets nothing: {error}")
                 raise EngineDead(f"node {node} does not answer: {error}") from error
-            task = asyncio.create_task(self._serve(link), name=f"peer-{node}")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks.spawn(self._serve(link), name=f"peer-{node}")
             return self._links[node]  # the one that is used from now on, if both have dialled
 
     async def accept(self, request: web.Request) -> web.StreamResponse:
@@ -123,7 +138,7 @@ class Peers:
         """Close every link and end every task; no link is opened again."""
         self._closed = True
         await asyncio.gather(*(link.close() for link in self._running))
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.wait()
         if self._session is not None:
             await self._session.close()
 
@@ -178,7 +193,7 @@ class Peers:
                 "change prompts and answers (--ssl-certfile, --ssl-keyfile, --ssl-ca-certs).",
                 *(link.node, host),
             )
-        self.on_open(link.node)
+        self._receiver().opened(link.node)
 
     def _complain(self, sentence: str) -> None:
         """Say it, but strangers must not fill the log."""
@@ -193,7 +208,7 @@ class Peers:
     async def _serve(self, link: Link) -> None:
         logger.info("connected to node %s", link.node)
         try:
-            await link.run(self.on_frame)
+            await link.run(self._receiver().take)
         finally:
             self._running.discard(link)
             if self._links.get(link.node) is link:
@@ -201,7 +216,7 @@ class Peers:
             # Requests may have come over either of two links: one that ends ends both.
             for twin in [other for other in self._running if _same_process(other, link)]:
                 await twin.close()
-            await self.on_close(link)
+            await self._receiver().closed(link)
             logger.info("the connection to node %s ended", link.node)
 
 

@@ -9,13 +9,15 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from llumnix.cluster import InstanceId, NodeId
 from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.frames import Cancel, Submit
-from llumnix.dataplane.hosted_request import TRIAL_TOKENS, Origin
+from llumnix.dataplane.hosted_request import TRIAL_TOKENS
+from llumnix.dataplane.interruptions import Interruptions
 from llumnix.dataplane.ledger import Entry, Ledger
 from llumnix.dataplane.suspects import Suspects
 from llumnix.dataplane.waiting import WaitingRoom, WaitLimits
@@ -42,9 +44,23 @@ class NoInstance(EngineError):
     """No instance of the cluster is ready to take a request."""
 
 
-# Decides for a request of so many prompt tokens and this priority, for none of these instances.
-# Raises NoInstance if there is no other.
-Dispatch = Callable[[int, int, frozenset[InstanceId]], Awaitable[Route]]
+class Dispatcher(Protocol):
+    """Chooses among the instances of the cluster, and knows which there are."""
+
+    def ready(self) -> Mapping[InstanceId, NodeId]:
+        """The instances that take requests, wherever they are."""
+
+    def awaited(self) -> bool:
+        """Whether an instance is starting that will take requests when it is up."""
+
+    async def decide(self, tokens: int, priority: int, avoid: frozenset[InstanceId]) -> Route:
+        """Choose for a request of so many tokens and this priority, none of those to avoid.
+
+        Raises NoInstance if there is no other.
+        """
+
+    def undo(self, route: Route) -> None:
+        """Forget a decision that came to nothing."""
 
 
 class Placer:
@@ -54,26 +70,20 @@ class Placer:
         self,
         ledger: Ledger,
         exchange: Exchange,
-        dispatch: Dispatch,
-        home: Origin,
+        dispatcher: Dispatcher,
         limits: WaitLimits,
+        interruptions: Interruptions,
     ) -> None:
         self._ledger = ledger
         self._exchange = exchange
-        self._dispatch = dispatch
-        self._home = home
+        self._dispatcher = dispatcher
         self._limits = limits
         self._suspects = Suspects()
         self._waiting = WaitingRoom()
         self._trials = asyncio.Lock()
-        self.homeless: dict[str, float] = {}  # since when (monotonic) a request has lost its owner
-        self.nodes: dict[InstanceId, NodeId] = {}  # of every instance that was ever tried
+        self._interruptions = interruptions
+        self._nodes: dict[InstanceId, NodeId] = {}  # of every instance that was ever tried
         self.dispatched: Counter[InstanceId] = Counter()
-        self.instances: Callable[[], Mapping[InstanceId, NodeId]] = dict
-        # Whether an instance is starting that will take requests when it is up.
-        self.awaited: Callable[[], bool] = lambda: False
-        # Called for a dispatch that came to nothing.
-        self.on_undelivered: Callable[[Route], None] = lambda route: None
 
     def instances_changed(self) -> None:
         """Have all requests that wait for an instance look again, the most urgent first."""
@@ -102,13 +112,13 @@ class Placer:
         async with self._trials:
             if self._ledger.get(request_id) is not entry:
                 return None  # it has ended while it waited for its trial
-            self.homeless[request_id] = time.monotonic()
+            self._interruptions.lost(request_id, anew=True)
             logger.warning(
                 "request %s has lost %d engines and is tried alone", request_id, entry.deaths
             )
             failure = await self._settle(request_id, entry, reason)
             if failure is None and await self._passes(request_id, entry):
-                entry.deaths -= 1
+                entry.clear()
             return failure
 
     async def give(self, request_id: str, entry: Entry, route: Route, epoch: int) -> str | None:
@@ -122,7 +132,7 @@ class Placer:
         suspect = entry.deaths >= DEATHS
         frame = Submit(route.instance, epoch, route.sequence, entry.request, tokens, suspect)
         try:
-            await self._exchange.submit(route.node, self._home, frame)
+            await self._exchange.submit(route.node, frame)
         except EngineError as error:
             if self._stands(request_id, entry, epoch):
                 self._ledger.release(request_id)
@@ -136,14 +146,22 @@ class Placer:
 
     def claim(self, request_id: str, route: Route) -> int:
         """Make an instance the owner of a request; the epoch in which it is."""
-        self.nodes[route.instance] = route.node
+        self._nodes[route.instance] = route.node
         return self._ledger.move(request_id, route.instance).epoch
+
+    def learn(self, instance: InstanceId, node: NodeId) -> None:
+        """Remember where an instance is, unless that is known."""
+        self._nodes.setdefault(instance, node)
+
+    def tried_at(self, node: NodeId) -> list[InstanceId]:
+        """The instances of a node that have been given requests."""
+        return [instance for instance, where in self._nodes.items() if where == node]
 
     async def cancel(
         self, instance: InstanceId, request_ids: list[str], epochs: list[int] | None = None
     ) -> None:
         """End requests at an instance, if `epochs` are given only up to those."""
-        node = self.nodes.get(instance) or self.instances().get(instance)
+        node = self._nodes.get(instance) or self._dispatcher.ready().get(instance)
         if node is None:
             return
         try:
@@ -152,25 +170,25 @@ class Placer:
             logger.info("nothing to cancel at %s: %s", instance, error)
 
     def _instances_of(self, node: NodeId) -> list[InstanceId]:
-        known = {**self.nodes, **self.instances()}
+        known = {**self._nodes, **self._dispatcher.ready()}
         return [instance for instance, where in known.items() if where == node]
 
     async def _settle(self, request_id: str, entry: Entry, reason: str) -> str | None:
-        wait = self._limits.begin(self.homeless.get(request_id, time.monotonic()))
+        wait = self._limits.begin(self._interruptions.since(request_id))
         waited = False
         while self._ledger.get(request_id) is entry:
             epoch = entry.epoch
             route = await self._find(entry, suspects_too=waited)
             if not self._stands(request_id, entry, epoch):  # cancelled meanwhile
                 if route is not None:
-                    self.on_undelivered(route)
+                    self._dispatcher.undo(route)
                 return None
-            if route is None and self.awaited():
+            if route is None and self._dispatcher.awaited():
                 wait.go_on(time.monotonic())
             left = wait.left(time.monotonic())
             if left <= 0:
                 if route is not None:
-                    self.on_undelivered(route)
+                    self._dispatcher.undo(route)
                 return f"{wait.sentence}; {reason}" if reason else wait.sentence
             if route is None:
                 await self._waiting.wait(entry.request.priority, entry.request.arrival_time, left)
@@ -181,7 +199,7 @@ class Placer:
             if failure is None:
                 self.dispatched[route.instance] += 1
                 return None
-            self.on_undelivered(route)
+            self._dispatcher.undo(route)
             reason = failure
             logger.warning("could not place request %s: %s", request_id, reason)
             if entry.owner is not None:
@@ -200,7 +218,7 @@ class Placer:
             choices += [frozenset(entry.lost_by), frozenset()]
         for avoid in dict.fromkeys(choices):
             with contextlib.suppress(NoInstance):
-                return await self._dispatch(tokens, entry.request.priority, avoid)
+                return await self._dispatcher.decide(tokens, entry.request.priority, avoid)
         return None
 
     async def _passes(self, request_id: str, entry: Entry) -> bool:

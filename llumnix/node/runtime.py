@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +16,6 @@ from prometheus_client import REGISTRY
 from pykka import ActorDeadError
 from vllm.config import VllmConfig
 
-from llumnix.actors.dispatcher import Dispatched
 from llumnix.actors.supervision import Supervision
 from llumnix.actors.supervisor import Surroundings
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceState, NodeId
@@ -26,23 +24,16 @@ from llumnix.dataplane.client import ClusterClient
 from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.hosted_instance import HostedInstance
 from llumnix.dataplane.peer import PATH, Peers, Self
-from llumnix.dataplane.placer import NoInstance, Route
 from llumnix.dataplane.waiting import WaitLimits
-from llumnix.metrics import (
-    DISPATCH_SECONDS,
-    FAILOVER_SECONDS,
-    MIGRATION_GAP_SECONDS,
-    NodeCollector,
-    Snapshot,
-)
+from llumnix.metrics import NodeCollector, Snapshot
 from llumnix.node.actor_system import Acting
 from llumnix.node.control_plane import ControlPlane
+from llumnix.node.dispatching import Dispatching
 from llumnix.node.engines import engine_maker, resumes
 from llumnix.node.frontend import Opening
 from llumnix.node.load_reports import LoadReporter
 from llumnix.node.policies import read_policies
 from llumnix.operator_tokens import write_token
-from llumnix.policy.dispatch_state import is_awaited, is_candidate
 from llumnix.policy.scaling import mean_freeness
 from llumnix.server import engine_requests
 from llumnix.server.access import AccessRules
@@ -166,31 +157,29 @@ class Node:
         me = Self(config.node, config.advertise_address, VERSION)
         self._peers = Peers(me, self._control.token, self._address_of, ssl)
         self._exchange = Exchange(config.node, self._peers)
+        self._dispatching = Dispatching(lambda: self.view, self._acting)
+        root = self._arguments.root_path or ""
+        admission = Admission(config.max_requests, config.max_prompt_tokens, root)
+        priorities = Priorities(self._policies.terms.classes)
         self._client = ClusterClient(
-            *(self._exchange, self._route, config.max_instances),
+            self._exchange,
+            self._dispatching,
+            config.max_instances,
             limits=WaitLimits(config.failover_timeout, config.start_timeout),
             resumes=resumes(config, self._vllm_config),
+            on_open=(priorities.enter, admission.enter, engine_requests.enter),
+            on_close=(admission.leave,),
         )
-        self._client.placer.instances = self._ready
-        self._client.placer.awaited = self._awaited
-        self._client.placer.on_undelivered = self._undo
-        self._client.on_gap = MIGRATION_GAP_SECONDS.observe
-        self._client.on_failover = FAILOVER_SECONDS.observe
         self._reporter = LoadReporter(
             self._exchange.hosted.values, self._control.registry.report_loads
         )
         self._opening = Opening(
             *(self._arguments, self._vllm_config, self._client, self._exchange.hosted),
-            *(lambda: self.view, self._ready),
+            *(lambda: self.view, self._dispatching.ready),
         )
         self._opening.on_try = lambda: self._acting.supervise.notify("announce_all")
         self._opening.on_open = self._opened
         self._gateway = Gateway(lambda: self._opening.frontend, self.standing, door.routes)
-        root = self._arguments.root_path or ""
-        admission = Admission(config.max_requests, config.max_prompt_tokens, root)
-        priorities = Priorities(self._policies.terms.classes)
-        self._client.on_open += [priorities.enter, admission.enter, engine_requests.enter]
-        self._client.on_close.append(admission.leave)
         warnings = self._control.alarms.now
         admin = Admin(config.node, self.standing, self._view_and_age, self._fault, warnings)
         moves = Moves(lambda: self._acting.migrations)
@@ -244,7 +233,10 @@ class Node:
         if self._config.migration:
             self._acting.migrations.look()
         if self._opening.frontend is not None:
-            self.standing.serving, self.standing.awaiting = bool(self._ready()), self._awaited()
+            self.standing.serving, self.standing.awaiting = (
+                bool(self._dispatching.ready()),
+                self._dispatching.awaited(),
+            )
             self.standing.sentence = "no instance is ready"
 
     def _opened(self) -> None:
@@ -263,29 +255,17 @@ class Node:
             self._loop.call_soon_threadsafe(self._look, self.view)
         self._control.registry.announce_instance(info)
 
-    async def _route(self, tokens: int, priority: int, avoid: frozenset[InstanceId]) -> Route:
-        began = time.perf_counter()
-        try:
-            decision: Dispatched | None = await self._acting.dispatch.decide(
-                tokens, priority, avoid
-            )
-        except (ActorDeadError, TimeoutError) as error:
-            raise NoInstance("the dispatcher does not answer, or is being started again") from error
-        DISPATCH_SECONDS.observe(time.perf_counter() - began)
-        if decision is None:
-            raise NoInstance("no instance is ready")
-        return Route(decision.instance, decision.node, decision.sequence)
-
     def _give_up(self, sentence: str) -> None:
         self._loop.call_soon_threadsafe(self._supervision.give_up, sentence)
 
-    def _undo(self, route: Route) -> None:
-        self._acting.dispatch.notify("undo", route.instance, route.sequence)
-
     def _host(self, instance: InstanceId, slot: int) -> HostedInstance:
-        hosted = HostedInstance(self._make_engine(instance, slot), slot, self._client)
-        hosted.on_load = self._reporter.changed
-        hosted.order.by_priority = self._vllm_config.scheduler_config.policy == "priority"
+        hosted = HostedInstance(
+            self._make_engine(instance, slot),
+            slot,
+            self._client,
+            self._reporter.changed,
+            by_priority=self._vllm_config.scheduler_config.policy == "priority",
+        )
         self._exchange.hosted[instance] = hosted
         return hosted
 
@@ -300,14 +280,6 @@ class Node:
     def _address_of(self, node: NodeId) -> str | None:
         info = self.view.nodes.get(node)
         return info.address if info else None
-
-    def _ready(self) -> dict[InstanceId, NodeId]:
-        view = self.view
-        return {i.id: i.node for i in view.instances.values() if is_candidate(view, i)}
-
-    def _awaited(self) -> bool:
-        view = self.view
-        return any(is_awaited(view, i) for i in view.instances.values())
 
     def _fault(self) -> str:
         """What has died or hangs of the parts that nothing restarts; empty if nothing."""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from llumnix.metrics import CLOSED
 from llumnix.server.log_throttle import Seldom
+from llumnix.tasks import TaskSet
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class Acceptor:
         self._context = context
         self._timeout = handshake_timeout
         self._sockets: list[socket.socket] = []
-        self._greeting: dict[asyncio.Task[None], None] = {}  # the oldest first
+        self._greeting = TaskSet()
         self._poor = Seldom(logger, "no descriptor for a new connection (%d times)")
 
     def listen(self, server: asyncio.AbstractServer, backlog: int) -> None:
@@ -58,9 +59,8 @@ class Acceptor:
         """End the handshakes too."""
         self.refuse_new()
         if self._context is not None:  # else they are over at once
-            for task in self._greeting:
-                task.cancel()
-        await asyncio.gather(*self._greeting, return_exceptions=True)
+            self._greeting.cancel()
+        await self._greeting.wait()
 
     def _watch(self, listening: socket.socket) -> None:
         if listening in self._sockets:
@@ -80,14 +80,10 @@ class Acceptor:
                 loop.call_later(PAUSE, self._watch, listening)
                 return
             accepted.setblocking(False)
-            task = loop.create_task(self._greet(accepted))
-            self._greeting[task] = None
-            task.add_done_callback(lambda task: self._greeting.pop(task, None))
+            self._greeting.spawn(self._greet(accepted))
             if self._context is not None and len(self._greeting) > GREETING:
                 CLOSED.labels("handshake").inc()
-                oldest = next(iter(self._greeting))
-                del self._greeting[oldest]
-                oldest.cancel()
+                self._greeting.drop_oldest()
 
     async def _greet(self, accepted: socket.socket) -> None:
         timeout = self._timeout if self._context is not None else None

@@ -65,7 +65,7 @@ class Frontend:
                 usage_context=UsageContext.OPENAI_API_SERVER,
             )
         self._stack.callback(llm.shutdown)
-        self._client.on_failure = self._fail
+        self._client.bind(self._fail)
         tasks = facts.tasks
         # It has documents scored where the embedding of their query is: in one engine's worker.
         self._arguments.enable_flash_late_interaction = False

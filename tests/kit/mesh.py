@@ -18,6 +18,7 @@ from vllm.v1.engine import EngineCoreOutput
 from llumnix.dataplane.client import ClusterClient
 from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.hosted_instance import HostedInstance
+from llumnix.dataplane.interruptions import Interruptions
 from llumnix.dataplane.peer import PATH, Peers, Self
 from llumnix.dataplane.placer import NoInstance, Route
 from llumnix.dataplane.waiting import WaitLimits
@@ -88,9 +89,17 @@ class MeshNode:
         self.exchange = Exchange(name, self.peers)
         self.target: str | None = None  # the instance that every request is sent to
         self.dispatch: Callable[..., Awaitable[Route]] = self._dispatch
-        self.client = ClusterClient(self.exchange, self._decide, 4, WaitLimits(FAILOVER_SECONDS))
-        self.client.placer.instances = lambda: mesh.instances
-        self.client.on_failure = self._failed
+        self.known = mesh.instances  # the instances that it takes for ready, and their nodes
+        self.awaited = False  # whether it sees one start
+        self.gaps: list[float] = []  # in seconds, that moves have interrupted streams
+        self.client = ClusterClient(
+            self.exchange,
+            MeshDispatcher(self),
+            4,
+            WaitLimits(FAILOVER_SECONDS),
+            interruptions=Interruptions(on_gap=self.gaps.append),
+        )
+        self.client.bind(self._failed)
         self.streams: dict[str, Stream] = {}
         self._sequence = itertools.count(1)
         self._runner = web.AppRunner(self._app(), handler_cancellation=True, shutdown_timeout=0.5)
@@ -118,9 +127,10 @@ class MeshNode:
         """Start an instance here; the first of the mesh becomes everybody's target."""
         slot = len(self.hosted)
         instance = f"{self.name}-{slot}"
-        hosted = HostedInstance(engine or SimEngine(instance, config, clock), slot, self.client)
+        made = engine or SimEngine(instance, config, clock)
+        hosted = HostedInstance(made, slot, self.client, on_load=lambda: None)
         self.hosted[instance] = hosted
-        await hosted.start()
+        await hosted.start(on_death=lambda reason: None)
         self._mesh.instances[instance] = self.name
         for node in self._mesh.nodes.values():
             node.target = node.target or instance
@@ -168,10 +178,6 @@ class MeshNode:
         app.router.add_get(PATH, self.peers.accept)
         return app
 
-    async def _decide(self, *arguments: Any) -> Route:
-        self.decisions += 1
-        return await self.dispatch(*arguments)
-
     async def _dispatch(self, tokens: int, priority: int, avoid: frozenset[str]) -> Route:
         instance = self.target
         if instance is None or instance in avoid:
@@ -199,6 +205,26 @@ class MeshNode:
         stream = self.streams[request_id]
         assert not stream.ended, "a failure behind the end"
         stream.failure = reason
+
+
+class MeshDispatcher:
+    """Decides as the node's test says."""
+
+    def __init__(self, node: MeshNode) -> None:
+        self._node = node
+
+    def ready(self) -> dict[str, str]:
+        return self._node.known
+
+    def awaited(self) -> bool:
+        return self._node.awaited
+
+    async def decide(self, tokens: int, priority: int, avoid: frozenset[str]) -> Route:
+        self._node.decisions += 1
+        return await self._node.dispatch(tokens, priority, avoid)
+
+    def undo(self, route: Route) -> None:
+        """Nothing counts what it has sent."""
 
 
 class Mesh:

@@ -25,8 +25,7 @@ everywhere = pytest.mark.parametrize("where", LAYOUTS)
 async def test_it_moves(controls: dict[str, Control], keys: Keys, where: str) -> None:
     """Nothing goes wrong: the yardstick for all that follows."""
     async with scene(controls, keys, LAYOUTS[where]) as s:
-        gaps: list[float] = []
-        s.home.client.on_gap = gaps.append
+        gaps = s.home.gaps
         assert await s.cluster.move(NAME, s.source, s.destination) == "moved"
         await s.is_at(s.destination)
         await s.moves_again()

@@ -71,8 +71,7 @@ def test_it_follows_an_engine(seed: int, by_priority: bool) -> None:
         priority=by_priority,
         profile=PROFILES["cpu-smoke"],
     )
-    engine, order, here = ModelledEngine(config), Order(), dict[str, Tenant]()
-    order.by_priority = by_priority
+    engine, order, here = ModelledEngine(config), Order(by_priority), dict[str, Tenant]()
     preempted = 0
     for step in range(400):
         while draw.random() < 0.15:

@@ -2,10 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
+import pytest
 from vllm.v1.engine import (
     EngineCoreEvent,
     EngineCoreEventType,
@@ -31,12 +31,14 @@ class HeldExchange:
 
     def __init__(self) -> None:
         self.hosted: dict[str, Any] = {}
-        self.on_node_lost: list[Callable[[str, str], None]] = []
         self.refuse = asyncio.Event()
         self.submitted: list[tuple[str, int]] = []
         self.cancelled: list[str] = []
 
-    async def submit(self, node: str, home: Any, frame: Submit) -> None:
+    def bind(self, home: Any) -> None:
+        self.home = home
+
+    async def submit(self, node: str, frame: Submit) -> None:
         self.submitted.append((frame.instance, frame.epoch))
         if node == "n":
             await self.refuse.wait()
@@ -46,15 +48,29 @@ class HeldExchange:
         self.cancelled.append(frame.instance)
 
 
-def make(exchange: HeldExchange, *routes: tuple[str, str], resumes: bool = True) -> ClusterClient:
-    """A client whose dispatcher decides for these (instance, node) in turn."""
-    waiting = list(routes)
+class InTurn:
+    """A dispatcher that decides for these (instance, node) in turn."""
 
-    async def dispatch(tokens: int, priority: int, avoid: frozenset[str]) -> Route:
-        instance, node = waiting.pop(0)
+    def __init__(self, *routes: tuple[str, str]) -> None:
+        self._left = list(routes)
+
+    def ready(self) -> dict[str, str]:
+        return {}
+
+    def awaited(self) -> bool:
+        return False
+
+    async def decide(self, tokens: int, priority: int, avoid: frozenset[str]) -> Route:
+        instance, node = self._left.pop(0)
         return Route(instance, node, 1)
 
-    return ClusterClient(exchange, dispatch, slots=1, resumes=resumes)  # type: ignore[arg-type]
+    def undo(self, route: Route) -> None:
+        """Nothing counts what it has sent."""
+
+
+def make(exchange: HeldExchange, *routes: tuple[str, str], **kwargs: Any) -> ClusterClient:
+    """A client whose dispatcher decides for these (instance, node) in turn."""
+    return ClusterClient(exchange, InTurn(*routes), slots=1, **kwargs)  # type: ignore[arg-type]
 
 
 @on_loop
@@ -63,7 +79,7 @@ async def test_a_node_is_lost_while_a_request_is_on_its_way_there() -> None:
     client = make(exchange, ("n-0", "n"), ("y-0", "y"), ("z-0", "z"))
     await client.add_request_async(core_request("r", [1]))
     await soon(lambda: exchange.submitted)
-    exchange.on_node_lost[0]("n", "lost the connection to node n")
+    exchange.home.node_lost("n", "lost the connection to node n")
     await soon(lambda: len(exchange.submitted) == 2)
     owner, epoch = exchange.submitted[1]
     client.deliver(Outputs(owner, 0.0, [epoch], [0], [EngineCoreOutput("r", [11, 12])]))
@@ -85,7 +101,7 @@ async def test_a_loss_that_is_told_twice() -> None:
     await client.add_request_async(core_request("r", [1]))
     await soon(lambda: exchange.submitted)
     client.deliver(Lost("x-0", [1], ["r"], "x-0 died"))
-    exchange.on_node_lost[0]("x", "lost the connection to node x")
+    exchange.home.node_lost("x", "lost the connection to node x")
     await soon(lambda: not client._tasks)
     assert [instance for instance, _ in exchange.submitted] == ["x-0", "y-0"]
 
@@ -95,7 +111,7 @@ async def test_a_request_that_outlives_too_many_owners_is_given_up() -> None:
     exchange = HeldExchange()
     client = make(exchange, *((f"x-{n}", "x") for n in range(9)))
     failures: list[tuple[str, str, HTTPStatus]] = []
-    client.on_failure = lambda *failure: failures.append(failure)
+    client.bind(lambda *failure: failures.append(failure))
     await client.add_request_async(core_request("r", [1]))
     for number in range(DEATHS + 1):
         await soon(lambda number=number: len(exchange.submitted) == number + 1)
@@ -108,12 +124,13 @@ async def test_a_request_that_outlives_too_many_owners_is_given_up() -> None:
 
 @on_loop
 async def test_a_bug_in_the_dispatcher_ends_the_request_with_an_error() -> None:
-    async def dispatch(tokens: int, priority: int, avoid: frozenset[str]) -> Route:
-        raise RuntimeError("a bug")
+    class Buggy(InTurn):
+        async def decide(self, tokens: int, priority: int, avoid: frozenset[str]) -> Route:
+            raise RuntimeError("a bug")
 
-    client = ClusterClient(HeldExchange(), dispatch, slots=1)  # type: ignore[arg-type]
+    client = ClusterClient(HeldExchange(), Buggy(), slots=1)  # type: ignore[arg-type]
     failures: list[str] = []
-    client.on_failure = lambda request_id, reason, status: failures.append(reason)
+    client.bind(lambda request_id, reason, status: failures.append(reason))
     await client.add_request_async(core_request("r", [1]))
     await soon(lambda: failures)
     assert failures == ["internal error: RuntimeError"] and not len(client.ledger)
@@ -123,9 +140,8 @@ async def test_a_bug_in_the_dispatcher_ends_the_request_with_an_error() -> None:
 async def test_a_request_that_was_refused_is_shown_to_an_engine_and_ended() -> None:
     """vLLM has the engine's KV connector let go of what it keeps for it; no output will come."""
     exchange = HeldExchange()
-    client = make(exchange, ("y-0", "y"))
     opened: list[object] = []
-    client.on_open.append(opened.append)
+    client = make(exchange, ("y-0", "y"), on_open=[opened.append])
     request = core_request("r", [1])
     request.abort_immediately = True
     await client.add_request_async(request)
@@ -137,9 +153,9 @@ async def test_a_request_that_was_refused_is_shown_to_an_engine_and_ended() -> N
 @on_loop
 async def test_each_request_ends_once() -> None:
     exchange = HeldExchange()
-    client = make(exchange, ("y-0", "y"), ("y-0", "y"), ("z-0", "z"))
     ended: list[str] = []
-    client.on_close.append(ended.append)
+    client = make(exchange, ("y-0", "y"), ("y-0", "y"), ("z-0", "z"), on_close=[ended.append])
+    client.bind(lambda *failure: None)
     for name in ("done", "gone", "failed"):
         await client.add_request_async(core_request(name, [1]))
     await soon(lambda: len(exchange.submitted) == 3)
@@ -156,7 +172,7 @@ async def test_what_engines_cannot_resume_ends_and_is_not_begun_again() -> None:
     exchange = HeldExchange()
     client = make(exchange, *(("y-0", "y"),) * 2, ("z-0", "z"), resumes=False)
     failures: list[str] = []
-    client.on_failure = lambda request_id, reason, status: failures.append(reason)
+    client.bind(lambda request_id, reason, status: failures.append(reason))
     for name in ("begun", "new"):
         await client.add_request_async(core_request(name, [1]))
     await soon(lambda: len(exchange.submitted) == 2)
@@ -192,7 +208,7 @@ async def test_suspects_of_two_servers_that_die_together_are_tried_again() -> No
     exchange = HeldExchange()
     client = make(exchange, *((f"x-{n}", "x") for n in range(DEATHS + 3)))
     failures: list[str] = []
-    client.on_failure = lambda request_id, reason, status: failures.append(reason)
+    client.bind(lambda request_id, reason, status: failures.append(reason))
     await client.add_request_async(core_request("r", [1]))
     for number in range(DEATHS + 2):
         await soon(lambda number=number: len(exchange.submitted) == number + 1)
@@ -208,8 +224,8 @@ class DyingExchange(HeldExchange):
 
     client: ClusterClient
 
-    async def submit(self, node: str, home: Any, frame: Submit) -> None:
-        await super().submit(node, home, frame)
+    async def submit(self, node: str, frame: Submit) -> None:
+        await super().submit(node, frame)
         if len(self.submitted) == DEATHS + 1:
             lost = Lost(frame.instance, [frame.epoch], [frame.request.request_id], "it is gone")
             self.client.deliver(lost)
@@ -267,3 +283,12 @@ async def test_requests_end_though_whoever_ends_them_is_cancelled() -> None:
     ending.cancel()
     await asyncio.gather(ending, return_exceptions=True)
     await soon(lambda: exchange.cancelled == ["x-0"])
+
+
+@on_loop
+async def test_a_failure_before_there_is_a_frontend_is_an_error_and_no_silence() -> None:
+    client = make(HeldExchange(), ("y-0", "y"))
+    await client.add_request_async(core_request("r", [1]))
+    await soon(lambda: not client._tasks)
+    with pytest.raises(RuntimeError, match="there is no frontend yet"):
+        client.deliver(Lost("y-0", [1], ["r"], "it can't run here", retry=False))

@@ -165,14 +165,16 @@ async def test_outputs_of_a_former_owner_are_dropped() -> None:
 async def test_a_frame_that_comes_twice_counts_once() -> None:
     async with mesh("a", "b") as (a, b):
         await b.host()
-        deliver = a.client.deliver
 
-        def twice(frame: Any, stats: Any = None) -> None:
-            deliver(frame, stats)
-            if isinstance(frame, Outputs):
-                deliver(frame, stats)
+        class Twice:
+            node, node_found, node_lost = "a", a.client.node_found, a.client.node_lost
 
-        a.exchange.on_outputs = twice
+            def deliver(self, frame: Any, stats: Any = None) -> None:
+                a.client.deliver(frame, stats)
+                if isinstance(frame, Outputs):
+                    a.client.deliver(frame, stats)
+
+        a.exchange.bind(Twice())
         assert await a.answered("r1", PROMPT) == answer(PROMPT, 8)
         dropped = a.client.ledger.dropped
         assert dropped[Verdict.REPEATED] + dropped[Verdict.UNKNOWN] == 8
@@ -328,7 +330,7 @@ async def test_who_has_lost_a_request_is_not_asked_again() -> None:
 @on_loop
 async def test_a_node_without_an_address() -> None:
     async with mesh("a") as (a,):
-        a.client.placer.instances = lambda: {"b-0": "b"}
+        a.known = {"b-0": "b"}
         a._mesh.instances["b-0"] = "b"
         a.target = "b-0"
         stream = await a.ask("r1", PROMPT)
@@ -401,7 +403,7 @@ async def test_a_utility_call_before_others_see_the_instance() -> None:
     """So does a frontend that loads its adapters while it opens."""
     async with mesh("a") as (a,):
         await a.host()
-        a.client.placer.instances = dict
+        a.known = {}
         assert await a.client.reset_prefix_cache_async() is True
 
 

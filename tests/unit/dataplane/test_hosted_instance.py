@@ -66,14 +66,19 @@ def submit(
 class Hosted:
     """An instance whose engine steps when the test says so."""
 
-    def __init__(self) -> None:
+    def __init__(self, by_priority: bool = False) -> None:
         self.gate = Gate()
         self.home, self.away = Recorder("a"), Recorder("b")
         self.engine = SimEngine("a-0", SMALL, self.gate.clock())
-        self.instance = HostedInstance(self.engine, 0, self.home)
+        self.changes = 0  # of the load, that it has told
+        self.deaths: list[str] = []  # and why its engine has died
+        self.instance = HostedInstance(self.engine, 0, self.home, self._changed, by_priority)
+
+    def _changed(self) -> None:
+        self.changes += 1
 
     async def __aenter__(self) -> "Hosted":
-        await self.instance.start()
+        await self.instance.start(self.deaths.append)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -118,8 +123,6 @@ async def test_its_own_node_gets_statistics_of_steps_for_others() -> None:
 @on_loop
 async def test_the_load_counts_what_came_since_the_last_step() -> None:
     async with Hosted() as hosted:
-        told: list[int] = []
-        hosted.instance.on_load = lambda: told.append(1)
         assert hosted.instance.load().used_blocks == 0
         await hosted.instance.submit(hosted.home, submit("r1", [1] * 20, 64, sequence=5))
         await hosted.steps(1)
@@ -129,7 +132,7 @@ async def test_the_load_counts_what_came_since_the_last_step() -> None:
         assert (load.running, load.waiting) == (1, 2)
         assert (load.used_blocks, load.waiting_blocks, load.head_blocks) == (2, 3 + 1, 3)
         assert load.received == {"a": 5, "b": 9}
-        assert len(told) >= 4
+        assert hosted.changes >= 4
         await hosted.instance.cancel(["r1", "r2", "r3"])
         load = hosted.instance.load()
         assert (load.running, load.waiting, load.used_blocks, load.waiting_blocks) == (0, 0, 0, 0)
@@ -177,8 +180,7 @@ async def test_who_comes_with_outputs_is_the_next_to_run() -> None:
 @on_loop
 async def test_a_queue_that_goes_by_priority() -> None:
     """The most urgent is the head, whether it has begun or not; who is preempted is the least."""
-    async with Hosted() as hosted:
-        hosted.instance.order.by_priority = True
+    async with Hosted(by_priority=True) as hosted:
         for n, (name, priority) in enumerate([("batch", 2), ("usual", 0), ("other", 2)]):
             request = core_request(name, [n] * 40, 100, priority=priority)
             request.arrival_time = float(n)
@@ -219,8 +221,7 @@ async def test_what_cannot_run_is_given_back() -> None:
 @on_loop
 async def test_a_death_is_told_to_each_origin_once() -> None:
     async with Hosted() as hosted:
-        reasons: list[str] = []
-        hosted.instance.on_death = reasons.append
+        reasons = hosted.deaths
         await hosted.instance.submit(hosted.home, submit("r1", [1], epoch=3))
         await hosted.instance.submit(hosted.away, submit("r2", [2], epoch=4))
         await hosted.steps(1)
@@ -359,8 +360,8 @@ async def test_a_request_that_has_moved_here_was_queued_elsewhere(
 @on_loop
 async def test_a_refused_request_leaves_no_tenant() -> None:
     home = Recorder("a")
-    hosted = HostedInstance(RefusingEngine(), 0, home)
-    await hosted.start()
+    hosted = HostedInstance(RefusingEngine(), 0, home, on_load=lambda: None)
+    await hosted.start(on_death=lambda reason: None)
     await hosted.submit(home, submit("r1", [1]))
     assert hosted.requests == 0
     assert [(f.reason, f.retry) for f in home.lost] == [("not today", False)]
@@ -377,8 +378,8 @@ async def test_a_request_that_cannot_be_sent_leaves_no_tenant(
 
     monkeypatch.setattr(RefusingEngine, "add", add)
     home = Recorder("a")
-    hosted = HostedInstance(RefusingEngine(), 0, home)
-    await hosted.start()
+    hosted = HostedInstance(RefusingEngine(), 0, home, on_load=lambda: None)
+    await hosted.start(on_death=lambda reason: None)
     await hosted.submit(home, submit("r1", [1]))
     assert hosted.requests == 0
     assert [(f.request_ids, f.retry) for f in home.lost] == [(["r1"], False)]
@@ -416,8 +417,8 @@ async def test_an_origin_that_is_gone_is_forgotten() -> None:
 async def test_a_cancellation_while_the_engine_takes_the_request() -> None:
     home, adding = Recorder("a"), asyncio.Event()
     engine = IdleEngine("a-0", adding=adding)
-    hosted = HostedInstance(engine, 0, home)
-    await hosted.start()
+    hosted = HostedInstance(engine, 0, home, on_load=lambda: None)
+    await hosted.start(on_death=lambda reason: None)
     submitting = asyncio.create_task(hosted.submit(home, submit("r1", [1])))
     await soon(lambda: hosted.requests)
     await hosted.cancel(["r1"])

@@ -267,8 +267,7 @@ async def test_a_hand_over() -> None:
         await places.host(1)
         gate = Gate()
         there = await c.host(clock=gate.clock())
-        gaps: list[float] = []
-        a.client.on_gap = gaps.append
+        gaps = a.gaps
         stream = await _handed(a, b, places, there)
         await soon(lambda: gate.waiting)
         (tenant,) = c.hosted[there].tenants
@@ -315,8 +314,7 @@ async def test_a_waiting_request_that_is_refused_where_it_moves_goes_back() -> N
         await places.host(1)
         source = places.order[0]
         there = await c.host(engine=Refusing("c-0", SMALL))
-        gaps: list[float] = []
-        a.client.on_gap = gaps.append
+        gaps = a.gaps
         stream = await a.ask("r1", PROMPT, TOKENS)
         await soon(lambda: places.gates[source].waiting)
         tenant = b.hosted[source].find("r1")
@@ -353,15 +351,17 @@ async def test_a_cancellation_that_crosses_a_hand_over() -> None:
         there = await c.host()
         coming = c.hosted[there].expect("r1")
         frozen, reached = asyncio.Event(), asyncio.Event()
-        on_frame = a.peers.on_frame
 
-        async def slow(link: Any, frame: Any) -> None:
-            if isinstance(frame, HandOver):
-                reached.set()
-                await frozen.wait()
-            await on_frame(link, frame)
+        class Slow:
+            opened, closed = a.exchange.opened, a.exchange.closed
 
-        a.peers.on_frame = slow
+            async def take(self, link: Any, frame: Any) -> None:
+                if isinstance(frame, HandOver):
+                    reached.set()
+                    await frozen.wait()
+                await a.exchange.take(link, frame)
+
+        a.peers.bind(Slow())
         stream = await a.ask("r1", PROMPT, TOKENS)
         source = places.order[0]
         await places.let(source, stream, 5)
@@ -443,7 +443,7 @@ async def test_a_suspect_that_goes_while_it_waits_for_its_trial_leaves_nothing()
         await a.client.abort_requests_async([waits])
         await _ended(places, streams[tried])
         await soon(lambda: not a.client.placer._trials.locked())
-        assert not a.client.placer.homeless
+        assert not a.client.interruptions.any
 
 
 def _runs(a: MeshNode, places: Places, name: str) -> bool:

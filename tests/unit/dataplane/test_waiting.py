@@ -159,7 +159,7 @@ async def test_a_request_whose_engine_died_waits_for_one_that_starts(hasty: None
         begun = await a.ask("begun", [1, 2], right)
         gate.let(5)
         await soon(lambda: begun.tokens)
-        a.client.placer.awaited = lambda: True
+        a.awaited = True
         a.target = None
         a.engine("a-0").die("instance a-0 died")
         came = await a.ask("came", [1, 2], right)
@@ -167,7 +167,7 @@ async def test_a_request_whose_engine_died_waits_for_one_that_starts(hasty: None
         assert not begun.ended and not came.ended
         a.hosted.pop("a-0")
         await a.host()  # it is up, and nobody starts any more
-        a.client.placer.awaited = lambda: False
+        a.awaited = False
         a.client.placer.instances_changed()
         await soon(lambda: begun.finish and came.finish)
         assert len(begun.tokens) == right and begun.tokens == came.tokens
@@ -177,11 +177,11 @@ async def test_a_request_whose_engine_died_waits_for_one_that_starts(hasty: None
 async def test_it_ends_when_what_started_does_not_come_up(hasty: None) -> None:
     async with mesh("a") as (a,):
         _limit(a, 0.2, 30.0)
-        a.client.placer.awaited = lambda: True
+        a.awaited = True
         stream = await a.ask("r", [1, 2])
         await asyncio.sleep(0.8)
         assert not stream.ended
-        a.client.placer.awaited = lambda: False
+        a.awaited = False
         assert await soon(lambda: stream.failure) < 2.0
         assert stream.failure is not None
         assert "nor has one that was starting come up" in stream.failure
@@ -191,7 +191,7 @@ async def test_it_ends_when_what_started_does_not_come_up(hasty: None) -> None:
 async def test_it_ends_when_a_start_takes_too_long(hasty: None) -> None:
     async with mesh("a") as (a,):
         _limit(a, 0.2, 0.6)
-        a.client.placer.awaited = lambda: True
+        a.awaited = True
         stream = await a.ask("r", [1, 2])
         await soon(lambda: stream.failure)
         assert stream.failure == "no instance was ready within 1 s (--start-timeout)"
