@@ -41,7 +41,7 @@ serve: install ## Start a node with two vLLM instances on port 8000 (PORT, INSTA
 	  exec $(BIN)/python deploy/serve.py --port $(PORT) --instances $(INSTANCES) \
 	    --model "$$model" $(ARGS)
 
-test: model lint type ## Check and test everything (ARGS for pytest)
+test: model lint type ## Check and test everything (ARGS for pytest; ARGS='-m "not slow"' for the quick part)
 	$(BIN)/python -m pytest $(ARGS)
 
 chaos: model ## Faults under load, from a seed (ARGS="--minutes 60 --seed 7"); report in build/chaos/

@@ -28,6 +28,14 @@ MODEL = "SmolLM2-135M-Instruct"
 _numbers = itertools.count()
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever needs a real engine is slow by nature."""
+    for item in items:
+        if item.get_closest_marker("vllm"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def model() -> str:
     """The folder of the small real model: LLUMNIX_TEST_MODEL, or what `make model` made."""

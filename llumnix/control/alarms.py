@@ -37,7 +37,7 @@ class Alarms:
         self._warnings: dict[Matter, Told] = {}
 
     def tell(self, matter: Matter, sentence: str) -> None:
-        """Something is wrong now; each call counts as one occurrence."""
+        """Tell that something is wrong now; each call counts as one occurrence."""
         KEY_FAULTS.labels(matter.value).inc()
         now = time.monotonic()
         with self._lock:
@@ -47,7 +47,7 @@ class Alarms:
             logger.warning("%s", sentence)
 
     def now(self) -> list[dict[str, object]]:
-        """What to show: each sentence, and how many seconds ago it was last true."""
+        """The warnings to be shown: each sentence, and how many seconds ago it was last true."""
         now = time.monotonic()
         with self._lock:
             shown = [(m, w) for m, w in self._warnings.items() if now - w.when <= SHOWN]

@@ -60,7 +60,7 @@ class EtcdStore(Store):  # type: ignore[misc]  # torch's types are not followed
         self._closed = threading.Event()
 
     def close(self) -> None:
-        """Deletes what was written here and ends every call under way; may be called again.
+        """Delete what was written here and end every call under way; may be called again.
 
         Where etcd can't be reached, the keys end with their leases.
         """
@@ -77,16 +77,16 @@ class EtcdStore(Store):  # type: ignore[misc]  # torch's types are not followed
     # reading
 
     def get(self, key: str) -> bytes:
-        """Waits for the key."""
+        """Wait for the key."""
         return self._wait_for([key], self.timeout)[key]
 
     def multi_get(self, keys: Sequence[str]) -> list[bytes]:
-        """Waits for all of the keys."""
+        """Wait for all of the keys."""
         found = self._wait_for(keys, self.timeout)
         return [found[key] for key in keys]
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
-        """Waits for all of the keys."""
+        """Wait for all of the keys."""
         self._wait_for(keys, self.timeout if timeout is None else timeout)
 
     def check(self, keys: Sequence[str]) -> bool:
@@ -108,14 +108,14 @@ class EtcdStore(Store):  # type: ignore[misc]  # torch's types are not followed
             self.set(key, value)
 
     def add(self, key: str, amount: int) -> int:
-        """Adds to the number that the key holds, 0 if there is none, and returns the sum."""
+        """Add to the number that the key holds, 0 if there is none, and return the sum."""
         return int(self._change(key, lambda now: b"%d" % (int(now or 0) + amount)) or 0)
 
     def append(self, key: str, value: str | bytes) -> None:
         self._change(key, lambda now: (now or b"") + _raw(value))
 
     def compare_set(self, key: str, expected: str | bytes, desired: str | bytes) -> bytes:
-        """Sets the key if it is as expected, or is absent and expected to be empty.
+        """Set the key if it is as expected, or is absent and expected to be empty.
 
         Returns what it holds then; of a key that stays absent, what was expected.
         """
@@ -124,18 +124,18 @@ class EtcdStore(Store):  # type: ignore[misc]  # torch's types are not followed
         return old if found is None else found
 
     def delete_key(self, key: str) -> bool:
-        """Whether there was such a key."""
+        """Delete the key; whether there was one."""
         with self._failing(f"delete {key}"):
             return self._etcd.delete(self._prefix + key)
 
     # what else torch's C++ code calls, by these names
 
     def has_extended_api(self) -> bool:
-        """There are append, multi_get and multi_set."""
+        """Whether there are append, multi_get and multi_set: yes."""
         return True
 
     def clone(self) -> "EtcdStore":
-        """For another thread, which may as well use this one."""
+        """The store for another thread, which may as well use this one."""
         return self
 
     deleteKey = delete_key
@@ -166,7 +166,7 @@ class EtcdStore(Store):  # type: ignore[misc]  # torch's types are not followed
                     raise EtcdUnavailable("the store was closed")
 
     def _change(self, key: str, change: Callable[[bytes | None], bytes | None]) -> bytes | None:
-        """Makes of what the key holds what `change` says, None for no change; returns what it is.
+        """Make of what the key holds what `change` says, None for no change; return what it is.
 
         Only ever by compare-and-swap, so that no two changes are taken for one.
         """
@@ -198,7 +198,7 @@ class EtcdStore(Store):  # type: ignore[misc]  # torch's types are not followed
 
     @contextmanager
     def _failing(self, what: str) -> Iterator[None]:
-        """Gives whatever goes wrong the one type that torch knows."""
+        """Give whatever goes wrong the one type that torch knows."""
         if self._closed.is_set():
             raise DistStoreError(f"could not {what} under {self._prefix}: the store was closed")
         try:
@@ -208,5 +208,5 @@ class EtcdStore(Store):  # type: ignore[misc]  # torch's types are not followed
 
 
 def _raw(value: str | bytes) -> bytes:
-    """C++ gives bytes, Python callers may give text."""
+    """A value as bytes, which C++ gives; Python callers may give text."""
     return value.encode() if isinstance(value, str) else value

@@ -81,7 +81,7 @@ def weakness(given: str) -> str | None:
 
 
 def token_mark(token: str) -> str:
-    """Shows which token a node has, without giving it away."""
+    """A mark that shows which token a node has, without giving it away."""
     raw = hashlib.pbkdf2_hmac("sha256", token.encode(), b"llumnix token mark", _ROUNDS)
     return raw[:8].hex()
 

@@ -39,7 +39,7 @@ class _Loads(msgspec.Struct):
 
 
 def encode_loads(loads: Sequence[InstanceLoad]) -> bytes:
-    """All loads of a node."""
+    """The value of a node's key `load`: the loads of all its instances."""
     return _dumps({"loads": {load.instance: _without_name(load) for load in loads}})
 
 
@@ -108,7 +108,7 @@ def encode_desired(desired: Desired) -> bytes:
 
 
 def decode_desired(value: bytes) -> Desired:
-    """What an operator or the leader put: 3, or "3", or {"instances": 3, "without": "a-1"}."""
+    """What an operator or the leader wants: 3, or "3", or {"instances": 3, "without": "a-1"}."""
     if value.lstrip().startswith(b"{"):
         found = msgspec.json.decode(value, type=_Desired)
         return Desired(found.instances, found.without or None)

@@ -63,18 +63,18 @@ class Election:
         return won[0]
 
     def start(self) -> None:
-        """Begins to stand for leader; returns at once."""
+        """Begin to stand for leader; returns at once."""
         self._thread.start()
 
     def observe(self, view: ClusterView) -> None:
-        """Takes notice of a new view, to stand at once when nobody leads; never blocks."""
+        """Take notice of a new view, to stand at once when nobody leads; never blocks."""
         mine = view.leader == self._node
         free = view.leader is None and time.monotonic() >= self._stands_from
         if free or mine != (self._won is not None):
             self._wake.set()
 
     def resign(self, aside: float = 5.0) -> bool:
-        """Gives up leading and stands aside for `aside` seconds; whether this node led.
+        """Give up leading and stand aside for `aside` seconds; whether this node led.
 
         Raises EtcdError when the key could not be deleted; this node does not lead then either.
         """
@@ -86,7 +86,7 @@ class Election:
         return True
 
     def retire(self) -> None:
-        """Gives up leading, and stands no more; returns at once.
+        """Give up leading, and stand no more; returns at once.
 
         This object's thread deletes the key, and tries again as long as etcd is silent.
         """
@@ -97,7 +97,7 @@ class Election:
             )
 
     def _step_down(self, stands_from: float) -> tuple[int, int] | None:
-        """Leads no more, and stands again from then on; what was won until now."""
+        """Lead no more, and stand again at that time; returns what was won until now."""
         with self._lock:
             self._stands_from = max(self._stands_from, stands_from)
             won, self._won = self._won, None
@@ -105,7 +105,7 @@ class Election:
         return won
 
     def stop(self) -> None:
-        """Ends the thread and resigns, if etcd can be reached."""
+        """End the thread and resign, if etcd can be reached."""
         self._stopping.set()
         self._wake.set()
         if self._thread.ident is not None:
@@ -138,7 +138,7 @@ class Election:
         return self._interval
 
     def _stand(self) -> None:
-        """Looks who leads, and takes the key if nobody does."""
+        """Look who leads, and take the key if nobody does."""
         lease = self._session.lease
         if not lease:
             return
@@ -171,7 +171,7 @@ class Election:
         return None
 
     def _give_up(self, epoch: int, lease: int) -> None:
-        """Deletes the key that was won so, unless it has gone already."""
+        """Delete the key that was won so, unless it has gone already."""
         when = [Compare(self._key, "create", epoch), Compare(self._key, "lease", lease)]
         self._etcd.txn(when, [Delete(self._key)])
 

@@ -41,7 +41,7 @@ class Throne:
         return f"its lease has kept no node of that name for {self._patience:.0f} s"
 
     def clear(self, found: KeyValue) -> bool:
-        """Deletes the key as it was found; False if it has changed meanwhile. Raises EtcdError."""
+        """Delete the key as it was found; False if it has changed meanwhile. Raises EtcdError."""
         when = [Compare(found.key, "mod", found.mod_revision)]
         return self._etcd.txn(when, [Delete(found.key)]).succeeded
 

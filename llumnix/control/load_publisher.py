@@ -26,7 +26,7 @@ class LoadPublisher:
         self._thread.start()
 
     def report(self, loads: Sequence[InstanceLoad]) -> None:
-        """Replaces the node's loads by these; returns at once."""
+        """Replace the node's loads by these; returns at once."""
         latest = tuple(sorted(loads, key=lambda load: load.instance))
         with self._lock:
             if latest == self._latest:
@@ -35,7 +35,7 @@ class LoadPublisher:
         self._changed.set()
 
     def stop(self) -> None:
-        """Ends the thread; what was not yet written stays unwritten."""
+        """End the thread; what was not yet written stays unwritten."""
         self._stopping.set()
         self._changed.set()
         if self._thread.ident is not None:

@@ -19,17 +19,17 @@ class Ahead:
         self._pending: dict[InstanceId, InstanceInfo | None] = {}  # None: withdrawn
 
     def announce(self, instance: InstanceInfo) -> None:
-        """It is, or has become, what this says."""
+        """Show an instance of this node as it is from now on."""
         with self._lock:
             self._pending[instance.id] = instance
 
     def withdraw(self, instance: InstanceId) -> None:
-        """It is no more."""
+        """Show an instance of this node no more."""
         with self._lock:
             self._pending[instance] = None
 
     def of(self, view: ClusterView) -> ClusterView:
-        """A view that etcd gave, with what it is to show; what it shows already is forgotten."""
+        """The view that etcd gave, with what was announced since; forget what it shows already."""
         with self._lock:
             for instance in [i for i, p in self._pending.items() if view.instances.get(i) == p]:
                 del self._pending[instance]

@@ -29,7 +29,7 @@ class Claim:
         self._alone = alone
 
     def wait(self, ttl: float) -> None:
-        """Returns once no other process has the name; a dead one's lease lives for `ttl` seconds.
+        """Return once no other process has the name; a dead one's lease lives for `ttl` seconds.
 
         Raises NameTaken.
         """
@@ -48,7 +48,7 @@ class Claim:
             time.sleep(POLL)
 
     def take(self, session: Session, value: bytes) -> int:
-        """Makes the key this session's; in which revision. Raises NameTaken if another was faster.
+        """Make the key this session's, and return its revision. Raises NameTaken.
 
         Without an answer of etcd it is left to the session, which writes it when it can.
         """
@@ -78,7 +78,7 @@ class Claim:
             return None
 
     def _is_past(self, found: KeyValue) -> bool:
-        """Whether it can't be that of a process that lives."""
+        """Whether the key found can't be that of a process that lives."""
         if not found.lease:
             return True
         try:

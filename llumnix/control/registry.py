@@ -71,25 +71,25 @@ class Registry:
 
     @property
     def pulse(self) -> Pulse:
-        """That of the watch."""
+        """The heartbeat of the watch's thread."""
         return self._watch.pulse
 
     def start(self) -> None:
-        """Begins to watch; returns at once."""
+        """Begin to watch; returns at once."""
         self._publisher.start()
         self._watch.start()
 
     def wait_view(self, within: float) -> bool:
-        """Waits for the first view, at most `within` seconds; whether there is one."""
+        """Wait for the first view, at most `within` seconds; whether there is one."""
         return self._watch.wait_listed(within)
 
     def stop(self) -> None:
-        """Ends the threads; once this has returned, only announcements call subscribers."""
+        """End the threads; once this has returned, only announcements call subscribers."""
         self._publisher.stop()
         self._watch.stop()
 
     def subscribe(self, callback: Callable[[ClusterView], None]) -> None:
-        """Has `callback` called with each new view; it must not block.
+        """Have `callback` called with each new view; it must not block.
 
         That is on the watch's thread, or on that of an announcement of an instance, never on two at
         the same time.
@@ -100,24 +100,24 @@ class Registry:
             self._subscribers = (*self._subscribers, callback)
 
     def announce_node(self, node: NodeInfo) -> None:
-        """Makes this node known; call it before `report_loads`."""
+        """Make this node known; call it before `report_loads`."""
         self._node = node.id
         self._session.put(self._keys.node(node.id), encode_node(node))
 
     def announce_instance(self, instance: InstanceInfo) -> None:
-        """Makes an instance of this node known, or its new state; to this node at once."""
+        """Make an instance of this node known, or its new state; to this node at once."""
         self._session.put(self._keys.instance(instance.id), encode_instance(instance))
         self._ahead.announce(instance)
         self._show_own()
 
     def withdraw_instance(self, instance: InstanceId) -> None:
-        """Takes an announced instance out of the cluster."""
+        """Take an announced instance out of the cluster."""
         self._session.remove(self._keys.instance(instance))
         self._ahead.withdraw(instance)
         self._show_own()
 
     def report_loads(self, loads: Sequence[InstanceLoad]) -> None:
-        """The loads of all this node's instances; written if changed, at most 5 times a second.
+        """Report this node's loads, all of them; written on change, at most 5 times a second.
 
         Raises RuntimeError before `announce_node`.
         """
@@ -126,15 +126,15 @@ class Registry:
         self._publisher.report(loads)
 
     def put_drain(self, name: str) -> None:
-        """Drains a node or an instance until `delete_drain`. Blocks; raises EtcdError."""
+        """Drain a node or an instance until `delete_drain`. Blocks; raises EtcdError."""
         self._etcd.put(self._keys.drain(name), b"{}")
 
     def delete_drain(self, name: str) -> None:
-        """Ends the drain of a node or an instance. Blocks; raises EtcdError."""
+        """End the drain of a node or an instance. Blocks; raises EtcdError."""
         self._etcd.delete(self._keys.drain(name))
 
     def put_desired(self, wish: Wish) -> None:
-        """Have other numbers of instances, as this node leads. Blocks; raises EtcdError."""
+        """Write the numbers of instances that this leader wants. Blocks; raises EtcdError."""
         put_desired(self._etcd, self._keys, wish)
 
     def _write_loads(self, value: bytes) -> None:
@@ -176,18 +176,18 @@ class Registry:
         logger.warning(sentence, names, self._grace_seconds)
 
     def _show(self, items: Mapping[str, KeyValue], deleted: Collection[str] | None) -> None:
-        """Shows these keys; after a list, what was deleted is not known, and much may have been."""
+        """Show these keys; after a list, what was deleted is not known, and much may have been."""
         with self._showing:
             self._listed = self._builder.build(items, self._revision, deleted or ())
             self._publish(told=deleted is None or self._builder.changed)
 
     def _show_own(self) -> None:
-        """Shows what this node has just announced."""
+        """Show what this node has just announced."""
         with self._showing:
             self._publish(told=True)
 
     def _publish(self, told: bool) -> None:
-        """Makes the view that of now, and tells the subscribers if they are to be told."""
+        """Make the view that of now, and tell the subscribers if they are to be told."""
         old = self._view
         self._view = view = self._ahead.of(self._listed)
         if not told:

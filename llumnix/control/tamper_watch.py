@@ -11,12 +11,12 @@ from llumnix.control.keys import Keys
 
 
 class Sentinel:
-    """Tells the alarms; what is to be repaired is the session's part. For one thread."""
+    """Raises the alarm where others write them; the session repairs them. For one thread."""
 
     def __init__(
         self, keys: Keys, me: NodeInfo, since: int, token: str | None, alarms: Alarms
     ) -> None:
-        """This process has made its entry in revision `since`.
+        """Watch the entry that this process has made in revision `since`.
 
         `token` is that of the key, None where the key is of no meaning.
         """
@@ -28,7 +28,7 @@ class Sentinel:
         self._seen: dict[str, KeyValue | None] = {}
 
     def look(self, items: Mapping[str, KeyValue]) -> None:
-        """All keys, whenever one has changed."""
+        """Look for foreign values; to be called with all keys, whenever one has changed."""
         if (found := self._changed(items, self._keys.node(self._me.id))) is not None:
             self._look_at_name(found)
         if (found := self._changed(items, self._keys.token)) is not None:

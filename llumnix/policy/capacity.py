@@ -33,7 +33,7 @@ class Census:
 
     @property
     def wanted(self) -> int:
-        """How many instances are to serve, once all that was asked for is done."""
+        """How many instances are to serve, once all that is desired is done."""
         return sum(place.wanted - place.held_back for place in self.places.values())
 
     def missing_to(self, minimum: int) -> int:

@@ -37,7 +37,7 @@ def is_candidate(view: ClusterView, info: InstanceInfo) -> bool:
 
 
 def is_awaited(view: ClusterView, info: InstanceInfo) -> bool:
-    """Whether requests may wait for an instance: it starts, and it may be hoped that it comes up.
+    """Whether requests may wait for an instance: it starts, and is likely to come up.
 
     One that has died and is to be started again counts as starting.
     """

@@ -23,7 +23,7 @@ class MovesUnderWay:
     """The moves of one leader's term; a plain object without threads or clock."""
 
     def __init__(self, patience: int) -> None:
-        """Nothing under way; a move that has not ended `patience` ticks later has failed."""
+        """Begin with none; a move that has not ended `patience` ticks later has failed."""
         self._patience = patience
         self._now = 0
         self._due: dict[Pair, deque[int]] = {}  # the tick by which each move must have ended
@@ -33,7 +33,7 @@ class MovesUnderWay:
         self._again: dict[Pair, int] = {}  # the tick from which on those may be tried again
 
     def next_tick(self) -> list[Pair]:
-        """Time goes on; the pairs of moves that got no answer in time, which are given up."""
+        """Go on by a tick; the pairs of moves that got no answer in time, which are given up."""
         self._now += 1
         late = [pair for pair, due in self._due.items() for tick in due if tick <= self._now]
         for pair in late:
@@ -67,13 +67,13 @@ class MovesUnderWay:
         return limit - max(self._busy[pair.source], self._busy[pair.destination])
 
     def begin(self, pair: Pair) -> None:
-        """A move is commanded. One of those that wait copies nothing, and keeps nobody busy."""
+        """Count a move. One of requests that wait copies nothing, and keeps no instance busy."""
         self._due.setdefault(pair, deque()).append(self._now + self._patience)
         if pair.rule not in TOGETHER:
             self._busy.update((pair.source, pair.destination))
 
     def end(self, pair: Pair, moved: bool, blameless: bool = False) -> bool:
-        """A move has ended; whether there was one.
+        """Count a move no more; whether there was one.
 
         A failure is `blameless` if it says nothing about the pair: the request has ended, or there
         was no room for any. Then it may be tried again from the next tick on, and no later; those

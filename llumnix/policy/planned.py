@@ -30,7 +30,7 @@ class _Share:
     until: int = 0  # the tick from which on it does not count any more
 
     def on(self, load: InstanceLoad) -> InstanceLoad:
-        """The load with it."""
+        """The load of that instance, with this share."""
         requests, blocks = self.sign * self.requests, self.sign * self.blocks
         if self.queued:
             waiting = max(load.waiting + requests, 0)
@@ -57,14 +57,14 @@ class Planned:
         self._over: list[_Share] = []
 
     def begin(self, pair: Pair, requests: int, blocks: int) -> None:
-        """So much is to go from the one to the other."""
+        """Count so many requests and blocks as on their way from the one to the other."""
         queued = pair.rule in TOGETHER
         leaves = _Share(pair.source, requests, blocks, queued, -1)
         comes = _Share(pair.destination, requests, blocks, pair.rule == "tail", 1)
         self._under_way.setdefault(pair, []).append((leaves, comes))
 
     def end(self, pair: Pair, requests: int, blocks: int | None) -> None:
-        """It has: so many requests, with so many blocks (None: as was thought)."""
+        """Count a move as done, of so many requests and blocks (None: as was thought)."""
         shares = self._under_way.get(pair)
         if not shares:
             return
@@ -78,12 +78,12 @@ class Planned:
             self._over.append(share)
 
     def next_tick(self) -> None:
-        """Time goes on."""
+        """Go on by a tick, and forget what is over for long enough."""
         self._now += 1
         self._over = [share for share in self._over if share.until > self._now]
 
     def seen(self, view: ClusterView) -> None:
-        """Reports have come: what they cover does not count any more."""
+        """Forget what the reports of this view cover."""
         for share in self._over:
             load = view.loads.get(share.instance)
             if load != share.last:

@@ -36,7 +36,7 @@ def queues(view: ClusterView, terms: Terms, allowed: Allowed) -> list[Pair]:
 
 
 def from_queues(view: ClusterView, terms: Terms, allowed: Allowed) -> list[Pair]:
-    """Those of them that move what waits."""
+    """The moves of one round that take requests out of queues."""
     known = open_ones(view)
     blocked = longest_first(known, is_blocked)
     if not blocked:
@@ -69,7 +69,7 @@ def open_ones(view: ClusterView) -> Known:
 def longest_first(
     known: Known, blocked: Callable[[InstanceInfo, InstanceLoad], bool]
 ) -> list[InstanceId]:
-    """Those whose queue is blocked, the longest first."""
+    """The instances whose queue is blocked, the longest queue first."""
     queued = sorted((-load.waiting, info.id) for info, load in known if blocked(info, load))
     return [instance for _, instance in queued]
 
@@ -114,7 +114,7 @@ def behind(load: InstanceLoad) -> float:
 
 
 def _is_uneven(view: ClusterView, pair: Pair) -> bool:
-    """Whether the one lacks so much more than the other that this is no chance."""
+    """Whether the source lacks so much more than the destination that this is no chance."""
     if pair.source == pair.destination or not fit(view, pair):
         return False
     (source, load), (destination, other) = (

@@ -67,7 +67,7 @@ class Rescheduler:
         drains: bool = True,
         pace: Pace | None = None,
     ) -> None:
-        """`drains`: whatever the planner names, instances that drain give all."""
+        """With `drains`, instances that drain give all they have, whatever the planner names."""
         self._planner = planner
         self._terms = terms
         self._drain_moves = drain_moves
@@ -78,7 +78,7 @@ class Rescheduler:
         self._last = -inf  # seconds; when the last round was
 
     def next_round(self) -> list[Pair]:
-        """An interval has passed; the pairs whose moves got no answer in time, and are given up."""
+        """Begin an interval; the pairs whose moves got no answer in time, and are given up."""
         self._planned.next_tick()
         late = self._moves.next_tick()
         for pair in late:
@@ -86,12 +86,12 @@ class Rescheduler:
         return late
 
     def orders(self, view: ClusterView, now: float = 0.0) -> list[MoveOrder]:
-        """What this round asks for, the most urgent first; from now on it is under way."""
+        """The moves of this round, the most urgent first; from now on they are under way."""
         self._last = now
         return self._ordered(view, urgent=False)
 
     def urgent(self, view: ClusterView, now: float) -> list[MoveOrder]:
-        """What is to be done as soon as a view shows it: queues that could begin elsewhere."""
+        """The moves not to be put off: those out of queues that could begin elsewhere."""
         if not self._pace.soonest or now - self._last < self._pace.soonest:
             return []
         if not any(
@@ -164,7 +164,7 @@ class Rescheduler:
         requests: int = 1,
         blocks: int | None = None,
     ) -> bool:
-        """A move of a pair has ended; whether there was one.
+        """Take note that a move of a pair has ended; whether there was one.
 
         `requests` is how many went, with so many `blocks` together if that is known. See
         `MovesUnderWay.end` for `blameless`.

@@ -156,11 +156,11 @@ class Scaler:
         self._timers = _Timers()
 
     def forget(self) -> None:
-        """The cluster was out of sight: for how long the mean has been where it is isn't known."""
+        """Forget for how long the mean has been where it is, as the cluster was out of sight."""
         self._timers.side = None
 
     def decide(self, view: ClusterView, now: float) -> Decision | None:
-        """What is to change now; to be asked again and again, with `now` never going back."""
+        """The change to be made now; to be asked again and again, with `now` never going back."""
         found, timers = census(view), self._timers
         if found.missing != timers.missing:
             timers.missing, timers.missing_since = found.missing, now

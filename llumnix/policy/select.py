@@ -51,7 +51,7 @@ class Room(NamedTuple):
         return self.fits(candidate.blocks + self.headroom.get(candidate.priority, 0))
 
     def after(self, candidate: MovableRequest) -> "Room":
-        """What is left once it is there; the next of its class keeps no further headroom."""
+        """The room left with it there; the next of its class keeps no further headroom."""
         kept = self.headroom.get(candidate.priority, 0)
         headroom = {**self.headroom, candidate.priority: 0} if kept else self.headroom
         return self._replace(
@@ -76,38 +76,38 @@ def lowest_priority(candidates: Sequence[MovableRequest], room: Room) -> Movable
 
 
 def last_running(candidates: Sequence[MovableRequest], room: Room) -> MovableRequest | None:
-    """LCR: of the running ones the last come."""
+    """LCR: of the running requests the one that came last."""
     return max(_decoding(candidates), key=lambda c: c.order, default=None)
 
 
 def first_running(candidates: Sequence[MovableRequest], room: Room) -> MovableRequest | None:
-    """FCR: of the running ones the first come."""
+    """FCR: of the running requests the one that came first."""
     return min(_decoding(candidates), key=lambda c: c.order, default=None)
 
 
 def shortest_running(candidates: Sequence[MovableRequest], room: Room) -> MovableRequest | None:
-    """SR: of the running ones that with the shortest sequence."""
+    """SR: of the running requests the one with the shortest sequence."""
     return min(_decoding(candidates), key=lambda c: (c.tokens, -c.order), default=None)
 
 
 def longest_running(candidates: Sequence[MovableRequest], room: Room) -> MovableRequest | None:
-    """LR: of the running ones that with the longest sequence."""
+    """LR: of the running requests the one with the longest sequence."""
     return max(_decoding(candidates), key=lambda c: (c.tokens, c.order), default=None)
 
 
 def first_waiting(candidates: Sequence[MovableRequest], room: Room) -> MovableRequest | None:
-    """FCW: of the queued ones the first come."""
+    """FCW: of the queued requests the one that came first."""
     waiting = (c for c in candidates if not c.running)
     return min(waiting, key=lambda c: c.order, default=None)
 
 
 def last_waiting(candidates: Sequence[MovableRequest], room: Room) -> MovableRequest | None:
-    """Of the queued ones the last come."""
+    """Of the queued requests the one that came last."""
     return max((c for c in candidates if not c.running), key=lambda c: c.order, default=None)
 
 
 def first_behind(candidates: Sequence[MovableRequest], room: Room) -> MovableRequest | None:
-    """Of the queued ones the first come that has another before it."""
+    """Of the queued requests behind the head the one that came first."""
     return first_waiting([c for c in candidates if not c.head], room)
 
 
@@ -159,7 +159,7 @@ def choose(candidates: Iterable[MovableRequest], rule: str, room: Room) -> Movab
 def choose_together(
     candidates: Iterable[MovableRequest], rule: str, room: Room, count: int
 ) -> list[MovableRequest]:
-    """Those that leave together, `count` at most: as many of the queued as the destination takes.
+    """The requests that leave together: `count` at most, as many as the destination takes.
 
     By the rule `queue` the most important go first, and of these the first come. By `tail` it is
     the other way round, for where they go they have to wait again; whoever has outputs stays.
@@ -175,5 +175,5 @@ def choose_together(
 
 
 def _decoding(candidates: Iterable[MovableRequest]) -> Iterable[MovableRequest]:
-    """Those running that have an output: one in its prefill has no KV cache worth a copy yet."""
+    """The running requests with an output: in its prefill one has no KV cache worth a copy."""
     return (c for c in candidates if c.running and c.generated > 0)

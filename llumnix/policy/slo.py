@@ -102,5 +102,5 @@ def _unnamed(load: InstanceLoad, sent: InFlight) -> dict[int, int]:
 
 
 def _miss(expected: float, target: float) -> float:
-    """From 0, well within the target, to 1, beyond it."""
+    """How far a target is missed: from 0, well within it, to 1, beyond it."""
     return min(max((expected / target - _DOUBT) / (1 - _DOUBT), 0.0), 1.0) if target else 1.0

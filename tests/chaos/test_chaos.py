@@ -13,7 +13,7 @@ from tests.chaos.run import Run
 from tests.kit.etcd import EtcdCluster
 from tests.kit.proxy import Proxies
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 CLIENTS = 9
 CHOSEN = ("link dead", "etcd leader frozen", "lease revoked", "node SIGTERM")

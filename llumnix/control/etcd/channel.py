@@ -62,7 +62,7 @@ class Member:
         self._closed = False
 
     def call(self, name: str, request: Any, timeout: float, token: str) -> Any:
-        """Makes one unary call, `timeout` in seconds.
+        """Make one unary call, `timeout` in seconds.
 
         Raises Unreachable, TokenExpired, or EtcdRefused with what etcd said.
         """
@@ -76,7 +76,7 @@ class Member:
     def probe(
         self, request: Any, timeout: float, token: str, answer: Callable[[Probe | EtcdError], None]
     ) -> None:
-        """Asks without waiting; `answer` is called once, on a thread of gRPC's."""
+        """Ask without waiting; `answer` is called once, on a thread of gRPC's."""
 
         def done(future: Any) -> None:
             try:
@@ -97,14 +97,14 @@ class Member:
         future.add_done_callback(done)
 
     def watch(self, request: Any, token: str) -> "WatchStream":
-        """Opens a watch; the stream stays silent, and raises nothing, when the member freezes."""
+        """Open a watch; the stream stays silent, and raises nothing, when the member freezes."""
         try:
             return WatchStream(self._method("watch")(request, metadata=_metadata(token)))
         except ValueError:
             raise Unreachable("channel is closed", sent=False) from None
 
     def close(self) -> None:
-        """Ends every call and stream of this member."""
+        """End every call and stream of this member."""
         with self._lock:
             self._closed = True
             channel, self._channel = self._channel, None
@@ -156,7 +156,7 @@ class WatchStream:
         self._call = call
 
     def __iter__(self) -> Iterator[WatchBatch]:
-        """Yields until the stream ends, which always raises WatchEnded."""
+        """Yield batches until the stream ends, which always raises WatchEnded."""
         try:
             for response in self._call:
                 if response.canceled:
@@ -168,7 +168,7 @@ class WatchStream:
         raise WatchEnded("the member closed the watch")
 
     def cancel(self) -> None:
-        """Ends the stream, from any thread."""
+        """End the stream, from any thread."""
         self._call.cancel()
 
 
@@ -185,7 +185,7 @@ def open_member(endpoint: str, tls: Any | None) -> Member:
 
 
 def tls_credentials(ca: str | None, cert: str | None, key: str | None) -> Any | None:
-    """What these PEM files prove; None without any. Raises OSError, ValueError for half a pair."""
+    """Credentials from PEM files; None without. Raises OSError, ValueError for half a pair."""
     if (cert is None) != (key is None):
         raise ValueError("a client certificate and its key must be given together")
     if ca is None and cert is None:
@@ -205,7 +205,7 @@ def _metadata(token: str) -> tuple[tuple[str, str], ...] | None:
 
 
 def _understood(error: Any, timeout: float) -> EtcdError:
-    """What a gRPC error means to us."""
+    """The error of this package that stands for a gRPC error."""
     code, details = error.code(), error.details() or ""
     if any(text in details for text in _TOKEN_ERRORS):
         return TokenExpired(details)

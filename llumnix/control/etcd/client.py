@@ -79,7 +79,7 @@ class Etcd:
     # writing
 
     def put(self, key: str, value: bytes, lease: int = 0) -> int:
-        """Writes the key and returns the revision that did it.
+        """Write the key and return the revision that did it.
 
         Raises LeaseNotFound when the lease has ended. A write that first went to a member which
         froze is repeated at the next one, and the frozen one may carry it out much later: where
@@ -90,14 +90,14 @@ class Etcd:
         return int(response.header.revision)
 
     def delete(self, key: str) -> bool:
-        """Deletes the key; False when there was none (or an unanswered try had deleted it)."""
+        """Delete the key; False when there was none (or an unanswered try had deleted it)."""
         response, _ = self._call("delete", protobuf.delete(key), f"delete {key}", writes=True)
         return bool(response.deleted)
 
     def txn(
         self, when: Sequence[Compare], then: Sequence[Op], otherwise: Sequence[Op] = ()
     ) -> TxnResult:
-        """Runs `then` if every condition of `when` holds, else `otherwise`, as one step.
+        """Run `then` if every condition of `when` holds, else `otherwise`, as one step.
 
         It goes to another member only while it has certainly reached none, so an
         EtcdOutcomeUnknown must be resolved by the caller, who knows what the keys should say.
@@ -105,7 +105,7 @@ class Etcd:
         return self._txn(when, then, otherwise, repeat=False)[0]
 
     def put_if_absent(self, key: str, value: bytes, lease: int = 0) -> tuple[bool, KeyValue]:
-        """Creates the key unless it exists; returns whether it is ours, and the key as it is now.
+        """Create the key unless it exists; return whether it is ours, and the key as it is now.
 
         Raises EtcdOutcomeUnknown when a member may have created it and another found it taken.
         """
@@ -116,7 +116,7 @@ class Etcd:
     def compare_and_swap(
         self, key: str, value: bytes, mod_revision: int, lease: int = 0
     ) -> tuple[bool, KeyValue | None]:
-        """Writes the key if it still has `mod_revision`; returns whether, and the key as it is now.
+        """Write the key if it still has `mod_revision`; return whether, and the key as it is now.
 
         Raises EtcdOutcomeUnknown when a member may have written it before another changed it.
         """
@@ -132,12 +132,12 @@ class Etcd:
         return int(response.ID), float(response.TTL)
 
     def lease_keepalive_once(self, lease: int) -> float:
-        """Prolongs the lease; returns the seconds it lives from now, 0 when it has ended."""
+        """Prolong the lease; return the seconds it lives from now, 0 when it has ended."""
         response, _ = self._call("keepalive", protobuf.keep_alive(lease), "keep a lease alive")
         return float(response.TTL)
 
     def lease_revoke(self, lease: int, *, timeout: float | None = None) -> None:
-        """Ends the lease and deletes its keys; at ease with a lease that has ended already."""
+        """End the lease and delete its keys; at ease with a lease that has ended already."""
         request = protobuf.revoke(lease)
         try:
             self._call("revoke", request, "revoke a lease", writes=True, timeout=timeout)
@@ -152,7 +152,7 @@ class Etcd:
             return self._members[self._turn]
 
     def move_on(self, member: Member) -> None:
-        """Calls go to the next member from now on, if they went to this one."""
+        """Send calls to the next member from now on, if they went to this one."""
         with self._lock:
             if self._members[self._turn] is member:
                 self._turn = (self._turn + 1) % len(self._members)
@@ -164,11 +164,11 @@ class Etcd:
     def probe(
         self, prefix: str, at: Member, timeout: float, answer: Callable[[Probe | EtcdError], None]
     ) -> None:
-        """Asks that member what the prefix looks like; it answers only if it has a quorum."""
+        """Ask that member what the prefix looks like; it answers only if it has a quorum."""
         at.probe(protobuf.read_newest(prefix), timeout, self._token, answer)
 
     def close(self) -> None:
-        """Closes every connection; calls still under way raise EtcdUnavailable."""
+        """Close every connection; calls still under way raise EtcdUnavailable."""
         for member in self._members:
             member.close()
 
@@ -185,7 +185,7 @@ class Etcd:
         repeat: bool = True,
         timeout: float | None = None,
     ) -> tuple[Any, bool]:
-        """Returns the answer, and whether an earlier try may have been carried out as well."""
+        """Return the answer, and whether an earlier try may have been carried out as well."""
         budget = self._call_timeout * _MAX_TRIES if timeout is None else timeout
         deadline = time.monotonic() + budget
         tried: list[str] = []

@@ -15,7 +15,7 @@ class Pulse:
         self._last = float("inf")  # until the first beat it is not expected to beat
 
     def beat(self) -> None:
-        """The thread has come by; for that thread."""
+        """Note that the thread has come round; for that thread."""
         self._last = time.monotonic()
 
     @property

@@ -47,13 +47,13 @@ class OwnedKeys:
             self._judges[key] = is_wrong
 
     def forget_written(self) -> None:
-        """The lease is a new one: everything must be written again."""
+        """Have everything written again, as the lease is a new one."""
         with self._lock:
             self._written.clear()
             self._unwanted.clear()
 
     def settle_one(self, etcd: Etcd, lease: int) -> bool:
-        """Writes or deletes one key that needs it; False when none does. Raises EtcdError."""
+        """Write or delete one key that needs it; False when none does. Raises EtcdError."""
         with self._lock:
             self._writing = self._next_unwritten()
             unwanted = next(iter(self._unwanted), None)

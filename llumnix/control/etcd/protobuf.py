@@ -35,7 +35,7 @@ def read_prefix(prefix: str) -> Any:
 
 
 def read_newest(prefix: str) -> Any:
-    """Asks for no more than a Probe needs."""
+    """Ask for no more than a Probe needs."""
     return pb.RangeRequest(
         key=prefix.encode(),
         range_end=_end_of(prefix),

@@ -70,7 +70,7 @@ class EmbeddedEtcd:
         return self._process.pid if self._process is not None else None
 
     def start(self, within: float = 15.0) -> None:
-        """Returns once etcd answers. Raises EmbeddedEtcdError if it doesn't in `within` seconds."""
+        """Return once etcd answers. Raises EmbeddedEtcdError if it doesn't in `within` seconds."""
         deadline = time.monotonic() + within
         binary = self._binary or find_etcd()
         private_folder(self._dir)
@@ -87,7 +87,7 @@ class EmbeddedEtcd:
         logger.info("An embedded etcd answers this user alone, at %s.", client)
 
     def stop(self, within: float = 5.0) -> None:
-        """Ends etcd: asks it to, and kills it if it is still there after `within` seconds."""
+        """End etcd: ask it to, and kill it if it is still there after `within` seconds."""
         with self._launching:
             self._stopping.set()
             self._endpoints = ()
@@ -121,7 +121,7 @@ class EmbeddedEtcd:
         ]
 
     def _take_lock(self, deadline: float) -> None:
-        """A second etcd on the same data would wait for the first without a word."""
+        """Lock the data: a second etcd on it would wait for the first without a word."""
         lock = open(self._dir / "lock", "a")  # noqa: SIM115 - held until stop()
         database = self._dir / "member" / "member" / "snap" / "db"
         while not (_lockable(lock) and _free(database)):

@@ -51,28 +51,28 @@ class Session:
         return max(0.0, self._deadline - time.monotonic())
 
     def start(self) -> None:
-        """Begins to hold a lease; returns at once."""
+        """Begin to hold a lease; returns at once."""
         self._thread.start()
 
     def put(self, key: str, value: bytes) -> None:
-        """Keeps the key at `value` for as long as this session lives."""
+        """Keep the key at `value` for as long as this session lives."""
         self._owned.put(key, value)
         self._wake.set()
 
     def remove(self, key: str) -> None:
-        """Deletes a key that was put here; does nothing for any other."""
+        """Delete a key that was put here; does nothing for any other."""
         self._owned.remove(key)
         self._wake.set()
 
     def keep(self, key: str, value: bytes, is_wrong: Judge = lambda found: False) -> None:
-        """Puts the key back, without the lease, whenever `observe` is shown that it is missing.
+        """Put the key back, without the lease, whenever `observe` is shown that it is missing.
 
         Also when it has another value which `is_wrong`, a function of it that is quick.
         """
         self._owned.keep(key, value, is_wrong)
 
     def observe(self, items: Mapping[str, KeyValue], revision: int) -> None:
-        """Compares a snapshot that is complete up to `revision` with what was written.
+        """Compare a snapshot that is complete up to `revision` with what was written.
 
         A key that somebody deleted or overwrote is written again. That somebody may be we: a member
         that was frozen carries out, when it thaws, a write that was long since repeated elsewhere.
@@ -81,7 +81,7 @@ class Session:
             self._wake.set()
 
     def stop(self, within: float = 2.0) -> None:
-        """Ends the thread and the lease, and with it all keys; gives up after `within` seconds.
+        """End the thread and the lease, and with it all keys; gives up after `within` seconds.
 
         The lease then ends by itself, after its time to live. A call that is under way comes on
         top, a few seconds when no member answers.
@@ -121,7 +121,7 @@ class Session:
             self._stopping.wait(self._backoff.delay())
 
     def _beat(self) -> None:
-        """Does what is due: have a lease, prolong it, write and delete what is not yet."""
+        """Do what is due: have a lease, prolong it, write and delete what is not yet."""
         self._keep_lease()
         self.pulse.beat()
         while not self._stopping.is_set() and self._owned.settle_one(self._etcd, self._lease):

@@ -76,15 +76,15 @@ class PrefixWatch:
         return self.age < 2 * self._interval + 1.0
 
     def start(self) -> None:
-        """Begins to mirror; returns at once."""
+        """Begin to mirror; returns at once."""
         self._thread.start()
 
     def wait_listed(self, within: float) -> bool:
-        """Waits for the first list, at most `within` seconds; whether there was one."""
+        """Wait for the first list, at most `within` seconds; whether there was one."""
         return self._listed.wait(within)
 
     def stop(self) -> None:
-        """Ends the thread; `on_change` is not called again once this has returned."""
+        """End the thread; `on_change` is not called again once this has returned."""
         self._stopping.set()
         if self._feed is not None:
             self._feed.wake()
@@ -119,7 +119,7 @@ class PrefixWatch:
             )
 
     def _follow(self, member: Member) -> None:
-        """Lists, then watches, on one member; returns when told to stop, raises when in doubt."""
+        """List, then watch, on one member; returns when told to stop, raises when in doubt."""
         asked = time.monotonic()
         listed, revision = self._etcd.get_prefix(self._prefix, at=member)
         self.pulse.beat()
@@ -179,7 +179,7 @@ class PrefixWatch:
         self._stopping.wait(_GAP)
 
     def _judge(self, proof: Proof) -> None:
-        """The mirror must agree with the probe, or catch up before the next one."""
+        """Check that the mirror agrees with the probe, or catches up before the next one."""
         probe = proof.probe
         if probe.newest <= self._revision and probe.count == len(self._items):
             self._in_doubt = False

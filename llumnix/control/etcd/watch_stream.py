@@ -51,13 +51,13 @@ class Feed:
         self._pump = threading.Thread(target=self._drain, name=f"feed {prefix}", daemon=True)
 
     def start(self) -> None:
-        """Opens the stream; changes count from the revision given."""
+        """Open the stream; changes count from the revision given."""
         self._stream = self._etcd.watch(self._prefix, self._revision, self._member)
         self._ask_at = time.monotonic() + self._interval
         self._pump.start()
 
     def next(self) -> WatchBatch | Proof | None:
-        """Waits for the next change or proof; None after `wake`.
+        """Wait for the next change or proof; None after `wake`.
 
         Raises WatchEnded or Unreachable, at the latest a probe's interval and timeout after the
         member fell silent.
@@ -88,11 +88,11 @@ class Feed:
         return None
 
     def wake(self) -> None:
-        """Makes `next` return; from any thread."""
+        """Make `next` return; from any thread."""
         self._inbox.put(None)
 
     def stop(self) -> None:
-        """Ends the stream and its thread."""
+        """End the stream and its thread."""
         if self._stream is not None:
             self._stream.cancel()
             self._pump.join()

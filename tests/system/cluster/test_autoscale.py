@@ -11,7 +11,7 @@ from tests.kit.moves import Run
 from tests.kit.node import Node, Nodes
 from tests.kit.wait import eventually
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 COMPLETIONS = "/v1/completions"
 CLIENTS = 12

@@ -13,7 +13,7 @@ from tests.kit.node import Node, Nodes
 from tests.kit.wait import eventually
 from tests.system.cluster.test_life import Reader
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 COMPLETIONS = "/v1/completions"
 TTL = 5.0

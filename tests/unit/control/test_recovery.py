@@ -22,6 +22,8 @@ from tests.kit.etcd import EtcdCluster, free_ports
 from tests.kit.wait import eventually
 from tests.unit.control.test_election import only_when_told
 
+pytestmark = pytest.mark.slow
+
 Closing = Callable[[Callable[[], object]], None]
 TTL = 3.0
 GRACE = 5.0  # longer than a node has, so that a stall of the machine evicts nobody
