@@ -196,6 +196,12 @@ class BlockDepot:
         until = time.monotonic() + LEND_SECONDS
         self._loans[request_id] = _Loan(migration, pair, group, theirs, until, workers)
 
+    def hashes_of(self, request_id: str) -> list[bytes]:
+        """Of the full blocks that are here for a request which is to come; else none."""
+        loan = self._loans.get(request_id.rpartition("~")[0])
+        held = self._held.get(loan.migration) if loan is not None else None
+        return held.hashes if held is not None else []
+
     def adopt(self, request: Request) -> bool:
         """Give a request that comes all its blocks, where they have arrived or are lent.
 

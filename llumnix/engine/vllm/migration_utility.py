@@ -5,6 +5,7 @@ Called between steps; nothing here waits for a transfer, which runs in threads o
 
 from typing import Any
 
+from llumnix.engine.vllm import known_hashes
 from llumnix.engine.vllm.block_holds import BlockDepot, DepotError
 
 
@@ -33,10 +34,24 @@ def _meet(core: Any, depot: BlockDepot, sends: bool, job: Any) -> None:
     core.model_executor.collective_rpc(method, args=([], job))
 
 
+def _expect(
+    core: Any,
+    depot: BlockDepot,
+    migration: str,
+    request_id: str,
+    pair: str,
+    group: str,
+    theirs: list[int],
+) -> None:
+    """A request is to come to blocks that are lent; then its hashes are known, too."""
+    depot.expect(migration, request_id, pair, group, theirs, core.model_executor)
+    known_hashes.install(core, core.scheduler.block_size, depot.hashes_of)
+
+
 OPERATIONS: dict[str, Any] = {
     "meet": _meet,
     "lend": lambda core, depot, *arguments: depot.lend(*arguments),
-    "expect": lambda core, depot, *arguments: depot.expect(*arguments, core.model_executor),
+    "expect": _expect,
     "export": lambda core, depot, *arguments: depot.export(*arguments),
     "reserve": lambda core, depot, *arguments: depot.reserve(*arguments),
     "send": lambda core, depot, *arguments: _transfer(core, depot, "llumnix_send", *arguments),
