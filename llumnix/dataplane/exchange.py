@@ -21,7 +21,8 @@ from llumnix.dataplane.frames import (
 )
 from llumnix.dataplane.hosted_instance import HostedInstance
 from llumnix.dataplane.hosted_request import Origin
-from llumnix.dataplane.peer import Link, Peers
+from llumnix.dataplane.peer import Peers
+from llumnix.dataplane.peer_link import Link
 from llumnix.engine.base import EngineDead, EngineError
 from llumnix.late import Late
 from llumnix.tasks import TaskSet

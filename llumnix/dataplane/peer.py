@@ -16,7 +16,7 @@ import aiohttp
 from aiohttp import web
 
 from llumnix.cluster import NodeId
-from llumnix.dataplane.frames import AnyFrame, Codec, Frame, FrameError, Hello
+from llumnix.dataplane.frames import Codec, Frame, FrameError, Hello
 from llumnix.dataplane.peer_link import HEARTBEAT, MAX_FRAME, Link
 from llumnix.dataplane.peer_proof import (
     PROOF,
@@ -191,7 +191,8 @@ class Peers:
             logger.warning(
                 "The link to node %s at %s is not encrypted: whoever is on the way can read and "
                 "change prompts and answers (--ssl-certfile, --ssl-keyfile, --ssl-ca-certs).",
-                *(link.node, host),
+                link.node,
+                host,
             )
         self._receiver().opened(link.node)
 
@@ -241,6 +242,3 @@ def _is_here(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host in ("", "localhost")
-
-
-__all__ = ["PATH", "AnyFrame", "Link", "Peers", "Self"]

@@ -1,7 +1,6 @@
 """A node's actors: started with what each must know, kept alive, told of each view."""
 
 import asyncio
-from functools import partial
 from typing import Any
 
 from llumnix.actors.desired_writer import Wishes
@@ -16,6 +15,7 @@ from llumnix.actors.supervisor import NodeActor, Roster, Surroundings
 from llumnix.cluster import ClusterView
 from llumnix.config import Config
 from llumnix.dataplane.exchange import Exchange
+from llumnix.migration.record import MigrationRecord
 from llumnix.migration.service import Migrations, Rules
 from llumnix.migration.source import Limits
 from llumnix.node.control_plane import ControlPlane
@@ -51,6 +51,7 @@ class Acting:
         self._supervision = supervision
         self._control = control
         self._going = False  # while there are actors to tell of a new view
+        self._admits: Supervised | None = None
 
     def start(self, model: str, exchange: Exchange, around: Surroundings) -> None:
         """Start the actors, which wait for what they are told."""
@@ -58,21 +59,28 @@ class Acting:
         policies = self._policies
         self.dispatch = keep(
             lambda: DispatcherActor.start(
-                *(config.node, policies.dispatch, config.dispatch_top_k), terms=policies.terms
+                node=config.node,
+                policy=policies.dispatch,
+                top_k=config.dispatch_top_k,
+                terms=policies.terms,
             ),
             self._inform,
         )
         roster = Roster(initial=config.initial_instances)
         self.supervise = keep(
             lambda: NodeActor.start(
-                *(config.node, model, config.max_instances, config.drain_timeout),
-                *(around, roster),
+                node=config.node,
+                model=model,
+                limit=config.max_instances,
+                drain_timeout=config.drain_timeout,
+                around=around,
+                roster=roster,
             ),
             lambda proxy: proxy.take_over.defer(),
         )
         books, limits = Books(), (config.migration_max_requests, config.migration_max_blocks)
         admits = keep(lambda: MigrationActor.start(self._control.handshake, *limits, books))
-        self._control.on_record = partial(admits.notify, "sweep")
+        self._admits = admits
         self.migrations = Migrations(exchange, admits, self._view, self._rules())
         self.rescheduling = Rescheduling(self._loop, self.migrations, config.migration_interval)
         self.manage = keep(
@@ -107,6 +115,11 @@ class Acting:
             for actor in (self.dispatch, self.supervise, self.manage):
                 actor.notify("update_view", view)
         return self._going
+
+    def sweep(self, record: MigrationRecord) -> None:
+        """See to a record of a migration that this node has, or had, proposed; from any thread."""
+        if self._admits is not None:
+            self._admits.notify("sweep", record)
 
     def tell_supervisor(self, slot: int, report: Report) -> None:
         """An instance has changed; a supervisor that is started later asks for all reports."""

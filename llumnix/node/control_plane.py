@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,14 +76,20 @@ class ControlPlane:
         self.election: Election
         self.handshake: Handshake
         self._endpoints: list[str] = []
-        # Called for each record of a migration that this node has, or had, proposed.
-        self.on_record: Callable[[MigrationRecord], None] = lambda record: None
         self._limit = config.lease_ttl
         self.alarms = Alarms()
         self._sentinel: Sentinel | None = None  # once this node has joined
 
-    def open(self, on_view: Callable[[ClusterView], None]) -> None:
-        """Join the cluster. Raises EtcdError with one sentence if that is not possible."""
+    def open(
+        self,
+        on_view: Callable[[ClusterView], None],
+        on_record: Callable[[MigrationRecord], None],
+    ) -> None:
+        """Join the cluster. Raises EtcdError with one sentence if that is not possible.
+
+        On the registry's thread, `on_view` is told of each new view, and `on_record` of each record
+        of a migration that this node has, or had, proposed.
+        """
         config = self._config
         endpoints = config.etcd_endpoints
         if not endpoints:
@@ -110,13 +117,16 @@ class ControlPlane:
         self.session = Session(etcd, config.lease_ttl)
         self.registry = Registry(etcd, self.session, keys, grace=config.lease_ttl)
         self.election = Election(
-            *(etcd, self.session, keys, config.node),
+            etcd,
+            self.session,
+            keys,
+            config.node,
             interval=interval_of(config.lease_ttl),
             patience=config.lease_ttl,
             alarms=self.alarms,
         )
         self.handshake = Handshake(etcd, self.session, keys)
-        self.registry.on_keys = self._look_at_keys
+        self.registry.on_keys = partial(self._look_at_keys, on_record)
         self.registry.subscribe(on_view)
         self.registry.subscribe(self.election.observe)
         self.session.start()
@@ -124,8 +134,13 @@ class ControlPlane:
         self.registry.wait_view(FIRST_ANSWER)
         mark = self._agree()
         self._me = me = NodeInfo(
-            *(config.node, config.advertise_address, VERSION, time.time_ns() // 1000),
-            *(config.max_instances, config.initial_instances, mark),
+            id=config.node,
+            address=config.advertise_address,
+            version=VERSION,
+            epoch=time.time_ns() // 1000,
+            max_instances=config.max_instances,
+            initial_instances=config.initial_instances,
+            token_mark=mark,
         )
         self._claim = Claim(etcd, keys.node(me.id), me, alone=self._embedded is not None)
         self._claim.wait(config.lease_ttl)
@@ -157,11 +172,13 @@ class ControlPlane:
         self.session.keep(self._keys.admin_token, encode_text(token))
         return token
 
-    def _look_at_keys(self, items: Mapping[str, KeyValue]) -> None:
+    def _look_at_keys(
+        self, on_record: Callable[[MigrationRecord], None], items: Mapping[str, KeyValue]
+    ) -> None:
         if self._sentinel is not None:
             self._sentinel.look(items)
         for record in self.handshake.appeared(items):
-            self.on_record(record)
+            on_record(record)
 
     def rendezvous(self) -> Rendezvous:
         """Where workers of two instances meet: a store over etcd."""
@@ -189,11 +206,6 @@ class ControlPlane:
         token = None if self._config.cluster_token else self.token
         self._sentinel = Sentinel(self._keys, self._me, revision, token, self.alarms)
         self.election.start()
-
-    @property
-    def loop_age(self) -> float:
-        """Seconds since the slowest thread of the control loop last came round."""
-        return max(pulse.age for pulse in self._pulses)
 
     def standstill(self) -> str:
         """One sentence that names what of the control loop hangs or has died; empty if nothing."""

@@ -47,7 +47,7 @@ def engine_maker(
         placement = place(vllm_config, slot, config.initial_instances)
         log_file = logs / f"{instance}.log"
         meet = replace(rendezvous(), ladder=ladder(config.migration_carrier))
-        return VllmEngine(*(instance, vllm_config, placement, log_file, patience, meet, machine))
+        return VllmEngine(instance, vllm_config, placement, log_file, patience, meet, machine)
 
     return make
 

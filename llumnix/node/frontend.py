@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from vllm.config import VllmConfig
 
-from llumnix.cluster import ClusterView, InstanceId, NodeId
+from llumnix.cluster import ClusterView, InstanceId
 from llumnix.dataplane.client import ClusterClient
 from llumnix.dataplane.hosted_instance import HostedInstance
 from llumnix.engine.base import EngineError, EngineFacts
@@ -28,25 +28,27 @@ class Opening:
         client: ClusterClient,
         hosted: Mapping[InstanceId, HostedInstance],
         view: Callable[[], ClusterView],
-        ready: Callable[[], Mapping[InstanceId, NodeId]],
+        on_try: Callable[[], None],
+        on_open: Callable[[], None],
     ) -> None:
+        """`hosted`: the instances of this node. `on_try`: called once, after the first try;
+        `on_open`: when the frontend serves."""
         self._arguments = arguments
         self._vllm_config = vllm_config
         self._client = client
-        self._hosted = hosted  # instances of this node
+        self._hosted = hosted
         self._view = view
-        self._ready = ready  # instances of the cluster that take requests
+        self._on_try = on_try
+        self._on_open = on_open
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         self.frontend: Frontend | None = None
         self.tried = False  # whether it is open, or could not be opened the first time
-        self.on_try: Callable[[], None] = lambda: None  # called once, after the first try
-        self.on_open: Callable[[], None] = lambda: None
 
     def look(self) -> None:
         """Begin, unless that was done already or there is no instance to learn from."""
         known = any(hosted.facts for hosted in self._hosted.values())
-        if (known or self._ready()) and self._task is None and not self._closed:
+        if (known or self._client.instances) and self._task is None and not self._closed:
             self._task = asyncio.get_running_loop().create_task(self._open(), name="frontend")
 
     async def close(self) -> None:
@@ -72,19 +74,19 @@ class Opening:
             return
         self.frontend = frontend
         self._has_tried()
-        self.on_open()
+        self._on_open()
 
     def _has_tried(self) -> None:
         if not self.tried:
             self.tried = True
-            self.on_try()
+            self._on_try()
 
     async def _facts(self) -> EngineFacts:
         """Facts of an instance of this node if one is up, else of any other."""
         for hosted in self._hosted.values():
             if hosted.facts is not None:
                 return hosted.facts
-        infos = [self._view().instances[i] for i in self._ready()]
+        infos = [self._view().instances[i] for i in self._client.instances]
         if not infos:
             raise EngineError("no instance is ready")
         tasks = await self._client.get_supported_tasks_async()

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -136,28 +137,35 @@ def refuse(request: web.Request, body: bytes) -> web.Response | None:
     return None
 
 
-def make_app(
-    gateway: Gateway,
-    admin: Admin,
-    moves: Moves,
-    drains: Drains,
-    admission: Admission,
-    contents: Contents,
-    priorities: Priorities,
-    generate: Handler,
-    peer: tuple[str, Handler],
-    origins: Middleware,
-    bodies: Bodies,
-    door: Guard,
-) -> web.Application:
+@dataclass(frozen=True)
+class AppParts:
+    """Who answers requests, and who looks at them before."""
+
+    gateway: Gateway
+    admin: Admin
+    moves: Moves
+    drains: Drains
+    admission: Admission
+    contents: Contents
+    priorities: Priorities
+    generate: Handler
+    peer: tuple[str, Handler]  # path and handler of the links of other nodes
+    origins: Middleware
+    bodies: Bodies
+    door: Guard
+
+
+def make_app(parts: AppParts) -> web.Application:
     """The application, with every route in its place, behind the door."""
 
-    def guard(handler: Handler) -> Handler:
-        inner = admission.guard(priorities.guard(handler))
-        return admission.door(bodies.guard(contents.guard(inner)))
+    admin, bodies, drains, moves = parts.admin, parts.bodies, parts.drains, parts.moves
 
-    middlewares = [origins, openai_errors, door.middleware]
-    app = web.Application(client_max_size=contents.body_bytes, middlewares=middlewares)
+    def guard(handler: Handler) -> Handler:
+        inner = parts.admission.guard(parts.priorities.guard(handler))
+        return parts.admission.door(bodies.guard(parts.contents.guard(inner)))
+
+    middlewares = [parts.origins, openai_errors, parts.door.middleware]
+    app = web.Application(client_max_size=parts.contents.body_bytes, middlewares=middlewares)
     own: dict[str, dict[str, Handler]] = {
         "/livez": {"GET": admin.livez},
         "/readyz": {"GET": admin.readyz},
@@ -167,13 +175,13 @@ def make_app(
         "/llumnix/requests": {"GET": moves.requests},
         "/llumnix/migrate": {"POST": bodies.guard(moves.migrate)},
         "/llumnix/drain": {"GET": drains.list, "POST": bodies.guard(drains.drain)},
-        "/generate": {"POST": guard(generate)},
-        peer[0]: {"GET": peer[1]},
+        "/generate": {"POST": guard(parts.generate)},
+        parts.peer[0]: {"GET": parts.peer[1]},
     }
     for path, handlers in own.items():
-        for place in door.routes.places(path):
+        for place in parts.door.routes.places(path):
             _add(app.router, place, handlers)
-    app.router.add_route("*", "/{path:.*}", guard(gateway.handle))
+    app.router.add_route("*", "/{path:.*}", guard(parts.gateway.handle))
     return app
 
 

@@ -44,7 +44,11 @@ class Doors(web.Server):
     def __call__(self) -> Connection:
         """A connection, for the socket that has just been accepted."""
         return Connection(
-            *(self, self._places, self._heads, self._leaving, self._limits.send_timeout),
+            self,
+            self._places,
+            self._heads,
+            self._leaving,
+            self._limits.send_timeout,
             loop=asyncio.get_running_loop(),
             **self._options,
         )

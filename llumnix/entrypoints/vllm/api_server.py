@@ -142,7 +142,6 @@ async def _serve(config: "Config", parsed: "argparse.Namespace", engines: "VllmC
     from llumnix.node.garbage_collection import Garbage
     from llumnix.node.runtime import Node
 
-    node = Node(config, parsed, engines)
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     # Not told by `ended`: when the node has given up, the first signal is yet to come.
@@ -164,7 +163,7 @@ async def _serve(config: "Config", parsed: "argparse.Namespace", engines: "VllmC
         failed.append(sentence)
         ended.set()
 
-    node.on_giving_up = on_giving_up
+    node = Node(config, parsed, engines, on_giving_up)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     collecting: list[asyncio.Task[None]] = []

@@ -237,11 +237,12 @@ def plane(etcd_member: EtcdCluster, keys: Keys) -> ControlPlane:
 
 def test_a_loop_that_hangs_is_named(plane: ControlPlane) -> None:
     hang, on = threading.Event(), threading.Event()
-    plane.open(lambda view: hang.is_set() and on.wait(20))
+    plane.open(lambda view: hang.is_set() and on.wait(20), lambda record: None)
     try:
         plane.join()
         eventually(lambda: plane.registry.view.nodes)
-        assert plane.standstill() == "" and plane.loop_age < 2
+        pulses = plane.session.pulse, plane.registry.pulse, plane.election.pulse
+        assert plane.standstill() == "" and max(pulse.age for pulse in pulses) < 2
         hang.set()
         plane.session.put(f"/llumnix/{plane._config.cluster}/drain/x", b"1")
         eventually(plane.standstill)
@@ -258,7 +259,7 @@ def test_an_outage_is_no_standstill(keys: Keys) -> None:
             etcd_endpoints=cluster.endpoints, lease_ttl=4.0,
         )  # fmt: skip
         plane = ControlPlane(config)
-        plane.open(lambda view: None)
+        plane.open(lambda view: None, lambda record: None)
         try:
             plane.join()
             eventually(lambda: plane.registry.view.nodes)

@@ -55,7 +55,7 @@ def plane(etcd_member: EtcdCluster, keys: Keys) -> Iterator[MakePlane]:
 
 
 def opened(plane: ControlPlane) -> ControlPlane:
-    plane.open(lambda view: None)
+    plane.open(lambda view: None, lambda record: None)
     plane.join()
     return plane
 
@@ -184,7 +184,7 @@ def test_a_second_node_of_one_name_is_refused(plane: MakePlane, etcd: Etcd, keys
 def test_two_that_start_at_once_are_told_apart(plane: MakePlane) -> None:
     both = plane("a"), plane("a", "127.0.0.1:2")
     for each in both:
-        each.open(lambda view: None)
+        each.open(lambda view: None, lambda record: None)
     both[0].join()
     with pytest.raises(NameTaken):
         both[1].join()
@@ -218,7 +218,7 @@ def test_at_its_own_address_a_killed_node_is_back_at_once(
     again = plane("a", address)
     if not at_once:
         with pytest.raises(NameTaken):
-            again.open(lambda view: None)
+            again.open(lambda view: None, lambda record: None)
         return
     began = time.monotonic()
     opened(again)

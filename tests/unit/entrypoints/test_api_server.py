@@ -20,10 +20,10 @@ class GivingUp:
     signals = 1
 
     def __init__(self, *args: Any) -> None:
-        self.on_giving_up: Any = None
+        self._on_giving_up = args[-1]
 
     async def start(self) -> None:
-        self.on_giving_up("the control loop stands still")
+        self._on_giving_up("the control loop stands still")
 
     async def stop(self) -> None:
         for _ in range(self.signals):

@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, Mount
 from llumnix.dataplane.peer import PATH
 from llumnix.engine.vllm import arguments as command_line
 from llumnix.engine.vllm.compat import server_symbol
-from llumnix.server.app import make_app
+from llumnix.server.app import AppParts, make_app
 from llumnix.server.cors import allow_origins
 from llumnix.server.frontend import without_keys
 from llumnix.server.routes import ROUTES, Access, RouteTable
@@ -112,11 +112,22 @@ def test_vllm_guards_nothing_itself(vllm_paths: set[str]) -> None:
 def own_app(root_path: str = "", **config: Any) -> web.Application:
     """llumnix's application, whose routes nobody calls here."""
     door = rules({"root_path": root_path}, **config).guard()
-    rooms = [AsyncMock() for _ in range(4)]
     around = {"guard.return_value": AsyncMock(), "door.return_value": AsyncMock(), "body_bytes": 1}
-    guards = [MagicMock(**around) for _ in range(3)]
-    peer = PATH, AsyncMock()
-    return make_app(*rooms, *guards, AsyncMock(), peer, allow_origins(options()), guards[0], door)
+    parts = AppParts(
+        gateway=AsyncMock(),
+        admin=AsyncMock(),
+        moves=AsyncMock(),
+        drains=AsyncMock(),
+        admission=MagicMock(**around),
+        contents=MagicMock(**around),
+        priorities=MagicMock(**around),
+        generate=AsyncMock(),
+        peer=(PATH, AsyncMock()),
+        origins=allow_origins(options()),
+        bodies=MagicMock(**around),
+        door=door,
+    )
+    return make_app(parts)
 
 
 @pytest.mark.parametrize("root", ["", "/api"])

@@ -1,0 +1,69 @@
+"""The instances of a node, as their supervisor has them made, announced and withdrawn."""
+
+import asyncio
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+from llumnix.cluster import InstanceId, InstanceInfo, InstanceState
+from llumnix.control.registry import Registry
+from llumnix.dataplane.hosted_instance import HostedInstance
+from llumnix.node.engines import MakeEngine
+from llumnix.node.load_reports import LoadReporter
+from llumnix.node.request_path import RequestPath
+
+
+class Hosting:
+    """What a supervisor acts on; made on the node's loop."""
+
+    def __init__(
+        self,
+        path: RequestPath,
+        registry: Registry,
+        make_engine: MakeEngine,
+        by_priority: bool,
+        look: Callable[[], None],
+    ) -> None:
+        """`by_priority`: whether the engines' queues go by it. `look`: called on the loop when the
+        frontend may be opened."""
+        self._loop = asyncio.get_running_loop()
+        self._path = path
+        self._hosted = path.exchange.hosted
+        self._registry = registry
+        self._make_engine = make_engine
+        self._by_priority = by_priority
+        self._look = look
+        self._reporter = LoadReporter(self._hosted.values, registry.report_loads)
+
+    def make(self, instance: InstanceId, slot: int) -> HostedInstance:
+        """A new engine in a slot; on the loop."""
+        engine = self._make_engine(instance, slot)
+        changed = self._reporter.changed
+        hosted = HostedInstance(engine, slot, self._path.client, changed, self._by_priority)
+        self._hosted[instance] = hosted
+        return hosted
+
+    def requests(self, instance: InstanceId) -> int:
+        """How many requests an instance has."""
+        hosted = self._hosted.get(instance)
+        return hosted.requests if hosted else 0
+
+    def announce(self, info: InstanceInfo) -> None:
+        """Make an instance known; called on the supervisor's thread.
+
+        None of this node's is ready for others while the frontend has not been opened: that keeps
+        the loop busy for seconds, in which no token would get through.
+        """
+        if info.state is InstanceState.READY and not self._path.opening.tried:
+            info = dataclasses.replace(info, state=InstanceState.STARTING)
+            self._loop.call_soon_threadsafe(self._look)
+        self._registry.announce_instance(info)
+
+    def withdraw(self, instance: InstanceId) -> None:
+        """It is no more; called on the supervisor's thread."""
+        self._registry.withdraw_instance(instance)
+        self._loop.call_soon_threadsafe(partial(self._hosted.pop, instance, None))
+
+    def stop(self) -> None:
+        """Report no more loads."""
+        self._reporter.stop()

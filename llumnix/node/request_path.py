@@ -1,0 +1,92 @@
+"""The way of a node's requests: peers, exchange, client and frontend, each made for the next."""
+
+from collections.abc import Callable
+
+from llumnix.cluster import ClusterView, NodeId
+from llumnix.dataplane.client import ClusterClient
+from llumnix.dataplane.exchange import Exchange
+from llumnix.dataplane.peer import Peers, Self
+from llumnix.dataplane.waiting import WaitLimits
+from llumnix.node.actor_system import Acting
+from llumnix.node.control_plane import ControlPlane
+from llumnix.node.dispatching import Dispatching
+from llumnix.node.engines import resumes
+from llumnix.node.frontend import Opening
+from llumnix.node.options import NodeOptions
+from llumnix.policy.classes import Classes
+from llumnix.server import engine_requests
+from llumnix.server.admission import Admission
+from llumnix.server.app import Gateway
+from llumnix.server.listener import Listener
+from llumnix.server.priority import Priorities
+from llumnix.server.routes import RouteTable
+from llumnix.server.status_routes import Standing
+from llumnix.version import VERSION
+
+
+class RequestPath:
+    """What a request of this node's clients passes; lives on the node's loop."""
+
+    def __init__(
+        self,
+        options: NodeOptions,
+        classes: Classes,
+        control: ControlPlane,
+        acting: Acting,
+        standing: Standing,
+        routes: RouteTable,
+        on_open: Callable[[], None],
+    ) -> None:
+        """`on_open`: called when the frontend serves."""
+        config = options.config
+        self._control = control
+        self.dispatching = Dispatching(self._view, acting)
+        me = Self(config.node, config.advertise_address, VERSION)
+        ssl = Listener.client_ssl(options.arguments)
+        self.peers = Peers(me, control.token, self._address_of, ssl)
+        self.exchange = Exchange(config.node, self.peers)
+        self.priorities = Priorities(classes)
+        self.admission = Admission(config.max_requests, config.max_prompt_tokens, options.root_path)
+        self.client = ClusterClient(
+            self.exchange,
+            self.dispatching,
+            config.max_instances,
+            limits=WaitLimits(config.failover_timeout, config.start_timeout),
+            resumes=resumes(config, options.vllm),
+            on_open=(self.priorities.enter, self.admission.enter, engine_requests.enter),
+            on_close=(self.admission.leave,),
+        )
+        self.opening = Opening(
+            options.arguments,
+            options.vllm,
+            self.client,
+            self.exchange.hosted,
+            self._view,
+            on_try=lambda: acting.supervise.notify("announce_all"),
+            on_open=on_open,
+        )
+        self.gateway = Gateway(lambda: self.opening.frontend, standing, routes)
+
+    @property
+    def requests(self) -> int:
+        """How many requests of its clients are open, or have ended with handlers still to end."""
+        return max(len(self.client.ledger), self.gateway.running)
+
+    @property
+    def busy(self) -> int:
+        """How much still runs here, for own clients or for other nodes."""
+        hosted = sum(h.requests for h in self.exchange.hosted.values())
+        return self.gateway.running + len(self.client.ledger) + hosted
+
+    @property
+    def names(self) -> list[str]:
+        """The requests of this node's clients, and those that its instances run for others."""
+        here = {t.request_id for h in self.exchange.hosted.values() for t in h.tenants}
+        return sorted(here | set(self.client.ledger))
+
+    def _view(self) -> ClusterView:
+        return self._control.registry.view
+
+    def _address_of(self, node: NodeId) -> str | None:
+        info = self._view().nodes.get(node)
+        return info.address if info else None
