@@ -42,12 +42,14 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_figure_leaves_its_results_and_a_plot(quick: Path) -> None:
     for figure in (*FIGURES, scalability):
         assert (quick / "json" / f"{figure.NAME}.json").stat().st_size > 100
         assert (quick / "png" / f"{figure.NAME}.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_the_page_has_every_table(quick: Path) -> None:
     text = (quick / "paper.md").read_text()
     assert "serving: 40 requests, seeds 1" in text
@@ -61,6 +63,7 @@ def test_without_results_the_page_says_so(tmp_path: Path) -> None:
     assert (tmp_path / "paper.md").read_text().count(page.MISSING) == len(page.PLACES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("figure", [serving, priorities], ids=lambda figure: figure.NAME)
 def test_the_same_seed_gives_the_same_results(figure: Any, quick: Path, tmp_path: Path) -> None:
     figure.main(arguments(tmp_path))  # with nothing in its cache
