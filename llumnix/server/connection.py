@@ -19,6 +19,9 @@ from llumnix.server.unfinished_heads import PIECE, HeadRefused, Heads, Share
 logger = logging.getLogger(__name__)
 
 PIPELINED = 32  # requests behind the one that is being answered, which nobody has in earnest
+# Of a body in chunks: bytes that may be frames and nothing else, and the share of all that come.
+# A chunk costs the parser as much whether it brings one byte or a thousand.
+FRAMES_FREE, FRAMES_SHARE = 16 * 1024, 0.25
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -31,7 +34,8 @@ class Connection(web.RequestHandler):
     """
 
     __slots__ = (
-        *("_body", "_deaf", "_leaving", "_places", "_send_timeout", "_share", "_stuck", "_wire"),
+        *("_body", "_body_size", "_deaf", "_leaving", "_places", "_send_timeout", "_share"),
+        *("_stuck", "_wire"),
         *("asks_to_go_on", "busy", "gone", "on_leaving"),
     )
 
@@ -51,6 +55,7 @@ class Connection(web.RequestHandler):
         self._places = places
         self._share = Share(heads)
         self._body: StreamReader = EMPTY_PAYLOAD  # of the request that came last
+        self._body_size = 0  # bytes that came of it, with its chunks' frames
         self._deaf = False  # whether whatever still comes is no request
         self._leaving = leaving
         self._send_timeout = send_timeout
@@ -102,9 +107,12 @@ class Connection(web.RequestHandler):
         came = self._request_count > seen
         if came:
             message, self._body = self._messages[-1]
+            self._body_size = 0
             if isinstance(message, _ErrInfo):
                 self._deaf = True
                 return
+        elif not of_a_head:
+            self._frames(len(piece))
         try:
             if of_a_head or came:
                 self._share.more(len(piece), message if came else None)
@@ -112,6 +120,15 @@ class Connection(web.RequestHandler):
                 self._share.wait(len(piece))
         except HeadRefused as refused:
             self._refuse(refused, came or not of_a_head)
+
+    def _frames(self, size: int) -> None:
+        """More of a body has come, which must not be frames of chunks for the most part."""
+        self._body_size += size
+        frames = self._body_size - self._body.total_bytes
+        if frames > FRAMES_FREE + FRAMES_SHARE * self._body_size and self._wire is not None:
+            CLOSED.labels("chunks").inc()
+            self._deaf = True
+            self._wire.abort()
 
     def _refuse(self, refused: HeadRefused, came: bool) -> None:
         """Answer with this in place of the request that came last, or that is to come."""

@@ -11,6 +11,13 @@ from llumnix.server.routes import Access, RouteTable
 _CHALLENGE = {"WWW-Authenticate": "Bearer"}
 
 
+def _bodiless() -> web.Response:
+    """Anybody may call these routes, so nothing is read or kept of what anybody sends."""
+    response = error_response(413, "this route takes no body")
+    response.force_close()
+    return response
+
+
 class Guard:
     """Lets through what the table of routes and the caller allow. What nobody knows is closed."""
 
@@ -23,7 +30,7 @@ class Guard:
         """The answer to one who may not; None, and the caller kept in the request, if it may."""
         access = self.routes.access(request.path)
         if access in (Access.PUBLIC, Access.PEER):
-            return None
+            return _bodiless() if request.body_exists else None
         if is_preflight(request):
             return self._preflight(access, request)
         caller = self._callers.caller(request)

@@ -6,6 +6,9 @@ from aiohttp.http import HttpVersion, HttpVersion10
 from llumnix.server.errors import error_response
 
 _NEWEST = HttpVersion(1, 1)
+TARGET_BYTES = 8 * 1024  # of a path with its query, as other servers have it
+# Of a path. aiohttp looks for its route at each of them, which takes as long as what is before it.
+TARGET_PARTS = 64
 
 
 def problem(request: web.BaseRequest) -> web.Response | None:
@@ -21,6 +24,11 @@ def problem(request: web.BaseRequest) -> web.Response | None:
 def _found(request: web.BaseRequest) -> tuple[int, str] | None:
     if not HttpVersion10 <= request.version <= _NEWEST:
         return 505, "this server speaks HTTP/1.1 and HTTP/1.0"
+    target = request.raw_path
+    if len(target) > TARGET_BYTES:
+        return 414, f"a path and its query may have {TARGET_BYTES} bytes together"
+    if target.partition("?")[0].count("/") > TARGET_PARTS:
+        return 414, f"a path may have {TARGET_PARTS} parts"
     headers = request.headers
     codings = headers.getall(hdrs.TRANSFER_ENCODING, None)
     if codings is not None and [coding.strip().lower() for coding in codings] != ["chunked"]:

@@ -479,6 +479,43 @@ def test_heads_that_ask_for_what_is_not_served(request_: bytes, status: int) -> 
     bodies_check(check)
 
 
+@pytest.mark.parametrize("target", ["/" * 66, "/a" * 65, "/?" + "a" * 8200])
+def test_a_path_has_a_size(target: str) -> None:
+    """aiohttp looks for a route at each of its parts: 65,000 held the loop up for 0.8 s."""
+
+    async def check() -> None:
+        async with serving(ok) as port:
+            status, message = error(await read(Client(port).send(head("GET", target, {})), True))
+            assert status == 414 and "a path" in message
+            assert b"200 OK" in await read(Client(port).send(head("GET", "/a" * 60, {})))
+
+    uvloop.run(check())
+
+
+def test_a_body_must_not_be_frames_of_chunks() -> None:
+    """Each costs the parser as much, whatever it brings: the connection ends after a few."""
+    chunks = head("POST", "/v1/completions", {"Transfer-Encoding": "chunked"})
+
+    async def check() -> None:
+        async with serving(ok) as port:
+            before = closed("chunks")
+            client = Client(port).send(chunks)
+            with contextlib.suppress(OSError):
+                for _ in range(20):
+                    client.send(b"1\r\nx\r\n" * 2000)
+                    await asyncio.sleep(0)
+            await soon(lambda: closed("chunks") == before + 1)
+            client.close()
+            large = Client(port).send(chunks)
+            for _ in range(20):
+                large.send(b"40\r\n" + b"x" * 64 + b"\r\n")
+            large.send(b"0\r\n\r\n")
+            assert b"200 OK" in await read(large)
+            large.close()
+
+    uvloop.run(check())
+
+
 def test_chunked_is_taken_however_it_is_written() -> None:
     async def check(ask: Callable[..., Awaitable[bytes]]) -> None:
         for chunked in ("chunked", "Chunked", " chunked "):

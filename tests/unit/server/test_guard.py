@@ -56,6 +56,16 @@ async def test_nothing_of_a_body_is_read_before_its_caller_is_known() -> None:
 
 
 @on_loop
+async def test_routes_for_anybody_read_nothing_of_anybody() -> None:
+    """Strangers filled the budget of bodies there, which is for clients."""
+    async with door(given=KEYS, admin_token="boss") as node:
+        for path in paths(Access.PUBLIC):
+            for key in (None, "k1"):
+                assert await node.status(path, key, method="POST", data=b"x" * 100) == 413
+        assert not node.read
+
+
+@on_loop
 async def test_a_route_that_nobody_has_classified_is_closed() -> None:
     async with door(given=KEYS, admin_token="boss") as node:
         for path in ("/nowhere", "/v1/batches", "/llumnix", "//v1/models", "/metricsx", "/"):
