@@ -15,6 +15,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from llumnix.cluster import InstanceId, NodeId
 from llumnix.dataplane.cancels import Cancels
+from llumnix.dataplane.death_wave import DeathWave
 from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.frames import HandOver, Lost, News
 from llumnix.dataplane.hosted_request import TRIAL_TOKENS
@@ -74,6 +75,7 @@ class ClusterClient(UtilityCalls):
         self.placer = Placer(
             self.ledger, exchange, dispatcher, limits or WaitLimits(), self.interruptions
         )
+        self._wave = DeathWave()
         self._cancels = Cancels(self.placer.cancel)
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._tasks = TaskSet()
@@ -244,6 +246,8 @@ class ClusterClient(UtilityCalls):
         """
         if lost.retry:
             self.placer.suspect(lost.instance)
+        if lost.died:
+            self._wave.add(lost.instance)
         entry = self.ledger.get(request_id)
         if entry is None or entry.epoch != epoch or entry.owner is None:
             return
@@ -253,8 +257,10 @@ class ClusterClient(UtilityCalls):
             # It has passed a trial that took longer than others waited for it; or another API
             # server's suspect was on trial there too, and it is tried once more.
             entry.clear()
-        entry.deaths += died
-        entry.crashes += died
+        if died:
+            entry.crashes += 1
+            entry.died_under.add(lost.instance)
+            entry.deaths += not self._wave.beside(entry.died_under)
         reason = lost.reason
         pinned = self._why_pinned(entry) if entry.tokens else None
         if pinned is not None:

@@ -32,8 +32,9 @@ class Entry:
     epoch: int = 0
     tokens: list[int] = field(default_factory=list)
     begun: int = 0  # position at which its owner has begun
-    deaths: int = 0  # engines that died under it, less those it was cleared of
+    deaths: int = 0  # of those, what it may have done: less what it was cleared of
     crashes: int = 0  # engines that died under it
+    died_under: set[InstanceId] = field(default_factory=set)  # which ones
     lost_by: set[InstanceId] = field(default_factory=set)  # owners not to be tried again
 
     def clear(self) -> None:

@@ -17,7 +17,7 @@ from vllm.v1.engine import (
 from llumnix.dataplane.client import ClusterClient
 from llumnix.dataplane.frames import Cancel, Lost, Outputs, Submit
 from llumnix.dataplane.hosted_request import TRIAL_TOKENS
-from llumnix.dataplane.placer import DEATHS, Route
+from llumnix.dataplane.placer import CRASHES, DEATHS, Route
 from llumnix.dataplane.resumability import NO_RESUME
 from llumnix.engine.base import EngineDead
 from tests.kit.loop import on_loop, soon
@@ -104,6 +104,34 @@ async def test_a_loss_that_is_told_twice() -> None:
     exchange.home.node_lost("x", "lost the connection to node x")
     await soon(lambda: not client._tasks)
     assert [instance for instance, _ in exchange.submitted] == ["x-0", "y-0"]
+
+
+@on_loop
+async def test_engines_that_die_together_say_nothing_of_a_request() -> None:
+    """Whoever killed them all did not need a request for it; only so many are forgiven."""
+    exchange = HeldExchange()
+    exchange.refuse.set()
+    client = make(exchange, *((f"x-{n}", "x") for n in range(40)))
+    failures: list[str] = []
+    client.bind(lambda request_id, reason, status: failures.append(request_id))
+    entries = []
+    for request_id in ("r", "s"):
+        await client.add_request_async(core_request(request_id, [1]))
+        entry = client.ledger.get(request_id)
+        assert entry is not None
+        entries.append(entry)
+    r, _ = entries
+    rounds = 0
+    while not failures:
+        await soon(lambda: bool(failures) or all(e.owner is not None for e in entries))
+        for request_id, entry in zip(("s", "r"), reversed(entries), strict=True):
+            assert entry.owner is not None
+            lost = Lost(entry.owner, [entry.epoch], [request_id], "it died", died=True)
+            client.deliver(lost)
+        rounds += 1
+        assert r.deaths == 0
+    assert rounds == CRASHES + 1
+    client.shutdown()
 
 
 @on_loop
