@@ -1,6 +1,7 @@
 """What all tests share: one etcd, a cluster's name for each test, and the small real model."""
 
 import itertools
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was() -> Iterator[None]:
+    """A node's command line gives the log a place of its own, where no later test would look."""
+    log = logging.getLogger("llumnix")
+    handlers, level, propagates = list(log.handlers), log.level, log.propagate
+    yield
+    log.handlers[:], log.propagate = handlers, propagates
+    log.setLevel(level)
 
 
 @pytest.fixture(scope="session")
