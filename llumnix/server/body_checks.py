@@ -12,7 +12,7 @@ from llumnix.engine.vllm.grammars import SPEC_BYTES
 from llumnix.metrics import REFUSALS
 from llumnix.server import limits
 from llumnix.server.errors import Handler, error_response
-from llumnix.server.json_scan import TooMuch, scan, scan_texts
+from llumnix.server.json_scan import TooMuch, refuse_halves, scan, scan_texts
 from llumnix.server.json_strings import check_strings
 from llumnix.server.limits import BodyLimits
 
@@ -99,20 +99,46 @@ class Contents:
             return check_form(body)
         scan(body, self._within.values)
         said = read(body)
+        if body.count(b":") > limits.KEYS:
+            check_keys(said)
         check_strings(said, self._within.values)
         return said
 
 
 def read(body: bytes) -> Any:
-    """A body's content; None if it is no JSON, which the application words better."""
+    """A body's content; None if it is no JSON, which the application words better.
+
+    Raises TooMuch for strings that are no text.
+    """
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError:
         pass  # it may still be what Python's parser takes: NaN, half a surrogate, large numbers
     try:
-        return json.loads(body)
+        body.decode()  # json.loads itself takes half a surrogate, even as bytes
+        said = json.loads(body)
     except (ValueError, RecursionError):
         return None
+    refuse_halves(body)
+    return said
+
+
+def check_keys(said: Any, within: str = "the request", top: bool = True) -> None:
+    """Raise BadContent for an object of many keys: a model may tell of each how wrong it is."""
+    if type(said) is dict:
+        if len(said) > limits.KEYS:
+            most = limits.KEYS
+            raise BadContent(f"an object in {within} must have at most {most} keys", within)
+        for name, inner in said.items():
+            free = name in limits.FREE or (
+                name == "input" and not top
+            )  # what a tool is called with
+            if not free and (type(inner) is dict or type(inner) is list):
+                check_keys(inner, name if top else within, False)
+    elif type(said) is list:
+        for inner in said:
+            if type(inner) is dict or type(inner) is list:
+                check_keys(inner, within, False)
 
 
 def weigh(said: Any) -> int:
@@ -149,6 +175,16 @@ def _check(part: Mapping[str, Any]) -> None:
             raise BadContent(f"{name} must be at most {largest}", name)
     if part.get("use_beam_search") and _whole(part.get("n")) > limits.BEAMS:
         raise BadContent(f"n must be at most {limits.BEAMS} with use_beam_search", "n")
+    if part.get("use_beam_search") and not _is_small(part.get("length_penalty", 1)):
+        most = limits.LENGTH_PENALTY
+        message = f"length_penalty must be between -{most:g} and {most:g} with use_beam_search"
+        raise BadContent(message, "length_penalty")
+    grammar = part.get("structured_outputs")
+    if grammar is not None and not isinstance(grammar, dict):
+        raise BadContent("structured_outputs must be an object", "structured_outputs")
+    stop = part.get("stop")
+    if not (stop is None or isinstance(stop, str) or _are_strings(stop)):
+        raise BadContent("stop must be a string or a list of strings", "stop")
     for name, items in limits.ITEMS.items():
         value = part.get(name)
         if isinstance(value, list | dict):
@@ -161,6 +197,19 @@ def _check(part: Mapping[str, Any]) -> None:
     for name in _GRAMMARS:
         if isinstance(value := part.get(name), dict) and written(value) > SPEC_BYTES:
             raise BadContent(f"{name} must have at most {SPEC_BYTES} bytes", name)
+
+
+def _is_small(penalty: Any) -> bool:
+    try:
+        return penalty is None or abs(float(penalty)) <= limits.LENGTH_PENALTY
+    except (TypeError, ValueError):
+        return True  # no number, which a model words better
+    except OverflowError:
+        return False
+
+
+def _are_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def written(value: Any) -> int:

@@ -4,6 +4,7 @@ Text is cheap to parse, however long; millions of tiny objects are not. What sta
 strings is counted here by functions that run over the bytes at the speed of memory.
 """
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,8 @@ from llumnix.server import limits
 _SMALL = 32 * 1024  # a body of fewer bytes can't hold much, but it may be deep
 _BLANK = b" \t\r\n"
 _KEPT = b"[]{}"
+_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 _NOT_KEPT = bytes(set(range(256)) - set(_KEPT))
 _STEPS = np.zeros(256, dtype=np.int8)
 _STEPS[[*b"[{"]] = 1
@@ -31,6 +34,15 @@ def scan(body: bytes, values: int = limits.VALUES) -> None:
     if b"\0" in body:  # as in UTF-16, which Python's parser takes, and in which signs hide
         raise TooMuch("the request body must be JSON in UTF-8")
     _measure([body], values, "the request body has")
+
+
+def refuse_halves(text: bytes) -> None:
+    """Raise TooMuch for JSON with half a surrogate pair, of which no text can be made."""
+    if b"\\u" not in text:
+        return
+    text = text.replace(b"\\\\", b"")  # an escaped backslash, before which no u is an escape
+    if _HALF.search(_PAIR.sub(b"", text)):
+        raise TooMuch("a string of the request has half a surrogate pair, which is no character")
 
 
 def scan_texts(texts: Sequence[bytes], values: int = limits.VALUES) -> None:

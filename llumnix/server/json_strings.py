@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llumnix.server import limits
-from llumnix.server.json_scan import scan_texts
+from llumnix.server.json_scan import refuse_halves, scan_texts
 
 # Fields whose strings are parsed, wherever they are.
 PARSED = frozenset({"arguments", "json", "structural_tag", "tools", "vllm_xargs"})
@@ -29,7 +29,10 @@ def check_strings(said: Any, values: int = limits.VALUES) -> None:
     _find(said, PARSED, texts)
     if texts:
         whole = [text.encode(errors="surrogatepass") for text in texts]
-        scan_texts([text for outer in whole for text in _layers(outer)], values)
+        layers = [text for outer in whole for text in _layers(outer)]
+        scan_texts(layers, values)
+        for text in layers:
+            refuse_halves(text)
 
 
 def _find(part: Any, names: frozenset[str], found: list[str]) -> None:

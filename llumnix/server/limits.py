@@ -43,13 +43,27 @@ ITEMS = {
     "bad_words": 256,
     "logprob_token_ids": 1024,
     "include": 64,
+    "metadata": 1024,
+    "media_io_kwargs": 1024,
+    "vllm_xargs": 256,
 }
+KEYS = 256  # of an object, unless it is a place for what clients like:
+FREE = frozenset(
+    (
+        *("schema", "json_schema", "json", "parameters", "input_schema", "structural_tag"),
+        *("structured_outputs", "response_format", "logit_bias", "metadata", "arguments"),
+        *("chat_template_kwargs", "reasoning_parser_kwargs", "media_io_kwargs"),
+        *("mm_processor_kwargs", "kv_transfer_params", "ec_transfer_params"),
+    )
+)
+LENGTH_PENALTY = 100.0  # either way, where use_beam_search is set: a power of the length
 INNER_ITEMS = 256  # of any list within one of the messages: parts of a content, calls of tools
 PROMPTS = 512  # of one completion or embedding
 STRING_BYTES = {  # of the strings of these fields together
     "stop": 16 * 1024,
     "stop_sequences": 16 * 1024,
     "bad_words": 16 * 1024,
+    "model": 1024,
     "cache_salt": 1024,
     "request_id": 1024,
     "session_id": 1024,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llumnix.server import limits
 from llumnix.server.admission import Admission
 from llumnix.server.bodies import Bodies
-from llumnix.server.body_checks import BadContent, Contents, check_form, weigh
+from llumnix.server.body_checks import BadContent, Contents, check_form, check_keys, read, weigh
 from llumnix.server.json_scan import TooMuch, _depth, _outside, scan
 from llumnix.server.json_strings import check_strings
 from llumnix.server.limits import BodyLimits, body_limits
@@ -328,3 +328,87 @@ async def test_refusals_over_http() -> None:
         assert status == 400 and b"at most 131072 bytes" in body
         admission.requests = 3
         assert (await post(b'{"prompt": "x", "n": 6}'))[0] == 429
+
+
+MANY = {str(n): 1 for n in range(limits.KEYS + 1)}
+
+
+@pytest.mark.parametrize(
+    ("said", "within"),
+    [
+        (MANY, "the request"),
+        ({"input": MANY}, "input"),
+        ({"messages": [{"role": "user", "content": MANY}]}, "messages"),
+        ({"vllm_xargs": MANY}, "vllm_xargs"),
+    ],
+)
+def test_an_object_has_few_keys(said: Any, within: str) -> None:
+    with pytest.raises(BadContent, match=f"an object in {within} must have at most 256 keys"):
+        check_keys(said)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"tools": [{"function": {"parameters": {"properties": MANY}}}]},
+        {"text": {"format": {"schema": {"properties": MANY}}}},
+        {"logit_bias": MANY, "metadata": MANY, "chat_template_kwargs": {"a": MANY}},
+        {"messages": [{"content": [{"type": "tool_use", "input": MANY}]}]},
+    ],
+)
+def test_free_places_have_many_keys(said: Any) -> None:
+    check_keys(said)
+
+
+@pytest.mark.parametrize("value", [[], 1, "x", float("inf"), True])
+@pytest.mark.parametrize("inner", [None, "sampling_params", "parameters"])
+def test_structured_outputs_are_an_object(value: Any, inner: str | None) -> None:
+    said = {"prompt": "x", "structured_outputs": value}
+    with pytest.raises(BadContent, match="structured_outputs must be an object"):
+        weigh({inner: said} if inner else said)
+    assert weigh({"prompt": "x", "structured_outputs": {"regex": "x"}}) == 1
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, -0.0, True, [1], [None]])
+def test_stop_is_strings(value: Any) -> None:
+    with pytest.raises(BadContent, match="stop must be a string or a list of strings"):
+        weigh({"prompt": "x", "stop": value})
+    for right in (None, "x", [], ["x"]):
+        assert weigh({"prompt": "x", "stop": right}) == 1
+
+
+@pytest.mark.parametrize("value", [1e308, -1e4, "1e308", float("nan"), 10**400])
+def test_a_length_penalty_of_beams_is_bounded(value: Any) -> None:
+    with pytest.raises(BadContent, match="length_penalty must be between -100 and 100"):
+        weigh({"use_beam_search": True, "length_penalty": value})
+    assert weigh({"use_beam_search": True, "length_penalty": -100}) == 1
+    assert weigh({"length_penalty": value}) == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        rb'{"prompt":"\ud800"}',
+        rb'{"prompt":"\uDBFFx\uDC00"}',
+        rb'{"prompt":"\udc00\ud800"}',
+        rb'{"prompt":"\\\ud800"}',
+        rb'{"\ud800":1}',
+        rb'{"prompt":"\ud83d\ude00\ude00"}',
+    ],
+)
+def test_half_a_surrogate_is_no_text(body: bytes) -> None:
+    with pytest.raises(TooMuch, match="half a surrogate pair"):
+        read(body)
+    with pytest.raises(TooMuch, match="half a surrogate pair"):
+        check_strings({"arguments": body.decode()})
+
+
+def test_what_looks_like_half_a_surrogate() -> None:
+    body = rb'{"prompt":"\ud83d\ude00 \\ud800 \\\\ud800","a":NaN}'
+    assert read(body)["prompt"] == "\U0001f600 \\ud800 \\\\ud800"
+    assert read(b'{"prompt":"\xed\xa0\x80"}') is None  # one of three bytes
+
+
+def test_a_model_has_a_short_name() -> None:
+    with pytest.raises(BadContent, match="model must have at most 1024 characters"):
+        weigh({"model": "x" * 1025})

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
 from llumnix.engine.vllm.list_shapes import Shapes
@@ -22,6 +24,12 @@ def shapes() -> Shapes:
 
     @app.post("/v1/responses")
     async def responses(request: ResponsesRequest) -> None: ...
+
+    @app.post("/v1/messages")
+    async def messages(request: AnthropicMessagesRequest) -> None: ...
+
+    @app.post("/v1/completions")
+    async def completions(request: CompletionRequest) -> None: ...
 
     return Shapes(app, "/api/")
 
@@ -42,7 +50,80 @@ async def test_what_is_left_to_the_model() -> None:
     seen = shapes()
     for content in ({"messages": [{}] * 32}, {"messages": "x"}, {"input": [1] * 99}, [], None):
         assert await seen.problem("/v1/chat/completions", content) is None
-    assert await seen.problem("/v1/completions", {"messages": [{}] * 99}) is None
+    assert await seen.problem("/v1/embeddings", {"messages": [{}] * 99}) is None
     assert await seen.problem("/v1/responses", {"input": "x" * 99}) is None
     assert await seen.problem("/v1/responses", {"input": [1] * 99}) is not None
     assert await seen.problem("/v1/responses", {"input": [GOOD] * 99}) is None
+
+
+KEYS = {str(n): [] for n in range(16_000)}
+TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}
+ITEMS = [{}] * 16_000
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        ("/v1/responses", "input", KEYS),
+        ("/v1/responses", "input", [GOOD | {"content": ITEMS[:256]}]),
+        ("/v1/responses", "previous_input_messages", [1] * 16_000),
+        ("/v1/responses", "tools", ITEMS),
+        ("/v1/responses", "tools", KEYS),
+        ("/v1/responses", "include", ["x"] * 16_000),
+        ("/v1/chat/completions", "messages", KEYS),
+        ("/v1/chat/completions", "tools", ITEMS),
+        ("/v1/chat/completions", "tool_choice", ["a"] * 30_000),
+        ("/v1/chat/completions", "stop", ITEMS),
+        ("/v1/chat/completions", "stop", KEYS),
+        ("/v1/chat/completions", "vllm_xargs", {"tools": ITEMS}),
+        ("/v1/completions", "prompt", ITEMS),
+        ("/v1/completions", "prompt", [[1, "x"]] * 8_000),
+        ("/v1/completions", "structured_outputs", []),
+        ("/v1/messages", "system", ITEMS),
+        ("/v1/messages", "system", KEYS),
+        ("/v1/messages", "messages", ITEMS),
+        ("/v1/messages", "tools", ITEMS),
+        ("/v1/messages", "tool_choice", ["a"] * 60_000),
+    ],
+)
+@on_loop
+async def test_what_a_model_would_tell_much_of_is_refused_at_its_first_error(
+    path: str, field: str, value: Any
+) -> None:
+    seen = shapes()
+    began = time.process_time()
+    problem = await seen.problem(path, {"model": "m", field: value})
+    assert problem is not None and problem.startswith(field)
+    assert time.process_time() - began < 0.3  # some ms; an object of 16,000 keys took 13 s
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        ("/v1/responses", "tools", [TOOL] * 99),
+        ("/v1/responses", "previous_input_messages", [{"anything": 1}] * 99),
+        ("/v1/chat/completions", "stop", "x"),
+        ("/v1/chat/completions", "messages", [GOOD] * 99),
+        ("/v1/chat/completions", "vllm_xargs", {"a": [1, "x", 0.5] * 99}),
+        ("/v1/completions", "prompt", [1] * 1000),
+        ("/v1/completions", "prompt", [[1] * 99] * 99),
+        ("/v1/completions", "prompt", ["x"] * 99),
+        ("/v1/completions", "logit_bias", {str(n): 1 for n in range(99)}),
+        ("/v1/messages", "system", [{"type": "text", "text": "x"}] * 99),
+        ("/v1/messages", "tools", [{"name": "f", "input_schema": {"type": "object"}}] * 99),
+    ],
+)
+@on_loop
+async def test_what_is_right_passes_however_long(path: str, field: str, value: Any) -> None:
+    assert await shapes().problem(path, {"model": "m", field: value}) is None
+
+
+@on_loop
+async def test_what_a_model_mends_is_not_refused() -> None:
+    """The model of responses gives a call and a thought the ids that a client has left out."""
+    part = {"type": "output_text", "text": "x"}
+    said = {"type": "message", "role": "assistant", "content": [part]}
+    thought = {"type": "reasoning", "summary": []}
+    content = {"model": "m", "input": [GOOD, said, thought] * 20}
+    ResponsesRequest.model_validate(content)
+    assert await shapes().problem("/v1/responses", content) is None
