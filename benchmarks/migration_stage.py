@@ -18,7 +18,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.engine import EngineCoreRequest
 
-from llumnix.actors.migration import MigrationActor
+from llumnix.actors.base import Handle
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceState
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.server import EmbeddedEtcd
@@ -35,6 +35,7 @@ from llumnix.engine.vllm.instance import Patience, VllmEngine
 from llumnix.engine.vllm.kv_blocks import Rendezvous
 from llumnix.engine.vllm.launcher import start_fork_server
 from llumnix.engine.vllm.placement import place
+from llumnix.migration.admission import MigrationActor
 from llumnix.migration.record import Handshake
 from llumnix.migration.service import Migrations, Rules
 from llumnix.migration.source import Limits
@@ -251,7 +252,7 @@ async def make_stage(
         keys = Keys("bench")
         session = Session(etcd, 6.0)
         session.start()
-        actor = MigrationActor.start(Handshake(etcd, session, keys), 4, 0)
+        actor = Handle(MigrationActor.start(Handshake(etcd, session, keys), 4, 0))
         arguments = {"endpoints": list(embedded.endpoints), "prefix": f"{keys.prefix}{Kind.C10D}/"}
         meet = Rendezvous("llumnix.control.c10d_store.EtcdStore", arguments, "127.0.0.1", ladder)
         exchange = Exchange(NODE, Peers(Self(NODE, "", "bench"), "bench", lambda node: None))
@@ -268,7 +269,7 @@ async def make_stage(
             exchange.hosted |= {h.id: h for h in hosted}
             rules = Rules(Limits(within=30.0), "low", Terms())
             view = _view(hosted)
-            migrations = Migrations(exchange, actor.proxy(), lambda: view, rules)
+            migrations = Migrations(exchange, actor, lambda: view, rules)
             stage = Stage(exchange, migrations, current_platform.device_name or "CPU")
             home.client = stage.client
             migrations.look()  # as a node's do, whose instances meet before anything moves
@@ -279,7 +280,7 @@ async def make_stage(
         finally:
             await asyncio.gather(*(h.stop(10.0) for h in hosted))
             await exchange.close()
-            actor.stop()
+            actor.stop(5.0)
             session.stop()
             etcd.close()
             embedded.stop()

@@ -1,4 +1,4 @@
-"""The actor that all others derive from, and the future that both a thread and a loop can wait for.
+"""The actor that all others derive from, its typed handle, and a future that a loop can await.
 
 Rules: every ask has a timeout; ask goes down, tell goes up; no blocking I/O in an actor.
 """
@@ -7,11 +7,12 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from types import TracebackType
-from typing import Any
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast
 
 import pykka
+from pykka.messages import ProxyCall
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +20,12 @@ ExcInfo = tuple[type[BaseException] | None, BaseException | None, TracebackType 
 
 ASK_SECONDS = 5.0  # the longest that anyone waits for an actor
 
+A = TypeVar("A", bound="Actor")
+P = ParamSpec("P")
+R = TypeVar("R")
 
-class LoopFuture(pykka.ThreadingFuture[Any]):
+
+class LoopFuture(pykka.ThreadingFuture[R]):
     """An actor's answer that an event loop can await without being blocked.
 
     Pykka's own `await` waits in the loop's thread.
@@ -32,7 +37,7 @@ class LoopFuture(pykka.ThreadingFuture[Any]):
         self._done = False
         self._waiter: asyncio.Future[None] | None = None
 
-    def set(self, value: Any = None) -> None:
+    def set(self, value: R | None = None) -> None:
         """Give the answer."""
         super().set(value)
         self._wake()
@@ -45,10 +50,10 @@ class LoopFuture(pykka.ThreadingFuture[Any]):
         super().set_exception(exc_info)
         self._wake()
 
-    def __await__(self) -> Generator[None, None, Any]:
+    def __await__(self) -> Generator[None, None, R]:
         """Wait on the running loop. Raises TimeoutError after ASK_SECONDS."""
         yield from self._wait().__await__()
-        return self.get(timeout=0.0)
+        return cast(R, self.get(timeout=0.0))
 
     async def _wait(self) -> None:
         loop = asyncio.get_running_loop()
@@ -78,15 +83,15 @@ class Actor(pykka.ThreadingActor):
     """An actor whose answers can be awaited, and whose failure is told, not swallowed."""
 
     use_daemon_thread = True
-    _proxy: Any = None  # of the actor itself, for those who are to tell it something later
 
     @staticmethod
-    def _create_future() -> LoopFuture:
+    def _create_future() -> LoopFuture[Any]:
         return LoopFuture()
 
-    def on_start(self) -> None:
-        """Called by Pykka on the actor's own thread."""
-        self._proxy = self.actor_ref.proxy()
+    @property
+    def _handle(self) -> "Handle[Self]":
+        """For what is to tell this actor something later, on another thread."""
+        return Handle(self.actor_ref)
 
     def ping(self) -> None:
         """Answer when everything sent before has been handled: a barrier for starts."""
@@ -99,3 +104,49 @@ class Actor(pykka.ThreadingActor):
     ) -> None:
         """Log what killed the actor; Pykka has no other witness."""
         logger.critical("actor %s died: %r", self, exception_value)
+
+
+class Handle(Generic[A]):
+    """Calls an actor by its methods: `node.tell(NodeActor.want, 2)`. Types are those of the method.
+
+    A method is found by its name, so what a subclass overrides is what is called.
+    """
+
+    def __init__(self, ref: pykka.ActorRef[A]) -> None:
+        self._actor = ref
+
+    def ask(
+        self, method: Callable[Concatenate[A, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> LoopFuture[R]:
+        """Call a method; its result comes later, or ActorDeadError if the actor is dead."""
+        call = ProxyCall((method.__name__,), args, kwargs)
+        return cast(LoopFuture[R], self._actor.ask(call, block=False))
+
+    def tell(
+        self, method: Callable[Concatenate[A, P], object], *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        """Have a method called, and hear nothing of it. Raises ActorDeadError."""
+        self._actor.tell(ProxyCall((method.__name__,), args, kwargs))
+
+    def notify(
+        self, method: Callable[Concatenate[A, P], object], *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        """Likewise, where it does not matter whether the actor has just died.
+
+        That is for what its successor is told anyway, or need not know.
+        """
+        with contextlib.suppress(pykka.ActorDeadError):
+            self.tell(method, *args, **kwargs)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the actor lives."""
+        return self._actor.is_alive()
+
+    def stop(self, within: float) -> None:
+        """End the actor; blocks for so many seconds at most, and then raises pykka.Timeout."""
+        self._actor.stop(timeout=within)
+
+    def end(self) -> None:
+        """Have the actor end once it has done what it was told before."""
+        self._actor.stop(block=False)

@@ -178,7 +178,7 @@ class InstanceActor(Actor):
         try:
             hosted = self._make()
         except Exception as error:  # a slot that cannot be filled now is tried again later
-            self._proxy.went_down.defer(start, self._unexpected(error))
+            self._handle.tell(InstanceActor.went_down, start, self._unexpected(error))
             return
         self._hosted = hosted
         try:
@@ -188,7 +188,7 @@ class InstanceActor(Actor):
         except Exception as error:
             await self._bury(hosted, start, self._unexpected(error))
         else:
-            self._proxy.came_up.defer(start, hosted, facts)
+            self._handle.tell(InstanceActor.came_up, start, hosted, facts)
 
     def _unexpected(self, error: Exception) -> str:
         logger.error("instance %s did not start", self._instance, exc_info=error)
@@ -197,12 +197,12 @@ class InstanceActor(Actor):
 
     async def _bury(self, hosted: HostedInstance, start: int, reason: str) -> None:
         await hosted.stop(0.0)
-        self._proxy.went_down.defer(start, reason)
+        self._handle.tell(InstanceActor.went_down, start, reason)
 
     async def _call_off(self, drain: _Drain) -> None:
         if not drain.ends:
             drain.called_off = True
-            self._proxy.kept.defer(drain)
+            self._handle.tell(InstanceActor.kept, drain)
 
     async def _drain_and_stop(self, within: float, drain: _Drain) -> None:
         hosted = self._hosted
@@ -223,11 +223,11 @@ class InstanceActor(Actor):
             drain.ends = True
             await hosted.stop(STOP_SECONDS)
         drain.ends = True
-        self._proxy.stopped.defer()
+        self._handle.tell(InstanceActor.stopped)
 
     async def _later(self, delay: float) -> None:
         await asyncio.sleep(delay)
-        self._proxy.retry.defer()
+        self._handle.tell(InstanceActor.retry)
 
     def _send(self, work: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).add_done_callback(_complain)

@@ -2,12 +2,10 @@
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 
-from llumnix.actors.manager import MoveCommand, Outcome
-from llumnix.actors.supervised import Supervised
-from llumnix.engine.base import EngineError
-from llumnix.migration.failures import is_blameless
-from llumnix.migration.service import Migrations
+from llumnix.actors.base import Handle
+from llumnix.actors.manager import ManagerActor, MoveCommand, Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -16,15 +14,18 @@ class Rescheduling:
     """Ticks for the manager actor and carries out what it commands, until it is stopped."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, migrations: Migrations, interval: float
+        self,
+        loop: asyncio.AbstractEventLoop,
+        move: Callable[[MoveCommand], Awaitable[Outcome]],
+        interval: float,
     ) -> None:
         self._loop = loop
-        self._migrations = migrations
+        self._move = move  # has the source do it, and tells what came of it
         self._interval = interval  # seconds
-        self._manager: Supervised | None = None
+        self._manager: Handle[ManagerActor] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def start(self, manager: Supervised) -> None:
+    def start(self, manager: Handle[ManagerActor]) -> None:
         """Begin to tick for the manager."""
         self._manager = manager
         self._timer = self._loop.call_later(self._interval, self._tick)
@@ -41,26 +42,14 @@ class Rescheduling:
 
     def _tick(self) -> None:
         if self._manager is not None:
-            self._manager.notify("tick")
+            self._manager.notify(ManagerActor.tick)
             self._timer = self._loop.call_later(self._interval, self._tick)
 
     async def _carry_out(self, command: MoveCommand) -> None:
         try:
-            made = await self._migrations.command(
-                command.source_node,
-                command.source,
-                command.destination,
-                command.reason,
-                epoch=command.epoch,
-                rule=command.rule,
-                count=command.count,
-                blocks=command.blocks,
-            )
-            outcome = Outcome(requests=made.get("requests", 1), blocks=made.get("blocks"))
-        except EngineError as error:
-            outcome = Outcome(str(error), is_blameless(error))
+            outcome = await self._move(command)
         except Exception as error:  # the manager must hear of the end, whatever it is
             logger.exception("a move from %s failed", command.source)
             outcome = Outcome(f"internal error: {type(error).__name__}")
         if self._manager is not None:
-            self._manager.notify("finished", command.pair, outcome)
+            self._manager.notify(ManagerActor.finished, command.pair, outcome)

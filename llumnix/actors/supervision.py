@@ -7,7 +7,7 @@ from typing import Any
 
 import pykka
 
-from llumnix.actors.base import ASK_SECONDS
+from llumnix.actors.base import ASK_SECONDS, A, Actor, Handle
 from llumnix.actors.supervised import Supervised
 
 logger = logging.getLogger(__name__)
@@ -21,19 +21,19 @@ class Supervision:
     def __init__(self, loop: asyncio.AbstractEventLoop, give_up: Callable[[str], None]) -> None:
         self._loop = loop
         self._give_up = give_up  # called once, with a sentence: the node has to end
-        self._actors: list[Supervised] = []
+        self._actors: list[Supervised[Any]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._gave_up = ""
         self._look()
 
     def keep(
         self,
-        start: Callable[[], pykka.ActorRef[Any]],
-        inform: Callable[[Any], None] = lambda proxy: None,
-    ) -> Supervised:
+        start: Callable[[], pykka.ActorRef[A]],
+        inform: Callable[[Handle[A]], None] = lambda actor: None,
+    ) -> Supervised[A]:
         """Start an actor and keep it alive from now on; see Supervised."""
         actor = Supervised(start, inform)
-        actor.ping().get(timeout=ASK_SECONDS)
+        actor.ask(Actor.ping).get(timeout=ASK_SECONDS)
         self._actors.append(actor)
         return actor
 
@@ -63,7 +63,7 @@ class Supervision:
         for actor in self._actors:
             if actor.alive or actor.hopeless:
                 continue
-            actor.start_again()  # the last one too, by which the node is emptied
+            actor.start_again()  # the last one too, by which the node drains
             if actor.hopeless:
                 self.give_up(f"{actor.name} dies again and again")
         self._timer = self._loop.call_later(LOOK_SECONDS, self._look)

@@ -4,11 +4,11 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Concatenate
 
 from pykka import ActorDeadError
 
-from llumnix.actors.base import Actor
+from llumnix.actors.base import Actor, Handle, P
 from llumnix.actors.instance import InstanceActor, Life, Report
 from llumnix.actors.supervised import Deaths
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceState, NodeId
@@ -33,7 +33,7 @@ class Surroundings:
 @dataclass
 class _Slot:
     instance: InstanceId
-    proxy: Any
+    actor: Handle[InstanceActor]
     report: Report
     kept: bool = False  # is to go on, though the report still says that it drains
 
@@ -78,7 +78,7 @@ class NodeActor(Actor):
     def on_stop(self) -> None:
         """End the actors of the instances."""
         for slot in self._roster.slots.values():
-            slot.proxy.actor_ref.stop(block=False)
+            slot.actor.end()
 
     def update_view(self, view: ClusterView) -> None:
         """Act on desired/<node> when an operator, or the leader, has changed it.
@@ -111,13 +111,13 @@ class NodeActor(Actor):
             return
         if not held.wanted and report.life not in (Life.DRAINING, Life.STOPPED):
             # It was on its way when the instance was told to drain, or to drain again.
-            self._command(slot, "drain", self._drain_timeout)
+            self._command(slot, InstanceActor.drain, self._drain_timeout)
             return
         held.report = report
         held.kept = held.kept and report.life is Life.DRAINING
         if report.life is Life.STOPPED:
             del self._roster.slots[slot]
-            held.proxy.actor_ref.stop(block=False)
+            held.actor.end()
             self._around.withdraw(report.instance)
             logger.info("instance %s has stopped", report.instance)
             self._settle()
@@ -143,13 +143,13 @@ class NodeActor(Actor):
         self._roster.leaving = True
         self._roster.wanted = 0
         for number in self._roster.slots:
-            self._command(number, "halt")
+            self._command(number, InstanceActor.halt)
         return len(self._roster.slots)
 
     def look_after(self) -> None:
         """Count an instance whose actor has died as stopped, and fill its slot anew."""
         for number, slot in list(self._roster.slots.items()):
-            if not slot.proxy.actor_ref.is_alive():
+            if not slot.actor.alive:
                 self._roster.deaths.count()
                 if self._roster.deaths.too_many:
                     self._around.give_up(f"the actor of {slot.instance} dies again and again")
@@ -160,7 +160,7 @@ class NodeActor(Actor):
     def take_over(self) -> None:
         """Go on where a predecessor has died: hear from each instance, and settle."""
         for number in list(self._roster.slots):
-            self._command(number, "report")
+            self._command(number, InstanceActor.report)
         self.look_after()
         self._settle()
 
@@ -197,14 +197,14 @@ class NodeActor(Actor):
         logger.info("instance %s drains: %d are wanted", slot.instance, self._roster.wanted)
         # Not chosen again while its actor's own report is on its way.
         slot.report, slot.kept = slot.report._replace(life=Life.DRAINING), False
-        self._command(number, "drain", self._drain_timeout)
+        self._command(number, InstanceActor.drain, self._drain_timeout)
 
     def _keep(self, number: int) -> None:
         """Have one that drains go on, if it is not too late; else its slot is filled anew."""
         slot = self._roster.slots[number]
         logger.info("instance %s is kept: %d are wanted", slot.instance, self._roster.wanted)
         slot.kept = True
-        self._command(number, "keep")
+        self._command(number, InstanceActor.keep)
 
     def _open(self, number: int) -> None:
         instance = f"{self._node}-{number}"
@@ -215,18 +215,24 @@ class NodeActor(Actor):
             lambda report: self._around.tell(number, report),
         )
         report = Report(instance, Life.STARTING, None)
-        self._roster.slots[number] = _Slot(instance, reference.proxy(), report)
-        self._command(number, "begin")
+        self._roster.slots[number] = _Slot(instance, Handle(reference), report)
+        self._command(number, InstanceActor.begin)
 
-    def _command(self, number: int, method: str, *args: float) -> None:
+    def _command(
+        self,
+        number: int,
+        method: Callable[Concatenate[InstanceActor, P], None],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> None:
         """Tell an instance's actor what to do; one that has died counts as stopped."""
         slot = self._roster.slots[number]
         try:
-            getattr(slot.proxy, method).defer(*args)
+            slot.actor.tell(method, *args, **kwargs)
         except ActorDeadError:
             if slot.report.life is not Life.STOPPED:  # it is told only once
                 slot.report = Report(slot.instance, Life.STOPPED, None, "its actor has died")
-                self._proxy.changed.defer(number, slot.report)
+                self._handle.tell(NodeActor.changed, number, slot.report)
 
     def _announce(self, report: Report) -> None:
         facts = report.facts

@@ -4,30 +4,19 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
 
+from llumnix.actors.base import Handle
 from llumnix.cluster import InstanceId, NodeId
 from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.hosted_instance import HostedInstance
 from llumnix.dataplane.hosted_request import Tenant
 from llumnix.engine.base import EngineDead, EngineError, Transfer
+from llumnix.migration.admission import MigrationActor, accept_arrival, end_arrival
 
 logger = logging.getLogger(__name__)
 
 LONGEST = 120.0  # seconds; an arrival that nobody has ended by then is given up
 FIRST_OUTPUT = 10.0  # seconds from a hand-over to the first output at which blocks stay held
-
-
-class Doorkeeper(Protocol):
-    """Who decides whether a migration may come here, and keeps its record in etcd."""
-
-    def accept(
-        self, migration: str, request_id: str, instance: InstanceId, blocks: int
-    ) -> Awaitable[None]:
-        """Take the record from proposed to accepted. Raises EngineError to refuse."""
-
-    def departed(self, migration: str) -> Awaitable[None]:
-        """An accepted migration has ended, one way or the other."""
 
 
 @dataclass(slots=True, eq=False)
@@ -50,10 +39,13 @@ class Arrivals:
     """Serves the procedures of the migrations that come to this node's instances."""
 
     def __init__(
-        self, exchange: Exchange, door: Doorkeeper, at: Callable[[str], Awaitable[None]]
+        self,
+        exchange: Exchange,
+        actor: Handle[MigrationActor],
+        at: Callable[[str], Awaitable[None]],
     ) -> None:
         self._exchange = exchange
-        self._door = door
+        self._actor = actor
         self._at = at  # told of each step before it is taken; tests stop a migration there
         self._arrivals: dict[str, Arrival] = {}  # by migration
         self._tasks: set[asyncio.Task[None]] = set()
@@ -87,7 +79,7 @@ class Arrivals:
                 raise EngineDead(hosted.gone)
             if hosted.facts is None or not hosted.facts.resumes:
                 raise EngineError(f"instance {instance} can't resume requests")
-            await self._door.accept(migration, request_id, instance, blocks)
+            await accept_arrival(self._actor, migration, request_id, instance, blocks)
             if arrival.ended:  # the source has waited long enough
                 raise EngineError(f"migration {migration} was ended before it was accepted")
         except BaseException:
@@ -221,7 +213,7 @@ class Arrivals:
         self._arrivals.pop(migration, None)
         arrival.coming.cancel()
         try:
-            await self._door.departed(migration)
+            await end_arrival(self._actor, migration)
         except TimeoutError:  # it has been told, and will hear it
             logger.info("the end of migration %s is not yet in the books", migration)
 

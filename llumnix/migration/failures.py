@@ -3,7 +3,7 @@
 import re
 
 from llumnix.engine.base import EngineError
-from llumnix.migration.source import Ended
+from llumnix.migration.errors import Ended
 
 # Errors come from other nodes as their sentences, and nothing else of them does.
 _BLAMELESS = re.compile(

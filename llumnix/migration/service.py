@@ -15,16 +15,20 @@ from typing import Any, TypeVar
 from pykka import ActorDeadError
 
 from llumnix import metrics
+from llumnix.actors.base import Handle
+from llumnix.actors.manager import MoveCommand, Outcome
 from llumnix.cluster import ClusterView, InstanceId, InstanceState, NodeId, kv_blocks
 from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.hosted_instance import HostedInstance
 from llumnix.dataplane.hosted_request import Tenant
 from llumnix.engine.base import EngineDead, EngineError
+from llumnix.migration.admission import MigrationActor
 from llumnix.migration.candidates import candidates
 from llumnix.migration.destination import Arrivals
+from llumnix.migration.errors import Ended, MigrationError
+from llumnix.migration.failures import is_blameless
 from llumnix.migration.meetings import Meetings
-from llumnix.migration.permits import Doorkeeper
-from llumnix.migration.source import Departure, Ended, Limits, MigrationError
+from llumnix.migration.source import Departure, Limits
 from llumnix.migration.transfer_groups import Groups
 from llumnix.migration.waiting_requests import leave_waiting
 from llumnix.policy.decision_context import Terms
@@ -59,10 +63,14 @@ class Migrations:
     """Everything about migrations that other parts of the node call."""
 
     def __init__(
-        self, exchange: Exchange, actor: Any, view: Callable[[], ClusterView], rules: Rules
+        self,
+        exchange: Exchange,
+        actor: Handle[MigrationActor],
+        view: Callable[[], ClusterView],
+        rules: Rules,
     ) -> None:
         self._exchange = exchange
-        self._actor = actor  # proxy of the MigrationActor
+        self._actor = actor
         self._view = view
         self._rules = rules
         self._groups = Groups()
@@ -70,7 +78,7 @@ class Migrations:
         self._under_way: set[asyncio.Task[Any]] = set()
         self._stops = False
         self.at: Callable[[str], Awaitable[None]] = _pass
-        self._arrivals = Arrivals(exchange, Doorkeeper(actor), lambda step: self.at(step))
+        self._arrivals = Arrivals(exchange, actor, lambda step: self.at(step))
         exchange.procedures |= {
             "migrate": self._migrate,
             "migrate_waiting": self._migrate_waiting,
@@ -128,6 +136,23 @@ class Migrations:
         return await self.command(
             found[0]["node"], found[0]["instance"], destination, "operator", found[0]["id"]
         )
+
+    async def carry_out(self, command: MoveCommand) -> Outcome:
+        """Have a source move what this node commands as the leader."""
+        try:
+            made = await self.command(
+                command.source_node,
+                command.source,
+                command.destination,
+                command.reason,
+                epoch=command.epoch,
+                rule=command.rule,
+                count=command.count,
+                blocks=command.blocks,
+            )
+        except EngineError as error:
+            return Outcome(str(error), is_blameless(error))
+        return Outcome(requests=made.get("requests", 1), blocks=made.get("blocks"))
 
     async def command(
         self,
@@ -277,7 +302,8 @@ class Migrations:
         outcome, failure = "aborted", "it was called off"
         try:
             await self.at("propose")
-            await self._actor.propose(
+            await self._actor.ask(
+                MigrationActor.propose,
                 migration,
                 tenant.request_id,
                 tenant.epoch,
@@ -300,7 +326,7 @@ class Migrations:
             if failure:
                 logger.info("request %s stays at %s: %s", tenant.request_id, hosted.id, failure)
             # It hears of the end before anything else of this request is proposed.
-            told = self._actor.ended(migration, failure or None)
+            told = self._actor.ask(MigrationActor.ended, migration, failure or None)
             tidying = self._spawn(self._tidy(told, migration, failure or None))
         await asyncio.wait([tidying], timeout=SETTLE_SECONDS)
         logger.info(
@@ -320,7 +346,7 @@ class Migrations:
             "bytes_sent": progress.bytes_sent,
         }
 
-    async def _tidy(self, told: Any, migration: str, failure: str | None) -> None:
+    async def _tidy(self, told: Awaitable[bool], migration: str, failure: str | None) -> None:
         """See that a record is removed, which takes as long as etcd is silent."""
         pause = TIDY_FIRST
         while True:
@@ -334,7 +360,7 @@ class Migrations:
                     return  # and the lease takes the record along
             await asyncio.sleep(pause)
             pause = min(2 * pause, TIDY_LONGEST)
-            told = self._actor.ended(migration, failure)
+            told = self._actor.ask(MigrationActor.ended, migration, failure)
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
         task = asyncio.get_running_loop().create_task(work)

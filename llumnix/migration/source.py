@@ -11,13 +11,17 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
+from llumnix.actors.base import Handle
 from llumnix.cluster import InstanceId, NodeId, kv_blocks
 from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.hosted_instance import HostedInstance
 from llumnix.dataplane.hosted_request import Tenant
 from llumnix.engine.base import LEND_SECONDS, EngineDead, EngineError, SetupFailed, Transfer
+from llumnix.migration.admission import MigrationActor
+from llumnix.migration.errors import Ended, MigrationError
+from llumnix.migration.record import MigrationState
 from llumnix.migration.transfer_groups import Groups, pair_name
 
 logger = logging.getLogger(__name__)
@@ -29,21 +33,6 @@ LENT_SECONDS = 4 * LEND_SECONDS
 # Of a block, that a request must have before it to be lent: it goes on while that is arranged.
 MARGIN = 4  # tokens
 RECOMPUTED_MOST = 8192  # tokens of a request that moves to where none of its blocks can go
-
-
-class MigrationError(EngineError):
-    """A migration that is not made; the request goes on where it is."""
-
-
-class Ended(MigrationError):
-    """The request has ended, or left otherwise, so that there is nothing to move any more."""
-
-
-class Handshakes(Protocol):
-    """The record of a migration in etcd; every method raises EngineError if it can't be so."""
-
-    def advance(self, migration: str, to: str) -> Awaitable[None]:
-        """Take the record to its next state: copying, or committed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +68,7 @@ class Departure:
         destination: InstanceId,
         node: NodeId,  # of the destination
         exchange: Exchange,
-        handshakes: Handshakes,
+        actor: Handle[MigrationActor],
         groups: Groups,
         limits: Limits,
         at: Callable[[str], Awaitable[None]],
@@ -92,7 +81,7 @@ class Departure:
         self._destination = destination
         self._node = node
         self._exchange = exchange
-        self._handshakes = handshakes
+        self._actor = actor
         self._groups = groups
         self._limits = limits
         self._at = at  # told of each step before it is taken; tests stop a migration there
@@ -115,11 +104,11 @@ class Departure:
             who = (self.migration, self._tenant.request_id, self._exchange.node)
             self._life = str(await self._ask("migration_offer", *who, blocks))
             await self._at("copy")
-            await self._handshakes.advance(self.migration, "copying")
+            await self._advance(MigrationState.COPYING)
             await self._copy()
             await self._at("commit")
             self._check()
-            await self._handshakes.advance(self.migration, "committed")
+            await self._advance(MigrationState.COMMITTED)
             await self._at("hand over")
             await self._lend()
             handed_over = await self._hand_over()
@@ -127,6 +116,9 @@ class Departure:
             raise MigrationError(f"{self._destination} did not answer in time") from error
         finally:
             await self._release(handed_over)
+
+    async def _advance(self, state: MigrationState) -> None:
+        await self._actor.ask(MigrationActor.advance, self.migration, state)
 
     async def _copy(self) -> None:
         """Send full blocks while the request decodes, until few of its tokens are left."""

@@ -12,7 +12,7 @@ from llumnix import metrics
 from llumnix.cluster import ClusterView
 from llumnix.dataplane.hosted_instance import HostedInstance
 from llumnix.migration.candidates import candidates
-from llumnix.migration.source import MigrationError
+from llumnix.migration.errors import MigrationError
 from llumnix.policy.decision_context import Terms
 from llumnix.policy.rebalance import Pair
 from llumnix.policy.request_choice import leaving_together

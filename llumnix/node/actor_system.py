@@ -1,13 +1,11 @@
 """A node's actors: started with what each must know, kept alive, told of each view."""
 
 import asyncio
-from typing import Any
 
 from llumnix.actors.desired_writer import Wishes
 from llumnix.actors.dispatcher import DispatcherActor
 from llumnix.actors.instance import Report
 from llumnix.actors.manager import ManagerActor, Scaling
-from llumnix.actors.migration import Books, MigrationActor
 from llumnix.actors.rescheduling import Rescheduling
 from llumnix.actors.supervised import Supervised
 from llumnix.actors.supervision import Supervision
@@ -15,6 +13,7 @@ from llumnix.actors.supervisor import NodeActor, Roster, Surroundings
 from llumnix.cluster import ClusterView
 from llumnix.config import Config
 from llumnix.dataplane.exchange import Exchange
+from llumnix.migration.admission import Books, MigrationActor
 from llumnix.migration.record import MigrationRecord
 from llumnix.migration.service import Migrations, Rules
 from llumnix.migration.source import Limits
@@ -31,9 +30,9 @@ class Acting:
     `start` makes all that is public here.
     """
 
-    dispatch: Supervised
-    supervise: Supervised
-    manage: Supervised
+    dispatch: Supervised[DispatcherActor]
+    supervise: Supervised[NodeActor]
+    manage: Supervised[ManagerActor]
     migrations: Migrations
     rescheduling: Rescheduling
 
@@ -51,7 +50,7 @@ class Acting:
         self._supervision = supervision
         self._control = control
         self._going = False  # while there are actors to tell of a new view
-        self._admits: Supervised | None = None
+        self._admits: Supervised[MigrationActor] | None = None
 
     def start(self, model: str, exchange: Exchange, around: Surroundings) -> None:
         """Start the actors, which wait for what they are told."""
@@ -64,7 +63,7 @@ class Acting:
                 top_k=config.dispatch_top_k,
                 terms=policies.terms,
             ),
-            self._inform,
+            lambda actor: actor.tell(DispatcherActor.update_view, self._view()),
         )
         roster = Roster(initial=config.initial_instances)
         self.supervise = keep(
@@ -76,13 +75,15 @@ class Acting:
                 around=around,
                 roster=roster,
             ),
-            lambda proxy: proxy.take_over.defer(),
+            lambda actor: actor.tell(NodeActor.take_over),
         )
         books, limits = Books(), (config.migration_max_requests, config.migration_max_blocks)
         admits = keep(lambda: MigrationActor.start(self._control.handshake, *limits, books))
         self._admits = admits
         self.migrations = Migrations(exchange, admits, self._view, self._rules())
-        self.rescheduling = Rescheduling(self._loop, self.migrations, config.migration_interval)
+        self.rescheduling = Rescheduling(
+            self._loop, self.migrations.carry_out, config.migration_interval
+        )
         self.manage = keep(
             lambda: ManagerActor.start(
                 lambda: self._control.election.epoch or None,
@@ -94,7 +95,7 @@ class Acting:
                 scaling=self._scaling() if config.autoscale else None,
                 pace=policies.pace,
             ),
-            self._inform,
+            lambda actor: actor.tell(ManagerActor.update_view, self._view()),
         )
         self._going = True
         self._look_after()
@@ -112,31 +113,28 @@ class Acting:
     def see(self, view: ClusterView) -> bool:
         """Tell the actors of a new view, from any thread; whether there are any."""
         if self._going:
-            for actor in (self.dispatch, self.supervise, self.manage):
-                actor.notify("update_view", view)
+            self.dispatch.notify(DispatcherActor.update_view, view)
+            self.supervise.notify(NodeActor.update_view, view)
+            self.manage.notify(ManagerActor.update_view, view)
         return self._going
 
     def sweep(self, record: MigrationRecord) -> None:
         """See to a record of a migration that this node has, or had, proposed; from any thread."""
         if self._admits is not None:
-            self._admits.notify("sweep", record)
+            self._admits.notify(MigrationActor.sweep, record)
 
     def tell_supervisor(self, slot: int, report: Report) -> None:
         """An instance has changed; a supervisor that is started later asks for all reports."""
-        self.supervise.notify("changed", slot, report)
+        self.supervise.notify(NodeActor.changed, slot, report)
 
     def _look_after(self) -> None:
         """Have the supervisor see, now and then, whether its instances' actors live."""
         if self._going:
-            self.supervise.notify("look_after")
+            self.supervise.notify(NodeActor.look_after)
             self._loop.call_later(LOOK_AFTER_SECONDS, self._look_after)
 
     def _view(self) -> ClusterView:
         return self._control.registry.view
-
-    def _inform(self, proxy: Any) -> None:
-        """Tell an actor that was just started how the cluster looks."""
-        proxy.update_view.defer(self._view())
 
     def _rules(self) -> Rules:
         config = self._config

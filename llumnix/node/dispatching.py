@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from pykka import ActorDeadError
 
-from llumnix.actors.dispatcher import Dispatched
+from llumnix.actors.dispatcher import DispatcherActor
 from llumnix.cluster import ClusterView, InstanceId, NodeId
 from llumnix.dataplane.placer import NoInstance, Route
 from llumnix.metrics import DISPATCH_SECONDS
@@ -34,8 +34,8 @@ class Dispatching:
         """Choose an instance for a request. Raises NoInstance."""
         began = time.perf_counter()
         try:
-            decision: Dispatched | None = await self._acting.dispatch.decide(
-                tokens, priority, avoid
+            decision = await self._acting.dispatch.ask(
+                DispatcherActor.decide, tokens, priority, avoid
             )
         except (ActorDeadError, TimeoutError) as error:
             raise NoInstance("the dispatcher does not answer, or is being started again") from error
@@ -46,4 +46,4 @@ class Dispatching:
 
     def undo(self, route: Route) -> None:
         """Have the actor forget a decision that came to nothing."""
-        self._acting.dispatch.notify("undo", route.instance, route.sequence)
+        self._acting.dispatch.notify(DispatcherActor.undo, route.instance, route.sequence)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from llumnix.actors.supervisor import NodeActor
 from llumnix.cluster import ClusterView, NodeId
 from llumnix.dataplane.client import ClusterClient
 from llumnix.dataplane.exchange import Exchange
@@ -62,7 +63,7 @@ class RequestPath:
             self.client,
             self.exchange.hosted,
             self._view,
-            on_try=lambda: acting.supervise.notify("announce_all"),
+            on_try=lambda: acting.supervise.notify(NodeActor.announce_all),
             on_open=on_open,
         )
         self.gateway = Gateway(lambda: self.opening.frontend, standing, routes)

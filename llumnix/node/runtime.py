@@ -13,7 +13,7 @@ from prometheus_client import REGISTRY
 from vllm.config import VllmConfig
 
 from llumnix.actors.supervision import Supervision
-from llumnix.actors.supervisor import Surroundings
+from llumnix.actors.supervisor import NodeActor, Surroundings
 from llumnix.cluster import ClusterView
 from llumnix.config import Config
 from llumnix.metrics import NodeCollector
@@ -91,7 +91,7 @@ class Node:
         self._serving = True
         self._on_view(self._view)
         desired = self._view.desired.get(self._config.node, self._config.initial_instances)
-        self._acting.supervise.want.defer(desired)
+        self._acting.supervise.tell(NodeActor.want, desired)
         self._acting.lead()
 
     async def stop(self) -> None:

@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from pykka import ActorDeadError
 
+from llumnix.actors.supervisor import NodeActor
 from llumnix.cluster import NodeId
 from llumnix.node.actor_system import Acting
 from llumnix.node.request_path import RequestPath
@@ -17,6 +18,8 @@ SUCCESSOR_SECONDS = 1.0  # for which the successor of an actor that has died is 
 LINK_SECONDS = 2.0  # in which a node that leaves connects to the others
 HALT_SECONDS = 30.0  # for all engines to end
 POLL = 0.05  # seconds between looks while something ends
+
+R = TypeVar("R")
 
 
 class Shutdown:
@@ -36,7 +39,7 @@ class Shutdown:
 
     async def drain(self, deadline: float) -> None:
         """Wait until nothing runs here any more, until the deadline on the loop's clock."""
-        await self._asked("leave")
+        await self._asked(NodeActor.leave)
         while self._path.busy:
             if asyncio.get_running_loop().time() >= deadline:
                 names = ", ".join(self._path.names) or "none by name"
@@ -47,26 +50,26 @@ class Shutdown:
     async def halt(self) -> None:
         """Stop the engines, then what stood on them."""
         loop = asyncio.get_running_loop()
-        left = await self._asked("halt")
+        left = await self._asked(NodeActor.halt)
         deadline = loop.time() + HALT_SECONDS
         while left and loop.time() < deadline:
             await asyncio.sleep(POLL)
-            left = await self._asked("left")
+            left = await self._asked(NodeActor.left)
         if left is None:
             hosted = list(self._path.exchange.hosted.values())
             await asyncio.gather(*(instance.stop(0.0) for instance in hosted))
         await self._path.opening.close()
         self._path.client.shutdown()
 
-    async def _asked(self, message: str) -> Any:
+    async def _asked(self, method: Callable[[NodeActor], R]) -> R | None:
         """What the instances' supervisor answers; None if it has died for good."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + SUCCESSOR_SECONDS
         while True:
             try:
-                return await getattr(self._acting.supervise, message)()
+                return await self._acting.supervise.ask(method)
             except ActorDeadError:  # of which there may be a successor at once
                 if loop.time() >= deadline:
-                    logger.error("the supervisor of the instances is dead: no %s", message)
+                    logger.error("the supervisor of the instances is dead: no %s", method.__name__)
                     return None
             await asyncio.sleep(POLL)

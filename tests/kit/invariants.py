@@ -4,6 +4,7 @@ import asyncio
 
 from llumnix.control.keys import Kind
 from llumnix.dataplane.ledger import Verdict
+from llumnix.migration.admission import MigrationActor
 from tests.kit.loop import soon
 from tests.kit.migrating import Cluster
 
@@ -18,7 +19,8 @@ async def check_invariants(cluster: Cluster) -> None:
     except AssertionError as error:
         raise AssertionError(f"{error}: {'; '.join(_troubles(cluster))}") from None
     for site in cluster.sites.values():
-        assert not await site.actor.under_way(), "a migration is still in the books"
+        moves = await site.actor.ask(MigrationActor.under_way)
+        assert not moves, "a migration is still in the books"
         dropped = site.node.client.ledger.dropped
         assert not dropped[Verdict.REPEATED] and not dropped[Verdict.GAP], dropped
         for name, stream in site.node.streams.items():

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from llumnix.actors.migration import MigrationActor
+from llumnix.actors.base import Handle
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceState, NodeInfo
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.session import Session
@@ -17,6 +17,7 @@ from llumnix.dataplane.placer import NoInstance, Route
 from llumnix.engine.base import EngineError
 from llumnix.engine.sim.config import ModelConfig
 from llumnix.engine.sim.instance import SimEngine
+from llumnix.migration.admission import MigrationActor
 from llumnix.migration.record import Handshake
 from llumnix.migration.service import Migrations, Rules
 from llumnix.migration.source import Limits
@@ -92,8 +93,8 @@ class Site:
     def __init__(self, node: MeshNode, handshake: Handshake, cluster: "Cluster") -> None:
         self.node = node
         self.handshake = handshake
-        self.ref = MigrationActor.start(handshake, cluster.requests_limit, cluster.blocks_limit)
-        self.actor = self.ref.proxy()
+        limits = cluster.requests_limit, cluster.blocks_limit
+        self.actor = Handle(MigrationActor.start(handshake, *limits))
         rules = Rules(cluster.limits, "low", Terms())
         self.migrations = Migrations(node.exchange, self.actor, lambda: cluster.view, rules)
         self.migrations.at = cluster.at
@@ -280,4 +281,4 @@ async def cluster(
             whole.open()
             for site in whole.sites.values():
                 await site.migrations.close()
-                site.ref.stop()
+                site.actor.stop(5.0)

@@ -7,6 +7,7 @@ import pytest
 from llumnix.control.etcd.errors import EtcdOutcomeUnknown
 from llumnix.control.keys import Keys
 from llumnix.migration import service
+from llumnix.migration.admission import MigrationActor
 from llumnix.migration.record import Handshake, MigrationRecord, MigrationState
 from tests.kit.etcd import EtcdCluster
 from tests.kit.invariants import check_invariants
@@ -42,7 +43,9 @@ async def test_etcd_is_silent(silent: Frail, keys: Keys, step: str) -> None:
         have = len(s.stream.tokens)
         s.cluster.paces[place].let(3)
         await soon(lambda: len(s.stream.tokens) >= have + 3)
-        await s.cluster.sites["a"].actor.ping()  # the record could not be removed at once
+        await s.cluster.sites["a"].actor.ask(
+            MigrationActor.ping
+        )  # the record could not be removed at once
         etcd.thaw(0)
         await s.is_at(place)
         await s.moves_again()

@@ -7,6 +7,7 @@ import pytest
 
 from llumnix.control.keys import Keys
 from llumnix.engine.base import EngineError
+from llumnix.migration.admission import MigrationActor
 from llumnix.migration.failures import is_blameless
 from tests.kit.invariants import check_invariants
 from tests.kit.loop import on_loop, soon
@@ -50,7 +51,7 @@ async def test_those_that_wait_go_at_once(
         assert whole.where(NAMES[-1]) == [source], (
             "three more leave each 3 blocks to grow there, four do not"
         )
-        assert not whole.sites["a"].actor.under_way().get(timeout=5.0)
+        assert not whole.sites["a"].actor.ask(MigrationActor.under_way).get(timeout=5.0)
         whole.open()
         for n, name in enumerate(NAMES):
             await soon(lambda name=name: streams[name].ended)

@@ -28,7 +28,7 @@ class Worker(Actor):
         raise KeyError("no such thing")
 
     def add_later(self, a: int, b: int) -> Any:
-        return self._proxy.add(a, b)
+        return self._handle.ask(Worker.add, a, b)
 
     def wait(self, go: threading.Event) -> str:
         go.wait(10.0)

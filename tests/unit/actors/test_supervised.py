@@ -35,25 +35,25 @@ class Clerk(Actor):
         until.wait(30.0)
 
 
-def supervised(clock: Any = None) -> Supervised:
+def supervised(clock: Any = None) -> Supervised[Clerk]:
     arguments = {"clock": clock} if clock else {}
-    return Supervised(Clerk.start, lambda proxy: proxy.tell.defer("the view"), **arguments)
+    return Supervised(Clerk.start, lambda clerk: clerk.tell(Clerk.tell, "the view"), **arguments)
 
 
-def die(clerk: Supervised) -> None:
-    clerk.fail.defer()
+def die(clerk: Supervised[Clerk]) -> None:
+    clerk.tell(Clerk.fail)
     eventually(lambda: not clerk.alive)
 
 
 def test_a_successor_has_the_same_name_and_knows_what_it_must() -> None:
     clerk = supervised()
-    clerk.tell.defer("something else")
-    assert clerk.ask().get(timeout=5) == "something else"
+    clerk.tell(Clerk.tell, "something else")
+    assert clerk.ask(Clerk.ask).get(timeout=5) == "something else"
     die(clerk)
     with pytest.raises(ActorDeadError):
-        clerk.tell.defer("unheard")
+        clerk.tell(Clerk.tell, "unheard")
     clerk.start_again()
-    assert clerk.ask().get(timeout=5) == "the view"
+    assert clerk.ask(Clerk.ask).get(timeout=5) == "the view"
     clerk.stop(5.0)
 
 
@@ -72,17 +72,17 @@ def test_deaths_long_ago_are_forgotten() -> None:
 async def test_supervision_starts_again_and_gives_up_in_the_end() -> None:
     given_up: list[str] = []
     supervision = Supervision(asyncio.get_running_loop(), given_up.append)
-    clerk = supervision.keep(Clerk.start, lambda proxy: proxy.tell.defer("the view"))
+    clerk = supervision.keep(Clerk.start, lambda clerk: clerk.tell(Clerk.tell, "the view"))
     for _ in range(DEATHS - 1):
         before = clerk._actor  # it may be dead for less than the time between two looks
-        clerk.fail.defer()
+        clerk.tell(Clerk.fail)
         await soon(lambda before=before: clerk._actor is not before)
-        assert await clerk.ask() == "the view" and not supervision.fault
-    clerk.fail.defer()
+        assert await clerk.ask(Clerk.ask) == "the view" and not supervision.fault
+    clerk.tell(Clerk.fail)
     await soon(lambda: given_up)
     assert given_up == ["Clerk dies again and again"] == [supervision.fault]
-    assert await clerk.ask() == "the view", "the node is yet to be emptied"
-    clerk.fail.defer()
+    assert await clerk.ask(Clerk.ask) == "the view", "the node is yet to be emptied"
+    clerk.tell(Clerk.fail)
     await soon(lambda: not clerk.alive)
     await asyncio.sleep(3 * LOOK_SECONDS)
     assert not clerk.alive and len(given_up) == 1
@@ -97,7 +97,7 @@ async def test_one_that_is_blocked_keeps_none_of_the_others(
     supervision = Supervision(asyncio.get_running_loop(), lambda sentence: None)
     first, blocked, last = [supervision.keep(Clerk.start) for _ in range(3)]
     etcd_answers = threading.Event()
-    blocked.wait.defer(etcd_answers)
+    blocked.tell(Clerk.wait, etcd_answers)
     supervision.stop()
     assert not first.alive and not last.alive
     assert caplog.messages == ["Clerk has not ended within 0.3 s"]

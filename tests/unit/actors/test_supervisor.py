@@ -47,12 +47,12 @@ class Supervisor:
         self.roster = Roster()
         self.proxy = Supervised(
             lambda: NodeActor.start("a", "model", LIMIT, 5.0, around, self.roster),
-            lambda proxy: proxy.take_over.defer(),
+            lambda actor: actor.tell(NodeActor.take_over),
         )
 
     def _tell(self, slot: int, report: Report) -> None:
         with contextlib.suppress(pykka.ActorDeadError):
-            self.proxy.changed.defer(slot, report)
+            self.proxy.tell(NodeActor.changed, slot, report)
 
     def _host(self, instance: str, slot: int) -> HostedInstance:
         self.slots[instance] = slot
@@ -73,7 +73,7 @@ class Supervisor:
         return {i.id for i in self.announced.values() if i.state is InstanceState.READY}
 
     def wants(self, number: int, *ready: str) -> None:
-        self.proxy.want.defer(number)
+        self.proxy.tell(NodeActor.want, number)
         eventually(lambda: set(self.announced) == self.ready() == set(ready))
 
 
@@ -87,7 +87,7 @@ def _short_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
 def node(side: LoopThread) -> Iterator[Supervisor]:
     node = Supervisor(side)
     yield node
-    node.proxy.halt.defer()
+    node.proxy.tell(NodeActor.halt)
     eventually(lambda: not node.announced)
 
 
@@ -137,10 +137,10 @@ def test_an_instance_that_ends_holds_its_slot(
         await ended.wait()
 
     monkeypatch.setattr(hosted.engine, "stop", stop)
-    node.proxy.want.defer(3)
+    node.proxy.tell(NodeActor.want, 3)
     assert begun.wait(5.0)
-    node.proxy.want.defer(LIMIT)
-    node.proxy.ping().get(timeout=5.0)
+    node.proxy.tell(NodeActor.want, LIMIT)
+    node.proxy.ask(NodeActor.ping).get(timeout=5.0)
     assert len(node.announced) == LIMIT
     assert node.ready() == {"a-0", "a-1", "a-2"}, "it is too late to keep it"
     side.loop.call_soon_threadsafe(ended.set)
@@ -160,17 +160,17 @@ def test_desired_is_acted_on_when_it_changes(
 ) -> None:
     caplog.set_level("INFO")
     node.wants(1, "a-0")
-    node.proxy.update_view.defer(seen({"b": 3}))
-    node.proxy.update_view.defer(seen({"a": 3}))
+    node.proxy.tell(NodeActor.update_view, seen({"b": 3}))
+    node.proxy.tell(NodeActor.update_view, seen({"a": 3}))
     eventually(lambda: node.ready() == {"a-0", "a-1", "a-2"})
     assert "3 instances are desired on this node, by its key in etcd" in caplog.messages
     # The number here was changed since: an old value in a new view says nothing new.
     node.wants(2, "a-0", "a-1")
-    node.proxy.update_view.defer(seen({"a": 3, "b": 1}))
-    node.proxy.ping().get(timeout=5.0)
-    assert len(node.proxy.reports().get(timeout=5.0)) == 2
-    node.proxy.update_view.defer(seen({}))
-    node.proxy.update_view.defer(seen({"a": 3}))
+    node.proxy.tell(NodeActor.update_view, seen({"a": 3, "b": 1}))
+    node.proxy.ask(NodeActor.ping).get(timeout=5.0)
+    assert len(node.proxy.ask(NodeActor.reports).get(timeout=5.0)) == 2
+    node.proxy.tell(NodeActor.update_view, seen({}))
+    node.proxy.tell(NodeActor.update_view, seen({"a": 3}))
     eventually(lambda: len(node.ready()) == 3)
 
 
@@ -179,12 +179,12 @@ def test_without_a_number_there_are_at_least_those_that_the_node_was_started_for
 ) -> None:
     node.roster.initial = 2
     node.wants(1, "a-0")
-    node.proxy.update_view.defer(seen({"a": 3}))
-    node.proxy.update_view.defer(seen({}))
+    node.proxy.tell(NodeActor.update_view, seen({"a": 3}))
+    node.proxy.tell(NodeActor.update_view, seen({}))
     eventually(lambda: node.ready() == {"a-0", "a-1", "a-2"})
-    node.proxy.update_view.defer(seen({"a": 0}))
+    node.proxy.tell(NodeActor.update_view, seen({"a": 0}))
     eventually(lambda: not node.announced)
-    node.proxy.update_view.defer(seen({}))
+    node.proxy.tell(NodeActor.update_view, seen({}))
     eventually(lambda: node.ready() == {"a-0", "a-1"})
 
 
@@ -193,12 +193,12 @@ def test_one_that_does_not_start_leaves_the_others_alone(side: LoopThread) -> No
         return FailingEngine(instance) if instance == "a-1" else IdleEngine(instance)
 
     node = Supervisor(side, make)
-    node.proxy.want.defer(3)
+    node.proxy.tell(NodeActor.want, 3)
     eventually(lambda: node.ready() == {"a-0", "a-2"})
     assert node.announced["a-1"].state is InstanceState.STARTING
     eventually(lambda: node.announced["a-1"].failed_starts > 2)  # no request waits for it
     assert node.announced["a-0"].failed_starts == 0
-    reports = node.proxy.reports().get(timeout=5.0)
+    reports = node.proxy.ask(NodeActor.reports).get(timeout=5.0)
     assert [r.instance for r in reports] == ["a-0", "a-1", "a-2"]
     node.wants(0)
 
@@ -218,9 +218,9 @@ def test_a_report_on_its_way_does_not_undo_a_drain(node: Supervisor) -> None:
     node.wants(2, "a-0", "a-1")
     hosted = node.hosted["a-1"]
     hosted._tenants["r"] = hosted._names["r"] = object()  # type: ignore[assignment]
-    node.proxy.want.defer(1)
-    node.proxy.changed.defer(1, Report("a-1", Life.READY, FACTS))
-    lives = {r.instance: r.life for r in node.proxy.reports().get(timeout=5.0)}
+    node.proxy.tell(NodeActor.want, 1)
+    node.proxy.tell(NodeActor.changed, 1, Report("a-1", Life.READY, FACTS))
+    lives = {r.instance: r.life for r in node.proxy.ask(NodeActor.reports).get(timeout=5.0)}
     assert lives["a-1"] is Life.DRAINING
     hosted._tenants.clear()
     eventually(lambda: set(node.announced) == {"a-0"})
@@ -228,15 +228,15 @@ def test_a_report_on_its_way_does_not_undo_a_drain(node: Supervisor) -> None:
 
 def test_leaving_keeps_instances_but_offers_none(node: Supervisor) -> None:
     node.wants(2, "a-0", "a-1")
-    node.proxy.leave.defer()
+    node.proxy.tell(NodeActor.leave)
     eventually(lambda: not node.ready())
     assert {i.state for i in node.announced.values()} == {InstanceState.DRAINING}
     assert all(hosted.engine.stops == 0 for hosted in node.hosted.values())
-    node.proxy.update_view.defer(seen({"a": 4}))
-    node.proxy.ping().get(timeout=5.0)
+    node.proxy.tell(NodeActor.update_view, seen({"a": 4}))
+    node.proxy.ask(NodeActor.ping).get(timeout=5.0)
     assert len(node.announced) == 2, "a node that leaves starts nothing any more"
-    assert node.proxy.halt().get(timeout=5.0) == 2
-    eventually(lambda: node.proxy.left().get(timeout=5.0) == 0)
+    assert node.proxy.ask(NodeActor.halt).get(timeout=5.0) == 2
+    eventually(lambda: node.proxy.ask(NodeActor.left).get(timeout=5.0) == 0)
 
 
 def test_an_instance_that_comes_up_late_is_not_offered_by_a_node_that_leaves(
@@ -244,25 +244,25 @@ def test_an_instance_that_comes_up_late_is_not_offered_by_a_node_that_leaves(
 ) -> None:
     up = asyncio.Event()
     node = Supervisor(side, lambda instance: IdleEngine(instance, up))
-    node.proxy.want.defer(1)
+    node.proxy.tell(NodeActor.want, 1)
     eventually(lambda: node.announced)
-    node.proxy.leave.defer()
-    node.proxy.ping().get(timeout=5.0)
+    node.proxy.tell(NodeActor.leave)
+    node.proxy.ask(NodeActor.ping).get(timeout=5.0)
     assert node.announced["a-0"].state is InstanceState.DRAINING, "nor is it waited for"
     side.loop.call_soon_threadsafe(up.set)
     eventually(lambda: node.announced["a-0"].total_blocks)
     states = [state for _, state in node.history]
     assert states == [InstanceState.STARTING, *[InstanceState.DRAINING] * 2]
-    node.proxy.halt.defer()
+    node.proxy.tell(NodeActor.halt)
     eventually(lambda: not node.announced)
 
 
 def test_stopping_the_supervisor_stops_its_actors(node: Supervisor) -> None:
     node.wants(2, "a-0", "a-1")
-    node.proxy.halt().get(timeout=5.0)
-    eventually(lambda: node.proxy.left().get(timeout=5.0) == 0)
+    node.proxy.ask(NodeActor.halt).get(timeout=5.0)
+    eventually(lambda: node.proxy.ask(NodeActor.left).get(timeout=5.0) == 0)
     eventually(lambda: len(pykka.ActorRegistry.get_all()) == 1)
-    assert Life.STOPPED not in {r.life for r in node.proxy.reports().get(timeout=5.0)}
+    assert Life.STOPPED not in {r.life for r in node.proxy.ask(NodeActor.reports).get(timeout=5.0)}
 
 
 # ---- instances that are named, and such as are kept after all ----
@@ -271,8 +271,9 @@ def test_stopping_the_supervisor_stops_its_actors(node: Supervisor) -> None:
 def test_the_one_that_is_named_goes_first(node: Supervisor) -> None:
     node.wants(3, "a-0", "a-1", "a-2")
     node.requests = {"a-0": 1, "a-1": 5, "a-2": 3}
-    node.proxy.update_view.defer(
-        ClusterView(desired=MappingProxyType({"a": 2}), without=MappingProxyType({"a": "a-1"}))
+    node.proxy.tell(
+        NodeActor.update_view,
+        ClusterView(desired=MappingProxyType({"a": 2}), without=MappingProxyType({"a": "a-1"})),
     )
     eventually(lambda: set(node.announced) == {"a-0", "a-2"})
     node.wants(1, "a-2")
@@ -285,14 +286,14 @@ def test_one_that_drains_is_kept_before_another_is_started(
     node.wants(2, "a-0", "a-1")
     hosted = node.hosted["a-1"]
     hosted._tenants["r"] = hosted._names["r"] = object()  # type: ignore[assignment]
-    node.proxy.want.defer(1)
+    node.proxy.tell(NodeActor.want, 1)
     eventually(lambda: node.ready() == {"a-0"})
-    node.proxy.want.defer(3)
+    node.proxy.tell(NodeActor.want, 3)
     eventually(lambda: node.ready() == {"a-0", "a-1", "a-2"})
     assert "instance a-1 is kept: 3 are wanted" in caplog.messages
     assert node.hosted["a-1"] is hosted and hosted.engine.stops == 0
     for number in (1, 3, 1, 3, 1):  # whatever happens in between, the last word counts
-        node.proxy.want.defer(number)
+        node.proxy.tell(NodeActor.want, number)
     eventually(lambda: {i.state for i in node.announced.values()} >= {InstanceState.DRAINING})
     hosted._tenants.clear()
     eventually(lambda: set(node.announced) == node.ready() == {"a-0"})
@@ -301,20 +302,19 @@ def test_one_that_drains_is_kept_before_another_is_started(
 def test_one_that_has_ended_before_it_could_be_kept_is_started_anew(node: Supervisor) -> None:
     node.wants(2, "a-0", "a-1")
     for number in (1, 2, 0, 2):
-        node.proxy.want.defer(number)
+        node.proxy.tell(NodeActor.want, number)
     eventually(lambda: node.ready() == {"a-0", "a-1"})
-    node.proxy.ping().get(timeout=5.0)
-    assert len(node.proxy.reports().get(timeout=5.0)) == 2
+    node.proxy.ask(NodeActor.ping).get(timeout=5.0)
+    assert len(node.proxy.ask(NodeActor.reports).get(timeout=5.0)) == 2
 
 
 # ---- actors that die ----
 
 
-def _die(proxy: Any) -> None:
+def _die(supervisor: Supervised[NodeActor]) -> None:
     """A message that the actor cannot handle, as a bug would send it."""
-    reference = proxy.actor_ref
-    proxy.changed.defer()  # without its arguments
-    eventually(lambda: not reference.is_alive())
+    supervisor.tell(NodeActor.changed)  # type: ignore[call-arg]  # without its arguments
+    eventually(lambda: not supervisor.alive)
 
 
 def test_a_supervisor_that_died_is_succeeded_and_no_instance_notices(node: Supervisor) -> None:
@@ -330,11 +330,11 @@ def test_a_supervisor_that_died_is_succeeded_and_no_instance_notices(node: Super
 
 def test_what_is_told_while_there_is_no_supervisor_is_asked_for_again(node: Supervisor) -> None:
     node.wants(1, "a-0")
-    actor = node.roster.slots[0].proxy
+    actor = node.roster.slots[0].actor
     _die(node.proxy)
     node.announced.clear()
-    actor.report.defer()  # nobody hears it
-    actor.ping().get(timeout=5)
+    actor.tell(InstanceActor.report)  # nobody hears it
+    actor.ask(InstanceActor.ping).get(timeout=5)
     node.proxy.start_again()
     eventually(lambda: node.ready() == {"a-0"})
 
@@ -344,10 +344,10 @@ def test_an_instances_actor_that_died_gets_a_successor_and_its_engine_is_stopped
 ) -> None:
     node.wants(2, "a-0", "a-1")
     engine = node.hosted["a-0"].engine
-    actor = node.roster.slots[0].proxy
-    actor.went_down.defer()
-    eventually(lambda: not actor.actor_ref.is_alive())
-    node.proxy.look_after.defer()
+    actor = node.roster.slots[0].actor
+    actor.tell(InstanceActor.went_down)  # type: ignore[call-arg]
+    eventually(lambda: not actor.alive)
+    node.proxy.tell(NodeActor.look_after)
     eventually(lambda: node.hosted["a-0"].engine is not engine and node.ready() == {"a-0", "a-1"})
     eventually(lambda: engine.stops == 1)
 
@@ -355,15 +355,15 @@ def test_an_instances_actor_that_died_gets_a_successor_and_its_engine_is_stopped
 def _has_another(node: Supervisor, actor: Any) -> bool:
     """Whether the first slot has a successor of that actor; it has none for a moment."""
     slot = node.roster.slots.get(0)
-    return slot is not None and slot.proxy is not actor
+    return slot is not None and slot.actor is not actor
 
 
 def test_instances_actors_that_die_again_and_again_end_the_node(node: Supervisor) -> None:
     node.wants(1, "a-0")
     for _ in range(DEATHS):
-        actor = node.roster.slots[0].proxy
-        actor.went_down.defer()
-        eventually(lambda actor=actor: not actor.actor_ref.is_alive())
-        node.proxy.look_after.defer()
+        actor = node.roster.slots[0].actor
+        actor.tell(InstanceActor.went_down)  # type: ignore[call-arg]
+        eventually(lambda actor=actor: not actor.alive)
+        node.proxy.tell(NodeActor.look_after)
         eventually(lambda actor=actor: node.given_up or _has_another(node, actor))
     assert node.given_up == ["the actor of a-0 dies again and again"]

@@ -4,26 +4,33 @@ The only actor that does blocking I/O: it keeps the migrations' records in etcd.
 silent no migration begins, and one that has not committed is given up.
 """
 
+import asyncio
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from llumnix.actors.base import Actor
+from pykka import ActorDeadError
+
+from llumnix.actors.base import Actor, Handle
 from llumnix.cluster import InstanceId
 from llumnix.control.etcd.errors import EtcdError, EtcdOutcomeUnknown
+from llumnix.engine.base import EngineError
+from llumnix.migration.errors import MigrationError
 from llumnix.migration.record import (
     Handshake,
     HandshakeError,
     MigrationRecord,
     MigrationState,
 )
-from llumnix.migration.source import MigrationError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+TRIES, PAUSE = 10, 0.1  # and the seconds between them: in one an actor that has died is back
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +111,9 @@ class MigrationActor(Actor):
         plan = Plan(migration, request, record.source, record.destination, blocks)
         self._books.coming[migration] = plan
 
-    def advance(self, migration: str, to: str) -> None:
+    def advance(self, migration: str, state: MigrationState) -> None:
         """Take a departure to its next state: copying, or committed. Raises MigrationError."""
         plan = self._books.leaving[migration]
-        state = MigrationState(to)
         before = {
             MigrationState.COPYING: MigrationState.ACCEPTED,
             MigrationState.COMMITTED: MigrationState.COPYING,
@@ -182,3 +188,25 @@ class MigrationActor(Actor):
             raise MigrationError(str(error)) from error
         except EtcdError as error:
             raise MigrationError(f"etcd does not answer: {error}") from error
+
+
+async def accept_arrival(
+    actor: Handle[MigrationActor], migration: str, request: str, instance: InstanceId, blocks: int
+) -> None:
+    """Have an arrival admitted and its record taken to accepted. Raises EngineError to refuse."""
+    try:
+        await actor.ask(MigrationActor.accept, migration, request, instance, blocks)
+    except ActorDeadError as error:
+        raise EngineError("this node stops, or its books are being opened again") from error
+
+
+async def end_arrival(actor: Handle[MigrationActor], migration: str) -> None:
+    """Say that an arrival is over, to a successor if the actor has just died.
+
+    When this node stops there is none, and its lease takes the record along.
+    """
+    for _ in range(TRIES):
+        with contextlib.suppress(ActorDeadError):  # its successor has the same books
+            await actor.ask(MigrationActor.departed, migration)
+            return
+        await asyncio.sleep(PAUSE)

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from llumnix.actors.migration import Books, MigrationActor
+from llumnix.migration.admission import Books, MigrationActor
+from llumnix.migration.errors import MigrationError
 from llumnix.migration.record import MigrationRecord
-from llumnix.migration.source import MigrationError
 
 
 class Records:
