@@ -36,8 +36,9 @@ from llumnix.engine.vllm.kv_blocks import Rendezvous
 from llumnix.engine.vllm.launcher import start_fork_server
 from llumnix.engine.vllm.placement import place
 from llumnix.migration.admission import MigrationActor
+from llumnix.migration.departures import Rules
 from llumnix.migration.record import Handshake
-from llumnix.migration.service import Migrations, Rules
+from llumnix.migration.service import Migrations
 from llumnix.migration.source import Limits
 from llumnix.policy.decision_context import Terms
 

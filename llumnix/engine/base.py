@@ -21,6 +21,14 @@ class SetupFailed(EngineError):
     """Two instances found no way for KV blocks between them; a transfer has not begun."""
 
 
+class RequestEnded(EngineError):
+    """A request has no KV blocks here any more, as it has ended."""
+
+
+class NoRoom(EngineError):
+    """There are fewer free KV blocks than were asked for."""
+
+
 class EngineDead(EngineError):
     """The engine is gone; what it was running has to go on elsewhere."""
 

@@ -18,7 +18,7 @@ from llumnix.actors.base import Actor, Handle
 from llumnix.cluster import InstanceId
 from llumnix.control.etcd.errors import EtcdError, EtcdOutcomeUnknown
 from llumnix.engine.base import EngineError
-from llumnix.migration.errors import MigrationError
+from llumnix.migration.errors import FailureKind, MigrationError
 from llumnix.migration.record import (
     Handshake,
     HandshakeError,
@@ -176,10 +176,12 @@ class MigrationActor(Actor):
     ) -> None:
         plans = [plan for plan in table.values() if side(plan) == instance]
         if len(plans) >= self._requests_limit:
-            raise MigrationError(f"{len(plans)} requests {verb} instance {instance} already")
+            sentence = f"{len(plans)} requests {verb} instance {instance} already"
+            raise MigrationError(sentence, FailureKind.NO_ROOM)
         total = sum(plan.blocks for plan in plans) + blocks
         if plans and 0 < self._blocks_limit < total:
-            raise MigrationError(f"{total} KV blocks would {verb} instance {instance} at once")
+            sentence = f"{total} KV blocks would {verb} instance {instance} at once"
+            raise MigrationError(sentence, FailureKind.NO_ROOM)
 
     def _ask_etcd(self, ask: Callable[[], T]) -> T:
         try:

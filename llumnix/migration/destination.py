@@ -12,6 +12,18 @@ from llumnix.dataplane.hosted_instance import HostedInstance
 from llumnix.dataplane.hosted_request import Tenant
 from llumnix.engine.base import EngineDead, EngineError, Transfer
 from llumnix.migration.admission import MigrationActor, accept_arrival, end_arrival
+from llumnix.migration.messages import (
+    Accepted,
+    Done,
+    End,
+    Expect,
+    Offer,
+    Receive,
+    Received,
+    Reserve,
+    Reserved,
+    serve,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +48,7 @@ class Arrival:
 
 
 class Arrivals:
-    """Serves the procedures of the migrations that come to this node's instances."""
+    """Takes the destination's steps of all migrations that come to this node's instances."""
 
     def __init__(
         self,
@@ -51,27 +63,24 @@ class Arrivals:
         self._tasks: set[asyncio.Task[None]] = set()
         self._stops = False
         exchange.on_node_lost.append(self._on_node_lost)
-        exchange.procedures |= {
-            "migration_offer": self.offer,
-            "migration_reserve": self.reserve,
-            "migration_receive": self.receive,
-            "migration_expect": self.expect,
-            "migration_end": self.end,
-        }
+        serve(exchange, Offer, self.offer)
+        serve(exchange, Reserve, self.reserve)
+        serve(exchange, Receive, self.receive)
+        serve(exchange, Expect, self.expect)
+        serve(exchange, End, self.end)
 
     def __len__(self) -> int:
         return len(self._arrivals)
 
-    async def offer(
-        self, instance: InstanceId, migration: str, request_id: str, source: NodeId, blocks: int
-    ) -> str:
-        """Accept or refuse a migration from a node; which engine it is. Raises EngineError."""
+    async def offer(self, instance: InstanceId, step: Offer) -> Accepted:
+        """Accept or refuse a migration from a node. Raises EngineError."""
         if self._stops:
             raise EngineError(f"node {self._exchange.node} stops")
         hosted = self._exchange.hosted.get(instance)
         if hosted is None:
             raise EngineDead(f"instance {instance} is gone")
-        arrival = Arrival(hosted, request_id, source, hosted.expect(request_id))
+        migration, request = step.migration, step.request
+        arrival = Arrival(hosted, request, step.source, hosted.expect(request))
         self._arrivals[migration] = arrival
         try:
             await self._at("accept")
@@ -79,7 +88,7 @@ class Arrivals:
                 raise EngineDead(hosted.gone)
             if hosted.facts is None or not hosted.facts.resumes:
                 raise EngineError(f"instance {instance} can't resume requests")
-            await accept_arrival(self._actor, migration, request_id, instance, blocks)
+            await accept_arrival(self._actor, migration, request, instance, step.blocks)
             if arrival.ended:  # the source has waited long enough
                 raise EngineError(f"migration {migration} was ended before it was accepted")
         except BaseException:
@@ -87,32 +96,24 @@ class Arrivals:
             raise
         loop = asyncio.get_running_loop()
         arrival.timer = loop.call_later(LONGEST, self._give_up, migration, arrival)
-        return hosted.life
+        return Accepted(hosted.life)
 
-    async def reserve(self, instance: InstanceId, migration: str, hashes: list[bytes]) -> int:
-        """Hold room for blocks; how many of them are here already. Raises EngineError."""
+    async def reserve(self, instance: InstanceId, step: Reserve) -> Reserved:
+        """Hold room for blocks. Raises EngineError."""
         await self._at("reserve")
-        return await self._accepted(migration).hosted.engine.blocks.reserve(migration, hashes)
+        blocks = self._accepted(step.migration).hosted.engine.blocks
+        return Reserved(await blocks.reserve(step.migration, step.hashes))
 
-    async def receive(
-        self,
-        instance: InstanceId,
-        migration: str,
-        pair: str,
-        group: str,
-        first: int,
-        count: int,
-        within: float,
-        skips: int = 0,
-    ) -> int:
+    async def receive(self, instance: InstanceId, step: Receive) -> Received:
         """Receive blocks; returns when requests can use them. Raises EngineError."""
         await self._at("receive")
+        migration = step.migration
         arrival = self._accepted(migration)
-        transfer = Transfer(pair, group, first, count, within, skips)
-        task = asyncio.ensure_future(arrival.hosted.engine.blocks.receive(migration, transfer))
+        blocks = arrival.hosted.engine.blocks
+        task = asyncio.ensure_future(blocks.receive(migration, step.transfer))
         arrival.receiving = task
         try:
-            return await task
+            return Received(await task)
         except asyncio.CancelledError:
             if not arrival.ended:
                 raise  # not the transfer is ended, but who waits for it
@@ -120,35 +121,35 @@ class Arrivals:
         finally:
             arrival.receiving = None
 
-    async def expect(
-        self, instance: InstanceId, migration: str, pair: str, group: str, theirs: list[int]
-    ) -> None:
+    async def expect(self, instance: InstanceId, step: Expect) -> Done:
         """Be ready to take what the source lends. Raises EngineError."""
-        arrival = self._accepted(migration)
-        transfer = Transfer(pair, group, 0, len(theirs), 0.0)
+        arrival = self._accepted(step.migration)
+        transfer = Transfer(step.pair, step.group, 0, len(step.theirs), 0.0)
         arrival.lent = True  # also where the engine's answer comes too late
         blocks = arrival.hosted.engine.blocks
-        await blocks.expect(migration, arrival.request_id, transfer, theirs)
+        await blocks.expect(step.migration, arrival.request_id, transfer, step.theirs)
+        return Done()
 
-    async def end(self, instance: InstanceId, migration: str, moved: bool) -> None:
+    async def end(self, instance: InstanceId, step: End) -> Done:
         """Nothing more will come; the blocks stay held until the request uses them, if it moved.
 
         Where some were lent it returns only then, and raises EngineError if that is not certain.
         """
-        arrival = self._arrivals.get(migration)
+        arrival = self._arrivals.get(step.migration)
         if arrival is None:
-            return
-        if not moved:
+            return Done()
+        if not step.moved:
             arrival.moved = False
             if not arrival.coming.done():
                 arrival.coming.set_result(None)
-        ending = self._finish(migration, arrival)
+        ending = self._finish(step.migration, arrival)
         if not arrival.lent:
-            return
+            return Done()
         if ending is not None:
             await asyncio.shield(ending)
-        if moved and not arrival.begun:
+        if step.moved and not arrival.begun:
             raise EngineError(f"request {arrival.request_id} did not begin")
+        return Done()
 
     async def close(self) -> None:
         """End what waits here, and accept nothing more."""

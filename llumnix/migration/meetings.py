@@ -12,6 +12,7 @@ from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceState
 from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.hosted_instance import HostedInstance
 from llumnix.engine.base import EngineError, SetupFailed, Transfer
+from llumnix.migration.messages import AskLife, Done, Life, Meet, R, Step, ask, serve
 from llumnix.migration.transfer_groups import Groups, Lives, pair_name
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ SOON = 0.2  # seconds in which more may change at once
 
 
 class Meetings:
-    """Has this node's instances meet all others, one after the other, while a node runs."""
+    """Makes a way for KV blocks from each instance of this node to the others, one by one."""
 
     def __init__(self, exchange: Exchange, groups: Groups, view: Callable[[], ClusterView]) -> None:
         self._exchange = exchange
@@ -36,7 +37,8 @@ class Meetings:
         self._known: dict[InstanceId, object] = {}
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        exchange.procedures |= {"migration_life": self._life, "migration_meet": self._meet}
+        serve(exchange, AskLife, self._life)
+        serve(exchange, Meet, self._meet)
 
     def look(self) -> None:
         """The view has changed; begins with the first call, and goes by who is up, and where."""
@@ -56,7 +58,7 @@ class Meetings:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def close(self) -> None:
-        """Nobody meets any more."""
+        """Make no more instances meet."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -114,8 +116,7 @@ class Meetings:
         if hosted.gone is not None or failures >= TRIES:
             return True
         try:
-            life = str(await self._ask(other, "migration_life"))
-            lives = hosted.life, life
+            lives = hosted.life, (await self._ask(other, AskLife())).life
             if self._met.get(pair) == lives:
                 return True
             async with self._groups.lock(pair):
@@ -137,10 +138,10 @@ class Meetings:
         while (skips := self._groups.skips(pair, lives)) < blocks.ways:
             name = self._groups.name(pair, lives)
             transfer = Transfer(pair, name, 0, 0, WITHIN, skips)
-            theirs = self._ask(other, "migration_meet", pair, name, WITHIN, skips)
+            theirs = self._ask(other, Meet(pair, name, WITHIN, skips))
             met = blocks.meet(transfer, True)
             ends: tuple[Any, Any] = await asyncio.gather(met, theirs, return_exceptions=True)
-            failures = [end for end in ends if end is not None]
+            failures = [end for end in ends if isinstance(end, BaseException)]
             if not failures:
                 return
             if isinstance(ends[0], SetupFailed):
@@ -150,20 +151,18 @@ class Meetings:
                 raise failures[0]
         logger.warning("there is no way for KV blocks from %s to %s", hosted.id, other.id)
 
-    async def _ask(self, other: InstanceInfo, procedure: str, *arguments: Any) -> Any:
-        within = WITHIN + 2.0
-        return await self._exchange.call(other.node, other.id, procedure, arguments, within)
+    async def _ask(self, other: InstanceInfo, step: Step[R]) -> R:
+        return await ask(self._exchange, other.node, other.id, step, WITHIN + 2.0)
 
     # ---- what other nodes ask ----
 
-    async def _life(self, instance: InstanceId) -> str:
-        return self._hosted(instance).life
+    async def _life(self, instance: InstanceId, step: AskLife) -> Life:
+        return Life(self._hosted(instance).life)
 
-    async def _meet(
-        self, instance: InstanceId, pair: str, group: str, within: float, skips: int
-    ) -> None:
-        transfer = Transfer(pair, group, 0, 0, within, skips)
+    async def _meet(self, instance: InstanceId, step: Meet) -> Done:
+        transfer = Transfer(step.pair, step.group, 0, 0, step.within, step.skips)
         await self._hosted(instance).engine.blocks.meet(transfer, False)
+        return Done()
 
     def _hosted(self, instance: InstanceId) -> HostedInstance:
         hosted = self._exchange.hosted.get(instance)

@@ -21,6 +21,7 @@ from llumnix.dataplane.hosted_request import Tenant
 from llumnix.engine.base import LEND_SECONDS, EngineDead, EngineError, SetupFailed, Transfer
 from llumnix.migration.admission import MigrationActor
 from llumnix.migration.errors import Ended, MigrationError
+from llumnix.migration.messages import End, Expect, Offer, R, Receive, Reserve, Step, ask
 from llumnix.migration.record import MigrationState
 from llumnix.migration.transfer_groups import Groups, pair_name
 
@@ -102,7 +103,7 @@ class Departure:
             await self._at("offer")
             blocks = kv_blocks(self._tenant.tokens, self.block_size)
             who = (self.migration, self._tenant.request_id, self._exchange.node)
-            self._life = str(await self._ask("migration_offer", *who, blocks))
+            self._life = (await self._ask(Offer(*who, blocks))).life
             await self._at("copy")
             await self._advance(MigrationState.COPYING)
             await self._copy()
@@ -190,7 +191,7 @@ class Departure:
             async with asyncio.timeout(self._limits.within):
                 theirs = await blocks.lend(self.migration, self._tenant.name)
             self._lent = True
-            await self._ask("migration_expect", self.migration, self._pair, name, theirs)
+            await self._ask(Expect(self.migration, self._pair, name, theirs))
         except (EngineError, TimeoutError) as error:
             # Without an answer it may be that the destination goes by it nevertheless.
             self._lent &= isinstance(error, EngineDead | TimeoutError)
@@ -211,7 +212,7 @@ class Departure:
     async def _send(self, fresh: list[bytes]) -> None:
         """One stage: the blocks with these hashes, as far as the destination has them not."""
         async with self._groups.lock(self._pair):
-            present = int(await self._ask("migration_reserve", self.migration, fresh))
+            present = (await self._ask(Reserve(self.migration, fresh))).present
             count = len(fresh) - present
             if count:
                 await self._transfer(self._covered + present, count)
@@ -225,10 +226,9 @@ class Departure:
         name = self._groups.name(self._pair, self._lives)
         skips = self._groups.skips(self._pair, self._lives)
         transfer = Transfer(self._pair, name, first, count, within, skips)
-        arguments = (self.migration, self._pair, name, first, count, within, skips)
-        sending = self._source.engine.blocks.send(self.migration, transfer)
-        receiving = self._ask("migration_receive", *arguments, within=within + GRACE)
-        both = [asyncio.ensure_future(sending), asyncio.ensure_future(receiving)]
+        send = self._source.engine.blocks.send(self.migration, transfer)
+        receive = self._ask(Receive.of(self.migration, transfer), within + GRACE)
+        both = asyncio.ensure_future(send), asyncio.ensure_future(receive)
         try:
             async with asyncio.timeout(within + GRACE):
                 sent, _ = await asyncio.gather(*both)
@@ -275,7 +275,7 @@ class Departure:
         else:
             works = [
                 self._source.engine.blocks.drop(self.migration),
-                self._ask("migration_end", self.migration, handed_over),
+                self._ask(End(self.migration, handed_over)),
             ]
         # To its end, even if this migration is cancelled meanwhile.
         both = asyncio.gather(*works, return_exceptions=True)
@@ -287,13 +287,12 @@ class Departure:
     async def _taken(self, handed_over: bool) -> None:
         """Hold what was lent until the request computes elsewhere, or can't take it any more."""
         try:
-            await self._ask("migration_end", self.migration, handed_over)
+            await self._ask(End(self.migration, handed_over))
         except (EngineError, TimeoutError) as error:
             logger.info("the end of migration %s is not known: %s", self.migration, error)
             await asyncio.sleep(LENT_SECONDS)
         await self._source.engine.blocks.drop(self.migration)
 
-    async def _ask(self, procedure: str, *arguments: Any, within: float | None = None) -> Any:
-        return await self._exchange.call(
-            self._node, self._destination, procedure, arguments, within or self._limits.within
-        )
+    async def _ask(self, step: Step[R], within: float | None = None) -> R:
+        where = self._exchange, self._node, self._destination
+        return await ask(*where, step, within or self._limits.within)

@@ -6,13 +6,13 @@ epoch, as it would after a failure. Whatever the former owner still does then co
 """
 
 import logging
-from typing import Any
 
 from llumnix import metrics
 from llumnix.cluster import ClusterView
 from llumnix.dataplane.hosted_instance import HostedInstance
 from llumnix.migration.candidates import candidates
-from llumnix.migration.errors import MigrationError
+from llumnix.migration.errors import FailureKind, MigrationError
+from llumnix.migration.messages import MovedTogether
 from llumnix.policy.decision_context import Terms
 from llumnix.policy.rebalance import Pair
 from llumnix.policy.request_choice import leaving_together
@@ -28,7 +28,7 @@ async def leave_waiting(
     terms: Terms,
     count: int,
     blocks: float,
-) -> dict[str, Any]:
+) -> MovedTogether:
     """Hand over up to `count` requests that wait and find room there. Raises MigrationError.
 
     Whoever has begun is none of them; nothing is awaited between the choice and the hand-over.
@@ -38,7 +38,8 @@ async def leave_waiting(
     except LookupError as error:
         raise MigrationError(str(error)) from None
     if not chosen:
-        raise MigrationError(f"no request of {hosted.id} would fit {pair.destination}")
+        sentence = f"no request of {hosted.id} would fit {pair.destination}"
+        raise MigrationError(sentence, FailureKind.NO_ROOM)
     asked = {one.request: one.blocks for one in chosen}
     tenants = [t for name in asked if (t := hosted.find(name)) is not None]
     node = view.instances[pair.destination].node
@@ -48,10 +49,10 @@ async def leave_waiting(
         "%d requests that waited moved from %s to %s (%s)",
         *(len(gone), hosted.id, pair.destination, reason),
     )
-    return {
-        "outcome": "moved",
-        "source": hosted.id,
-        "destination": pair.destination,
-        "requests": len(gone),
-        "blocks": sum(asked[tenant.request_id] for tenant in gone),
-    }
+    return MovedTogether(
+        outcome="moved",
+        source=hosted.id,
+        destination=pair.destination,
+        requests=len(gone),
+        blocks=sum(asked[tenant.request_id] for tenant in gone),
+    )

@@ -14,8 +14,9 @@ from llumnix.cluster import ClusterView
 from llumnix.config import Config
 from llumnix.dataplane.exchange import Exchange
 from llumnix.migration.admission import Books, MigrationActor
+from llumnix.migration.departures import Rules
 from llumnix.migration.record import MigrationRecord
-from llumnix.migration.service import Migrations, Rules
+from llumnix.migration.service import Migrations
 from llumnix.migration.source import Limits
 from llumnix.node.control_plane import ControlPlane
 from llumnix.node.policies import Policies, no_pairs

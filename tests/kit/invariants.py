@@ -40,7 +40,7 @@ def _troubles(cluster: Cluster) -> list[str]:
     """What is not as it must be, a sentence each."""
     found = []
     for name, site in cluster.sites.items():
-        if site.migrations._under_way:
+        if site.migrations._departures._under_way:
             found.append(f"node {name} is still at a migration")
         if len(site.migrations._arrivals) or site.migrations._arrivals._tasks:
             found.append(f"node {name} still waits for a request to come")

@@ -18,8 +18,9 @@ from llumnix.engine.base import EngineError
 from llumnix.engine.sim.config import ModelConfig
 from llumnix.engine.sim.instance import SimEngine
 from llumnix.migration.admission import MigrationActor
+from llumnix.migration.departures import Rules
 from llumnix.migration.record import Handshake
-from llumnix.migration.service import Migrations, Rules
+from llumnix.migration.service import Migrations
 from llumnix.migration.source import Limits
 from llumnix.policy.decision_context import Terms
 from tests.kit.loop import soon

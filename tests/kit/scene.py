@@ -83,8 +83,10 @@ class Scene:
         """Whatever has happened, it can move as any other."""
         await check_invariants(self.cluster)
         for site in self.cluster.sites.values():  # and a stall of the machine does not matter
-            limits = replace(site.migrations._rules.limits, within=10.0)
-            site.migrations._rules = replace(site.migrations._rules, limits=limits)
+            limits = replace(site.migrations._departures._rules.limits, within=10.0)
+            site.migrations._departures._rules = replace(
+                site.migrations._departures._rules, limits=limits
+            )
         (here,) = self.cluster.where(NAME)
         others = [i for i in (self.destination, self.spare, self.source) if i != here]
         near = [i for i in others if self.cluster.alive(i) and self._can_go(here, i)]

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llumnix.engine.base import EngineDead, EngineError, Transfer
+from llumnix.engine.base import EngineDead, EngineError, NoRoom, RequestEnded, Transfer
 from llumnix.engine.sim.model import ModelledEngine
 
 BLOCK_BYTES = 64  # that a modelled block counts for
@@ -55,7 +55,7 @@ class SimBlocks:
         self._check()
         computed = self._model.computed(request_id)
         if computed is None:
-            raise EngineError(f"request {request_id} has ended")
+            raise RequestEnded(f"request {request_id} has ended")
         self._leaving.add(migration)
         return _names(self._model.prompt(request_id), computed // self._size)
 
@@ -65,7 +65,7 @@ class SimBlocks:
         try:
             self._model.hold(len(hashes))
         except ValueError as error:
-            raise EngineError(str(error)) from error
+            raise NoRoom(str(error)) from error
         self._arriving.setdefault(migration, _Arriving()).hashes += hashes
         return 0
 

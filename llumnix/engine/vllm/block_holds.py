@@ -21,6 +21,20 @@ from llumnix.engine.base import LEND_SECONDS
 class DepotError(Exception):
     """What was asked can't be done; the message is one sentence."""
 
+    kind = ""  # which of the errors below it is, for another process
+
+
+class RequestGone(DepotError):
+    """The request has ended."""
+
+    kind = "ended"
+
+
+class NoFreeBlocks(DepotError):
+    """There are too few free KV blocks."""
+
+    kind = "no room"
+
 
 @dataclass(slots=True)
 class _Held:
@@ -78,7 +92,7 @@ class BlockDepot:
         """
         request = self._scheduler.requests.get(request_id)
         if request is None:
-            raise DepotError(f"request {request_id} has ended")
+            raise RequestGone(f"request {request_id} has ended")
         if self.why_not is not None:
             return [], self.block_bytes
         held = self._held.setdefault(migration, _Held())
@@ -124,7 +138,7 @@ class BlockDepot:
         free = self._pool.get_num_free_blocks() - len(self._scheduler.running)
         if len(missing) > free:
             self.drop(migration)
-            raise DepotError(f"{len(missing)} KV blocks are needed and {max(free, 0)} are free")
+            raise NoFreeBlocks(f"{len(missing)} KV blocks are needed and {max(free, 0)} are free")
         if missing:
             held.blocks += self._pool.get_new_blocks(len(missing))
             held.hashes += missing
@@ -157,7 +171,7 @@ class BlockDepot:
         """
         held = self._held.get(migration)
         if held is None or request_id not in self._scheduler.requests:
-            raise DepotError(f"request {request_id} has ended")
+            raise RequestGone(f"request {request_id} has ended")
         blocks = list(self._manager.get_blocks(request_id).blocks[0])
         if blocks[: len(held.blocks)] != held.blocks:
             raise DepotError(f"request {request_id} was preempted")

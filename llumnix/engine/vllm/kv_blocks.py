@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from llumnix.engine.base import EngineError, SetupFailed, Transfer
+from llumnix.engine.base import EngineError, NoRoom, RequestEnded, SetupFailed, Transfer
 from llumnix.engine.vllm.carrier import LADDER
 from llumnix.engine.vllm.transfer import Ended, Job
 
@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 GRACE = 1.0  # seconds beyond a transfer's own deadline until it is given up without an answer
 
 Call = Callable[..., Awaitable[Any]]
+
+# By the kind of a DepotError.
+REFUSALS: dict[str, type[EngineError]] = {"ended": RequestEnded, "no room": NoRoom}
 
 
 @dataclass(frozen=True)
@@ -125,9 +128,9 @@ class VllmBlocks:
         return dict(await self._operate("books"))
 
     async def _operate(self, operation: str, *arguments: Any) -> Any:
-        result, refusal = await self._call("migration", operation, list(arguments))
+        result, refusal, kind = await self._call("migration", operation, list(arguments))
         if refusal is not None:
-            raise EngineError(refusal)
+            raise REFUSALS.get(kind, EngineError)(refusal)
         return result
 
     async def _transfer(self, operation: str, migration: str, transfer: Transfer) -> int:

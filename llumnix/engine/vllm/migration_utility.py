@@ -9,15 +9,15 @@ from llumnix.engine.vllm import known_hashes
 from llumnix.engine.vllm.block_holds import BlockDepot, DepotError
 
 
-def migration(core: Any, operation: str, arguments: list[Any]) -> tuple[Any, str | None]:
-    """Carry out one operation, a key of OPERATIONS; its result, or why it was refused.
+def migration(core: Any, operation: str, arguments: list[Any]) -> tuple[Any, str | None, str]:
+    """Carry out one operation, a key of OPERATIONS: its result, or why it was refused and the kind.
 
     A refusal is an answer: vLLM would log what is raised here as a failure of the engine's own.
     """
     try:
-        return OPERATIONS[operation](core, core.scheduler.depot, *arguments), None
+        return OPERATIONS[operation](core, core.scheduler.depot, *arguments), None, ""
     except DepotError as refusal:
-        return None, str(refusal)
+        return None, str(refusal), refusal.kind
 
 
 def _transfer(

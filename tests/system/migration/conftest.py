@@ -7,7 +7,7 @@ import pytest
 
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.session import Session
-from llumnix.migration import destination, service, source
+from llumnix.migration import departures, destination, source
 from tests.kit.etcd import EtcdCluster
 from tests.kit.migrating import Control
 from tests.kit.threads import no_thread_left
@@ -50,8 +50,8 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is waited for in vain is given up early."""
     monkeypatch.setattr(source, "GRACE", 0.1)
     monkeypatch.setattr(destination, "FIRST_OUTPUT", 0.3)
-    monkeypatch.setattr(service, "TIDY_FIRST", 0.05)
-    monkeypatch.setattr(service, "TIDY_LONGEST", 0.2)
+    monkeypatch.setattr(departures, "TIDY_FIRST", 0.05)
+    monkeypatch.setattr(departures, "TIDY_LONGEST", 0.2)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import pytest
 
 from llumnix.control.etcd.errors import EtcdOutcomeUnknown
 from llumnix.control.keys import Keys
-from llumnix.migration import service
+from llumnix.migration import departures
 from llumnix.migration.admission import MigrationActor
 from llumnix.migration.record import Handshake, MigrationRecord, MigrationState
 from tests.kit.etcd import EtcdCluster
@@ -22,7 +22,7 @@ RECORDED = {"propose": "proposed", "accept": "accepted", "copy": "copying", "com
 @pytest.fixture
 def silent(frail: Frail, monkeypatch: pytest.MonkeyPatch) -> Iterator[Frail]:
     """An etcd to be frozen, well again after the test."""
-    monkeypatch.setattr(service, "SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr(departures, "SETTLE_SECONDS", 0.1)
     yield frail
     frail[0].heal()
 
