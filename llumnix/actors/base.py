@@ -69,7 +69,7 @@ class LoopFuture(pykka.ThreadingFuture[R]):
             self._done = True
             waiter = self._waiter
         if waiter is not None:
-            # A loop that has been closed waits no more, and the actor must not die of that.
+            # The loop may have been closed meanwhile, and the actor must not die of that.
             with contextlib.suppress(RuntimeError):
                 waiter.get_loop().call_soon_threadsafe(_set, waiter)
 

@@ -1,4 +1,4 @@
-"""The way of a leader's numbers of instances from its manager's thread into etcd."""
+"""Writes the numbers of instances that a leader wants into etcd, off its manager's thread."""
 
 import asyncio
 import logging
@@ -11,9 +11,9 @@ logger = logging.getLogger(__name__)
 
 
 class Wishes:
-    """Writes what a manager wishes, without its waiting; a wish that fails is told, and dropped.
+    """Writes a manager's wishes while it goes on; one that can't be written is logged and dropped.
 
-    The manager need not hear of it: it looks at what is desired, and wishes again.
+    The manager need not hear of that: it sees what is desired, and wishes again.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Which instance gets this request: the actor around the dispatch board."""
+"""The actor that chooses the instance for each new request of this node."""
 
 import time
 from random import Random
@@ -49,7 +49,7 @@ class DispatcherActor(Actor):
         self._board.update_view(view)
 
     def undo(self, instance: InstanceId, sequence: int) -> None:
-        """A dispatch came to nothing: it is not in flight."""
+        """A dispatch failed: do not count its request as on its way any more."""
         self._board.cancel(instance, sequence)
 
     def decide(

@@ -76,7 +76,7 @@ class ManagerActor(Actor):
         planner: Planner = pairs,
         drain_moves: int = DRAIN_MOVES,
         patience: int = PATIENCE,
-        empties: bool = True,  # whether instances that drain are emptied by moves
+        drains: bool = True,  # whether requests are moved away from instances that drain
         scaling: Scaling | None = None,  # None: the number of instances is left alone
         pace: Pace | None = None,  # None: as a rescheduler has it by default
         clock: Callable[[], float] = time.monotonic,
@@ -88,7 +88,7 @@ class ManagerActor(Actor):
         self._terms = terms
         self._patience = patience
         self._clock = clock
-        self._new_term = partial(Rescheduler, planner, terms, drain_moves, patience, empties, pace)
+        self._new_term = partial(Rescheduler, planner, terms, drain_moves, patience, drains, pace)
         self._rescheduler = self._new_term()
         self._scaling = scaling
         self._scaler = self._new_scaler()

@@ -1,4 +1,4 @@
-"""The leader's rescheduler on the node's loop: its clock, and the way of its commands."""
+"""The clock of the leader's rescheduler, and who carries out its commands; on the node's loop."""
 
 import asyncio
 import logging
@@ -31,7 +31,7 @@ class Rescheduling:
         self._timer = self._loop.call_later(self._interval, self._tick)
 
     def stop(self) -> None:
-        """Tell the manager no more."""
+        """Stop ticking, and tell the manager of no further outcome."""
         self._manager = None
         if self._timer is not None:
             self._timer.cancel()

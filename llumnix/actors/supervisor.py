@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the supervisor acts on; every function may be called from its thread."""
+    """What the supervisor calls, from its own thread, to act on the node."""
 
     loop: asyncio.AbstractEventLoop
     make: Callable[[InstanceId, int], HostedInstance]  # a new engine in a slot; on the loop
@@ -44,14 +44,14 @@ class _Slot:
 
 @dataclass
 class Roster:
-    """What a node's supervisor has to do with; it outlives the actor."""
+    """The instances of a node and how many are wanted; it outlives the supervisor's actor."""
 
     slots: dict[int, _Slot] = field(default_factory=dict)
     wanted: int = 0
     initial: int = 0  # instances that the node was started for
     without: InstanceId | None = None  # which one is to go first
     desired: int | None = None  # the value under desired/<node> acted on last
-    leaving: bool = False
+    draining: bool = False  # all of them, as the node is about to stop
     deaths: Deaths = field(default_factory=Deaths)  # of instances' actors
 
 
@@ -131,16 +131,16 @@ class NodeActor(Actor):
         for slot in self._roster.slots.values():
             self._announce(slot.report)
 
-    def leave(self) -> None:
-        """The node is about to stop: no instance gets new requests, and none is waited for."""
-        self._roster.leaving = True
+    def drain_all(self) -> None:
+        """Announce all instances as draining, as the node is about to stop; start no other."""
+        self._roster.draining = True
         for slot in self._roster.slots.values():
             if slot.report.life in (Life.READY, Life.STARTING, Life.BACKING_OFF):
                 self._announce(slot.report)
 
     def halt(self) -> int:
         """Stop all instances now; the number that is still to report STOPPED."""
-        self._roster.leaving = True
+        self._roster.draining = True
         self._roster.wanted = 0
         for number in self._roster.slots:
             self._command(number, InstanceActor.halt)
@@ -174,7 +174,7 @@ class NodeActor(Actor):
 
     def _settle(self) -> None:
         """Start, keep or drain what the difference between wanted and running asks for."""
-        if self._roster.leaving:
+        if self._roster.draining:
             return
         slots, wanted = self._roster.slots, self._roster.wanted
         running = sorted((n for n, slot in slots.items() if slot.wanted), key=self._goes_first)
@@ -188,7 +188,7 @@ class NodeActor(Actor):
                 self._open(next(n for n in range(self._limit) if n not in slots))
 
     def _goes_first(self, number: int) -> tuple[bool, int, int]:
-        """A key by which the one that was named comes first, then the emptiest, the youngest."""
+        """Sorts the one that was named first, then by fewest requests, then the youngest."""
         instance = self._roster.slots[number].instance
         return instance != self._roster.without, self._around.requests(instance), -number
 
@@ -237,7 +237,7 @@ class NodeActor(Actor):
     def _announce(self, report: Report) -> None:
         facts = report.facts
         state = report.state
-        if self._roster.leaving:
+        if self._roster.draining:
             state = InstanceState.DRAINING
         self._around.announce(
             InstanceInfo(

@@ -1,4 +1,4 @@
-"""This node's side of every migration: what may leave, what may come, and how far each one is.
+"""The actor that admits migrations from and to this node's instances, and records each step.
 
 The only actor that does blocking I/O: it keeps the migrations' records in etcd. While etcd is
 silent no migration begins, and one that has not committed is given up.
@@ -163,7 +163,7 @@ class MigrationActor(Actor):
             logger.warning("a stray record of %s ends with the lease: %s", record.request, error)
 
     def under_way(self) -> Counter[str]:
-        """How many migrations leave from, and come to, this node's instances."""
+        """How many migrations are under way from and to this node's instances."""
         return Counter(out=len(self._books.leaving)) + Counter({"in": len(self._books.coming)})
 
     def _admit(

@@ -6,7 +6,7 @@ from llumnix.policy.select import MovableRequest
 
 
 def candidates(hosted: HostedInstance) -> list[MovableRequest]:
-    """Those that may leave it, in the order in which they came."""
+    """Those that may move away from it, in the order in which they came."""
     size = hosted.facts.block_size if hosted.facts else 1
     queue = hosted.order.queue
     inside = frozenset(tenant.request_id for tenant in queue)

@@ -26,7 +26,7 @@ from llumnix.migration.errors import Ended, FailureKind, MigrationError, kind_of
 from llumnix.migration.messages import Move, Moved, MovedTogether, MoveWaiting, serve
 from llumnix.migration.source import Departure, Limits
 from llumnix.migration.transfer_groups import Groups
-from llumnix.migration.waiting_requests import leave_waiting
+from llumnix.migration.waiting_requests import move_waiting
 from llumnix.policy.decision_context import Terms
 from llumnix.policy.rebalance import Pair
 from llumnix.policy.request_choice import leaving
@@ -110,7 +110,7 @@ class Departures:
         self._check_way(hosted, step.destination)
         pair = Pair(source, step.destination, step.rule)
         terms, room = self._rules.terms, (step.count, step.blocks)
-        return await leave_waiting(hosted, pair, step.reason, self._view(), terms, *room)
+        return await move_waiting(hosted, pair, step.reason, self._view(), terms, *room)
 
     def _source(self, source: InstanceId, epoch: int) -> HostedInstance:
         """The instance that is to give something away, if that may be asked of it."""

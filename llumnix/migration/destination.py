@@ -44,7 +44,7 @@ class Arrival:
     ended: bool = False
     moved: bool = True  # whether the request has been handed over, as far as one knows
     lent: bool = False  # whether the source holds blocks that the request will need
-    begun: bool = False  # whether it needs them no more
+    begun: bool = False  # whether it has computed, and no longer needs them
 
 
 class Arrivals:

@@ -180,7 +180,7 @@ class Expect(Step[Done], frozen=True):
 
 
 class End(Step[Done], frozen=True):
-    """Nothing more will come; where blocks were lent, answer when they are needed no more."""
+    """The migration is over; where blocks were lent, answer when the request has taken them."""
 
     migration: str
     moved: bool  # whether the request has been handed over

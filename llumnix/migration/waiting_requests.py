@@ -1,4 +1,4 @@
-"""Requests that wait leave together: they have no KV cache, so nothing is copied.
+"""Requests that wait move together: they have no KV cache, so nothing is copied.
 
 No record of them is kept in etcd either. A record is there for a copy that two nodes make; here
 each request is handed over as it stands, and its API server gives it to the destination in a new
@@ -20,7 +20,7 @@ from llumnix.policy.request_choice import leaving_together
 logger = logging.getLogger(__name__)
 
 
-async def leave_waiting(
+async def move_waiting(
     hosted: HostedInstance,
     pair: Pair,
     reason: str,

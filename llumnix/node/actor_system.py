@@ -92,7 +92,7 @@ class Acting:
                 self.rescheduling.command,
                 policies.terms,
                 policies.planner or no_pairs,
-                empties=config.migration,
+                drains=config.migration,
                 scaling=self._scaling() if config.autoscale else None,
                 pace=policies.pace,
             ),

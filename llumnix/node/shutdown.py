@@ -39,7 +39,7 @@ class Shutdown:
 
     async def drain(self, deadline: float) -> None:
         """Wait until nothing runs here any more, until the deadline on the loop's clock."""
-        await self._asked(NodeActor.leave)
+        await self._asked(NodeActor.drain_all)
         while self._path.busy:
             if asyncio.get_running_loop().time() >= deadline:
                 names = ", ".join(self._path.names) or "none by name"

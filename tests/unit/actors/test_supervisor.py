@@ -228,7 +228,7 @@ def test_a_report_on_its_way_does_not_undo_a_drain(node: Supervisor) -> None:
 
 def test_leaving_keeps_instances_but_offers_none(node: Supervisor) -> None:
     node.wants(2, "a-0", "a-1")
-    node.proxy.tell(NodeActor.leave)
+    node.proxy.tell(NodeActor.drain_all)
     eventually(lambda: not node.ready())
     assert {i.state for i in node.announced.values()} == {InstanceState.DRAINING}
     assert all(hosted.engine.stops == 0 for hosted in node.hosted.values())
@@ -246,7 +246,7 @@ def test_an_instance_that_comes_up_late_is_not_offered_by_a_node_that_leaves(
     node = Supervisor(side, lambda instance: IdleEngine(instance, up))
     node.proxy.tell(NodeActor.want, 1)
     eventually(lambda: node.announced)
-    node.proxy.tell(NodeActor.leave)
+    node.proxy.tell(NodeActor.drain_all)
     node.proxy.ask(NodeActor.ping).get(timeout=5.0)
     assert node.announced["a-0"].state is InstanceState.DRAINING, "nor is it waited for"
     side.loop.call_soon_threadsafe(up.set)
