@@ -59,6 +59,8 @@ async def test_they_meet_once_by_the_first_way_that_works(
         ours = [t for t in source.met if t.pair.endswith(s.destination)]
         assert [t.skips for t in ours] == [0, 1]
         await soon(lambda: [t for t in destination.met if t.pair == ours[0].pair] == ours)
+        back = f"{s.spare}--{s.source}"  # the next pair, of which the source hears as well
+        await soon(lambda: [t for t in source.met if t.pair == back])
         met = len(source.met)
         node.look()
         node.look()
