@@ -21,6 +21,12 @@ class AccessRules:
         self._config = config
         self._arguments = arguments
         self._clients = _clients(config, arguments)
+        if envs.VLLM_ENABLE_RESPONSES_API_STORE and _are_many(config, arguments):
+            raise ConfigError(
+                "VLLM_ENABLE_RESPONSES_API_STORE keeps answers that every client could read and "
+                "cancel, whoever asked for them: unset it, or give clients one --api-key alone and "
+                "no --api-key-file"
+            )
         if config.open_admin and self._clients:
             raise ConfigError(
                 "--open-admin lets everybody be an operator, while clients need a key: that can't "
@@ -54,6 +60,11 @@ class AccessRules:
             ),
             Pages.of(self._arguments.allowed_origins, names),
         )
+
+
+def _are_many(config: Config, arguments: argparse.Namespace) -> bool:
+    """Whether clients have several keys; a file of one may have more at any time."""
+    return bool(config.api_key_file) or len(set(arguments.api_key or ())) > 1
 
 
 def _clients(config: Config, arguments: argparse.Namespace) -> list[Keys]:

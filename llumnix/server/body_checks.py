@@ -86,6 +86,8 @@ class Contents:
         A prompt beyond the context is refused by its length, but not one that is to be truncated.
         """
         most = self._within.tokenize_bytes
+        if isinstance(said, dict) and said.get("return_token_strs") and path.endswith(_TOKENIZING):
+            most //= limits.TOKEN_STRINGS
         if len(body) <= most:
             return
         if path.endswith(_TOKENIZING):

@@ -13,6 +13,7 @@ BODY_BYTES_PER_TOKEN = 16  # of the context, if that is more: text, JSON's escap
 # vLLM bounds prompts that it will run, but none that it is only to tokenise, by the thread that
 # tokenises all prompts of the node, about a megabyte in a second.
 TOKENIZE_BYTES = 64 * 1024  # and BODY_BYTES_PER_TOKEN for each token of the context
+TOKEN_STRINGS = 4  # times the cost where each token is to be told as text, on the loop
 
 NESTING = 128  # levels of objects and arrays; vLLM takes 64 in a schema, which has others around it
 CONTAINERS = 50_000  # objects, arrays, and the keys of objects

@@ -25,6 +25,8 @@ START_SECONDS = 60.0  # until it has read the tokenizer
 NICE = 5  # below the API server, whose streams go on meanwhile
 WALL = 20  # times the limit, until a process that gets little of the machine is given up
 STILL = 5.0  # seconds in which a process that computes nothing at all is given up
+COMMON = "xgrammar"  # the backend of grammars for which no operator has chosen one
+STEPS = 8  # tokens that are taken on trial; a grammar without a way out mostly shows at the first
 SENTENCE = 500  # characters of an error that are told
 
 
@@ -193,6 +195,23 @@ def _allow(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used + seconds), most))
 
 
+def _walk(backend: Any, grammar: Any) -> None:
+    """Take some tokens as an engine would. Raises ValueError where a grammar allows none."""
+    mask = backend.allocate_token_bitmask(1)
+    for _ in range(STEPS):
+        if grammar.is_terminated():
+            return
+        grammar.fill_bitmask(mask, 0)
+        words = mask[0].nonzero()
+        if not len(words):
+            raise ValueError("there is no text that it allows")
+        first = int(words[0])
+        word = int(mask[0][first]) & 0xFFFFFFFF
+        token = 32 * first + (word & -word).bit_length() - 1
+        if not grammar.accept_tokens("trial", [token]):
+            return
+
+
 class Compiler:
     """Does with a grammar what vLLM's frontend and its engine core will do with it."""
 
@@ -206,7 +225,7 @@ class Compiler:
     def warm(self) -> None:
         """Make the backend that most grammars take, so that the first one does not pay for it."""
         with contextlib.suppress(Exception):  # whoever needs it hears what is wrong with it
-            self._backend("xgrammar")
+            self._backend(COMMON)
 
     def try_out(self, params: StructuredOutputsParams) -> Verdict:
         """Validate and compile. Raises whatever vLLM and its backends raise."""
@@ -220,12 +239,21 @@ class Compiler:
             self._manager.tokenizer,
         )
         checked = sampling.structured_outputs
+        if checked._backend_was_auto and self._is_common():
+            # An engine has one backend, of its first grammar, for all that come later: what vLLM
+            # would choose for this one counts only where it is the first. So it is always the same.
+            checked._backend = COMMON
         kind, spec = get_structured_output_key(checked)
-        self._backend(checked._backend).compile_grammar(kind, spec)
+        backend = self._backend(checked._backend)
+        _walk(backend, backend.compile_grammar(kind, spec))
         after = vars(checked)
         # What no constructor has made, as /generate's, lacks the fields that only have defaults.
         changed = {n: value for n, value in after.items() if before.get(n, _NONE) != value}
         return Verdict(changed)
+
+    def _is_common(self) -> bool:
+        """Whether most grammars take the usual backend; Mistral's own tokenizers have rules."""
+        return "Mistral" not in type(self._manager.tokenizer).__name__
 
     def _backend(self, name: str) -> Any:
         if name not in self._backends:

@@ -323,6 +323,11 @@ async def test_refusals_over_http() -> None:
         assert (await post(text))[0] == 200 and len(seen) == 4
         status, body = await post(text, "/tokenize")
         assert status == 400 and b"at most 131072 bytes" in body
+        text = orjson.dumps({"prompt": "word " * 8_000, "return_token_strs": True})
+        status, body = await post(text, "/tokenize")
+        assert status == 400 and b"at most 32768 bytes" in body
+        text = orjson.dumps({"prompt": "word " * 8_000})
+        assert (await post(text, "/tokenize"))[0] == 200
         text = orjson.dumps({"prompt": "word " * 30_000, "truncate_prompt_tokens": 10})
         status, body = await post(text)
         assert status == 400 and b"at most 131072 bytes" in body

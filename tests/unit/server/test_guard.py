@@ -415,3 +415,22 @@ def test_a_path_is_of_one_class() -> None:
     every = [path for access in ROUTES for path in ROUTES[access]]
     assert len(every) == len(set(every))
     assert {*ROUTES} == {*Access}
+
+
+@pytest.mark.parametrize(
+    ("given", "config"),
+    [({"api_key": ["one", "two"]}, {}), ({"api_key": ["one"]}, {"api_key_file": "keys"})],
+)
+def test_stored_responses_are_not_shared_by_clients(
+    given: dict[str, Any], config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if config:
+        (tmp_path / "keys").write_text("someone: two\n")
+        config = {"api_key_file": str(tmp_path / "keys")}
+    monkeypatch.setenv("VLLM_ENABLE_RESPONSES_API_STORE", "1")
+    with pytest.raises(ConfigError, match="keeps answers that every client could read"):
+        rules(given, **config)
+    rules({"api_key": ["one"]})
+    rules({})
+    monkeypatch.delenv("VLLM_ENABLE_RESPONSES_API_STORE")
+    rules(given, **config)

@@ -209,6 +209,38 @@ def test_a_process_that_hangs_is_given_up(trial: Trial, monkeypatch: pytest.Monk
     trial.run(asking(regex="[a-f]+").structured_outputs)
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"json": {"$ref": "#"}},
+        {"grammar": 'root ::= root "a"'},
+        {"grammar": 'root ::= "a" other\nother ::= other "b"'},
+        {"json": {"type": "object", "minProperties": 10**9}},
+        {"json": {"type": "object", "minProperties": 1000}},
+        {"regex": "\\p{L}+"},
+    ],
+)
+def test_what_an_engine_could_not_use_is_refused(trial: Trial, spec: dict[str, Any]) -> None:
+    with pytest.raises(TrialFailed, match="can't be used"):
+        trial.run(asking(**spec).structured_outputs)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"grammar": 'root ::= ""'},
+        {"regex": "a"},
+        {"choice": ["a"]},
+        {"json": {"type": "object", "properties": {"a": {"$ref": "#"}}}},
+        {"json": {"type": "object", "patternProperties": {"^a": {"type": "string"}}}},
+        {"json": {"type": "number", "multipleOf": 2}},  # for which vLLM would choose another
+    ],
+)
+def test_all_grammars_have_one_backend(trial: Trial, spec: dict[str, Any]) -> None:
+    """An engine makes one, for the first grammar that it gets, and uses it for all others."""
+    assert trial.run(asking(**spec).structured_outputs).changed["_backend"] == "xgrammar"
+
+
 def test_a_process_compiles_refuses_and_dies(trial: Trial) -> None:
     """One test, as the process is dear to start: what is fine, wrong, or takes too long."""
     made = trial.run(asking(json=properties(3)).structured_outputs)
