@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from llumnix.engine.vllm.field_kinds import Adapter, first_error_only, items_of, kinds_of
 
-FEW = 32  # items that are left to the model, unless one holds more than so many itself
+FEW = 32  # items that are left to the model, with those that they hold themselves
 AT_ONCE = 256  # items between which others have their turn
 
 
@@ -124,18 +124,19 @@ def _first(error: ValidationError) -> str:
 
 
 def _is_large(value: list[Any] | dict[str, Any]) -> bool:
-    """Whether it, or something in one of its items, has more than a few items."""
-    if len(value) > FEW:
-        return True
-    outer = value if isinstance(value, list) else value.values()
-    for item in outer:
+    """Whether it, and what is in its items, has more than a few items together."""
+    size = len(value)
+    for item in value if isinstance(value, list) else value.values():
+        if size > FEW:
+            return True
         if isinstance(item, list | dict):
-            if len(item) > FEW:
-                return True
-            for inner in item.values() if isinstance(item, dict) else item:
-                if isinstance(inner, list | dict) and len(inner) > FEW:
-                    return True
-    return False
+            size += sum(
+                len(inner)
+                for inner in (item.values() if isinstance(item, dict) else item)
+                if isinstance(inner, list | dict)
+            )
+            size += len(item) if isinstance(item, list) else 0
+    return size > FEW
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

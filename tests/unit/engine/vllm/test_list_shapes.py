@@ -66,6 +66,7 @@ ITEMS = [{}] * 16_000
     [
         ("/v1/responses", "input", KEYS),
         ("/v1/responses", "input", [GOOD | {"content": ITEMS[:256]}]),
+        ("/v1/responses", "input", [{"content": ITEMS[:32], "summary": ITEMS[:32]}] * 32),
         ("/v1/responses", "previous_input_messages", [1] * 16_000),
         ("/v1/responses", "tools", ITEMS),
         ("/v1/responses", "tools", KEYS),
