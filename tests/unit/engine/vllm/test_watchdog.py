@@ -293,4 +293,5 @@ def test_who_computes_wants_a_cpu_and_who_is_stopped_does_not() -> None:
         assert not activity(pid).wants_cpu
     with process(IDLE) as pid:
         settled(pid)
-        assert activity(pid) == Activity(activity(pid).cpu)
+        # On a busy machine it may stand in the queue for a CPU once more, before it sleeps.
+        eventually(lambda: (seen := activity(pid)) == Activity(seen.cpu))
