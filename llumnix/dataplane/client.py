@@ -15,7 +15,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from llumnix.cluster import InstanceId, NodeId
 from llumnix.dataplane.cancels import Cancels
-from llumnix.dataplane.death_wave import DeathWave
+from llumnix.dataplane.death_wave import EXCUSED, DeathWave
 from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.frames import HandOver, Lost, News
 from llumnix.dataplane.hosted_request import TRIAL_TOKENS
@@ -260,7 +260,10 @@ class ClusterClient(UtilityCalls):
         if died:
             entry.crashes += 1
             entry.died_under.add(lost.instance)
-            entry.deaths += not self._wave.beside(entry.died_under)
+            if entry.excused < EXCUSED and self._wave.beside(entry.died_under):
+                entry.excused += 1
+            else:
+                entry.deaths += 1
         reason = lost.reason
         pinned = self._why_pinned(entry) if entry.tokens else None
         if pinned is not None:

@@ -5,9 +5,10 @@ from collections.abc import Callable, Set
 
 from llumnix.cluster import InstanceId
 
-WAVE_SECONDS = (
-    1.0  # in which deaths are taken for one event, of a machine or of whoever killed them
-)
+# In which deaths are taken for one event, of a machine or of whoever killed them.
+WAVE_SECONDS = 1.0
+# Deaths that a request is excused of so: two that kill engines would excuse each other for ever.
+EXCUSED = 2
 
 
 class DeathWave:

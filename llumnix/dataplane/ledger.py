@@ -34,6 +34,7 @@ class Entry:
     begun: int = 0  # position at which its owner has begun
     deaths: int = 0  # of those, what it may have done: less what it was cleared of
     crashes: int = 0  # engines that died under it
+    excused: int = 0  # of those, in which others died that it never ran on
     died_under: set[InstanceId] = field(default_factory=set)  # which ones
     lost_by: set[InstanceId] = field(default_factory=set)  # owners not to be tried again
 

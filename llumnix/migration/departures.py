@@ -95,7 +95,9 @@ class Departures:
             tenant = self._choose(hosted, pair, step.reason == "drain", step.blocks)
         self._check(hosted, tenant, step.destination)
         tenant.leaving = True  # at once: the next move that is commanded chooses another
-        departing = self._spawn(self._depart(hosted, tenant, step))
+        migration = uuid.uuid4().hex
+        departure = self._departure(migration, hosted, tenant, step)
+        departing = self._spawn(self._depart(departure, migration, hosted, tenant, step))
         departing.add_done_callback(lambda _: setattr(tenant, "leaving", False))
         try:
             return await departing
@@ -139,10 +141,15 @@ class Departures:
             raise MigrationError(sentence, FailureKind.NO_ROOM)
         return tenant
 
-    async def _depart(self, hosted: HostedInstance, tenant: Tenant, step: Move) -> Moved:
+    async def _depart(
+        self,
+        departure: Departure,
+        migration: str,
+        hosted: HostedInstance,
+        tenant: Tenant,
+        step: Move,
+    ) -> Moved:
         """One migration from its proposal to its end, counted."""
-        migration = uuid.uuid4().hex
-        departure = self._departure(migration, hosted, tenant, step)
         began = time.monotonic()
         outcome, failure = "aborted", "it was called off"
         try:

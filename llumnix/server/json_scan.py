@@ -16,6 +16,8 @@ _BLANK = b" \t\r\n"
 _KEPT = b"[]{}"
 _PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+# What no JSON has outside of its strings, not even Python's, which takes NaN and Infinity.
+_FOREIGN = re.compile(rb"[^\[\]{},:0-9+\-.eEtrufalsnNIity]")
 _NOT_KEPT = bytes(set(range(256)) - set(_KEPT))
 _STEPS = np.zeros(256, dtype=np.int8)
 _STEPS[[*b"[{"]] = 1
@@ -46,14 +48,23 @@ def refuse_halves(text: bytes) -> None:
 
 
 def scan_texts(texts: Sequence[bytes], values: int = limits.VALUES) -> None:
-    """The same for texts within a body, of which each is parsed for itself: all together."""
-    _measure(texts, values, "the JSON within strings of the request has")
+    """The same for texts within a body, of which each is parsed for itself: all together.
+
+    Many are prose that only begins like JSON, as a log's `[INFO] …`: a parser goes no further than
+    to the first sign that JSON has not, and so does this.
+    """
+    _measure(texts, values, "the JSON within strings of the request has", prose=True)
 
 
-def _measure(texts: Sequence[bytes], values: int, has: str) -> None:
+def _measure(texts: Sequence[bytes], values: int, has: str, prose: bool = False) -> None:
     if sum(map(len, texts)) <= _SMALL and not any(map(_may_be_deep, texts)):
         return
     outside = [_outside(text, 2 * (values + limits.CONTAINERS), has) for text in texts]
+    if prose:
+        ends = [_FOREIGN.search(text) for text in outside]
+        outside = [
+            text[: end.start()] if end else text for text, end in zip(outside, ends, strict=True)
+        ]
     opened = [text.count(b"[") + text.count(b"{") for text in outside]
     items, keys = (sum(text.count(sign) for text in outside) for sign in (b",", b":"))
     if sum(opened) + keys > limits.CONTAINERS:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llumnix.server import limits
-from llumnix.server.json_scan import refuse_halves, scan_texts
+from llumnix.server.json_scan import TooMuch, refuse_halves, scan_texts
 
 # Fields whose strings are parsed, wherever they are.
 PARSED = frozenset({"arguments", "json", "structural_tag", "tools", "vllm_xargs"})
@@ -32,7 +32,19 @@ def check_strings(said: Any, values: int = limits.VALUES) -> None:
         layers = [text for outer in whole for text in _layers(outer)]
         scan_texts(layers, values)
         for text in layers:
-            refuse_halves(text)
+            _refuse_halves(text)
+
+
+def _refuse_halves(text: bytes) -> None:
+    """Raise TooMuch for half a surrogate pair, if the text is JSON: in prose it is only written."""
+    try:
+        refuse_halves(text)
+    except TooMuch:
+        try:
+            json.loads(text)
+        except ValueError:
+            return
+        raise
 
 
 def _find(part: Any, names: frozenset[str], found: list[str]) -> None:

@@ -213,7 +213,9 @@ class BlockDepot:
     def hashes_of(self, request_id: str) -> list[bytes]:
         """Of the full blocks that are here for a request which is to come; else none."""
         loan = self._loans.get(request_id.rpartition("~")[0])
-        held = self._held.get(loan.migration) if loan is not None else None
+        if loan is None or time.monotonic() > loan.until:
+            return []
+        held = self._held.get(loan.migration)
         return held.hashes if held is not None else []
 
     def adopt(self, request: Request) -> bool:

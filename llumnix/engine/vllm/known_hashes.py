@@ -8,6 +8,10 @@ from collections.abc import Callable, Sequence
 
 from vllm.v1.request import Request
 
+# The last known ones are computed nevertheless. Hashes are chained, so that they show whether the
+# request has the tokens of these blocks, which is looked at before it gets the blocks.
+PROVED = 2
+
 Hasher = Callable[[Request], list[bytes]]
 
 
@@ -25,7 +29,8 @@ class KnownHashes:
     def __call__(self, request: Request) -> list[bytes]:
         """What remains to be hashed, after the request has been given those that are known."""
         have = request.block_hashes
-        known = self._known(request.request_id)[: request.num_tokens // self._block_size]
+        known = self._known(request.request_id)[:-PROVED]
+        known = known[: request.num_tokens // self._block_size]
         if len(known) > len(have) and list(known[: len(have)]) == have:
             have.extend(known[len(have) :])
         return self._hasher(request)

@@ -417,3 +417,28 @@ def test_what_looks_like_half_a_surrogate() -> None:
 def test_a_model_has_a_short_name() -> None:
     with pytest.raises(BadContent, match="model must have at most 1024 characters"):
         weigh({"model": "x" * 1025})
+
+
+def _tool_said(text: str) -> dict[str, Any]:
+    return {"messages": [{"role": "tool", "tool_call_id": "a", "content": text}]}
+
+
+@pytest.mark.parametrize("begins", ["[INFO] ", "[main 1234] ", "{ not JSON ", "[link](there) "])
+def test_what_a_tool_says_may_begin_like_json(begins: str) -> None:
+    """A log, a diff, Markdown: no parser goes further into it than to the first word."""
+    check_strings(_tool_said(begins + "line after line of a log without any end. " * 3000))
+    check_strings({"messages": _tool_said(begins + "x" * 1000)["messages"] * 60})
+
+
+def test_prose_behind_json_hides_nothing() -> None:
+    for text in ("[" * 100_000 + "x", "[" + "1," * 400_000 + "x"):
+        with pytest.raises(TooMuch):
+            check_strings(_tool_said(text))
+
+
+def test_half_a_pair_that_is_only_written() -> None:
+    """A tool has read source code, in which it stands."""
+    check_strings(_tool_said('"use strict"; const half = /[\\ud800-\\udbff]/;'))
+    check_strings(_tool_said("[\\ud800-\\udbff]"))
+    with pytest.raises(TooMuch):
+        check_strings(_tool_said('["\\ud800"]'))

@@ -7,7 +7,7 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
-from llumnix.engine.vllm.known_hashes import KnownHashes, install
+from llumnix.engine.vllm.known_hashes import PROVED, KnownHashes, install
 
 SIZE = 4
 TOKENS = list(range(100, 123))  # five blocks, and three tokens
@@ -41,7 +41,15 @@ def test_what_is_known_is_not_hashed() -> None:
         counting = Counting()
         asked = KnownHashes(counting, SIZE, lambda request_id, n=known: whole[:n])
         assert _request(asked).block_hashes == whole
-        assert counting.blocks == 5 - known
+        assert counting.blocks == 5 - max(known - PROVED, 0)
+
+
+def test_a_request_of_other_tokens_shows_itself() -> None:
+    whole = _request(Counting()).block_hashes
+    asked = KnownHashes(Counting(), SIZE, lambda request_id: whole)
+    params = SamplingParams(max_tokens=64)
+    other = Request("r~2", [*TOKENS[:16], *range(7)], params, None, block_hasher=asked)
+    assert other.block_hashes[:4] == whole[:4] and other.block_hashes[4] != whole[4]
 
 
 def test_what_does_not_fit_is_left_alone() -> None:
