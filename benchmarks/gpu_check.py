@@ -18,7 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from tqdm import tqdm
+
+from benchmarks.cluster.engines import visible
 
 HERE = Path(__file__).parent
 SECONDS = 300.0  # for a check, of which an engine's start is most
@@ -87,11 +91,11 @@ def carry_out(check: Check, models: Path, out: Path) -> tuple[dict[str, Any], li
     file.unlink(missing_ok=True)
     command = [sys.executable, str(HERE / "migration.py"), "--model", str(model), "--json"]
     command += [str(file), "--skip-tokenizer-init", *check.arguments]
-    visible = {"CUDA_VISIBLE_DEVICES": ",".join(_visible()[: check.gpus])}
+    seen = {"CUDA_VISIBLE_DEVICES": ",".join(visible()[: check.gpus])}
     try:
         done = subprocess.run(
             command,
-            env=os.environ | visible | (EXACT if check.judge is same else {}),
+            env=os.environ | seen | (EXACT if check.judge is same else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -120,29 +124,12 @@ def told(found: dict[str, Any]) -> str:
     return "; ".join(parts) or "-"
 
 
-def _visible() -> list[str]:
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [name for name in given.split(",") if name]
-    listed = subprocess.run(
-        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=20,
-    )
-    return listed.stdout.split()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out all checks that this machine has GPUs for; the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/gpu-check"))
     out = parser.parse_args(argv).out
-    try:
-        gpus = len(_visible())
-    except (OSError, subprocess.SubprocessError):
-        gpus = 0
+    gpus = len(visible())
     if not gpus:
         print("there is no GPU here: run it on a machine with one or two", file=sys.stderr)
         return 2

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from benchmarks.cluster.figures import figures
 from benchmarks.cluster.load import Row
 from benchmarks.cluster.results import Run, read
+from benchmarks.cluster.table import line
 from benchmarks.cluster.workload import Shape
 from llumnix.latency import LatencyProfile
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig, PolicyConfig
@@ -74,7 +75,7 @@ def table(pairs: Sequence[Pair], base: str) -> str:
     """For each rate the gain over `base`, real and simulated, as Markdown."""
     head = ["requests/s", "seed", "system"]
     head += [f"{q.upper()} {n}: real, simulated" for q, n in QUANTITIES]
-    lines = [_line(head), "|---" * len(head) + "|"]
+    lines = [line(head), "|---" * len(head) + "|"]
     known = {(p.run["shape"], p.run["rate"], p.run["seed"], p.run["system"]): p for p in pairs}
     for (shape, rate, seed, system), pair in sorted(known.items(), key=lambda one: one[0][:3]):
         other = known.get((shape, rate, seed, base))
@@ -85,18 +86,14 @@ def table(pairs: Sequence[Pair], base: str) -> str:
             real = other.run["figures"][quantity][number] / pair.run["figures"][quantity][number]
             ours = other.simulated[quantity][number] / pair.simulated[quantity][number]
             cells.append(f"{real:.2f}, {ours:.2f}")
-        lines.append(_line(cells))
+        lines.append(line(cells))
     lines += ["", "Simulated over real:", ""]
     head = ["requests/s", "seed", "system", *(f"{q.upper()} {n}" for q, n in QUANTITIES)]
-    lines += [_line(head), "|---" * len(head) + "|"]
+    lines += [line(head), "|---" * len(head) + "|"]
     for (_, rate, seed, system), pair in sorted(known.items()):
         cells = [f"{rate:g}", str(seed), system]
-        lines.append(_line([*cells, *(f"{pair.ratio(q, n):.2f}" for q, n in QUANTITIES)]))
+        lines.append(line([*cells, *(f"{pair.ratio(q, n):.2f}" for q, n in QUANTITIES)]))
     return "\n".join(lines)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:

@@ -70,7 +70,7 @@ def report(merged: dict[str, Any], base: str) -> str:
 
 
 def _numbers(rows: Rows) -> str:
-    lines = [_line(HEAD), "|---" * len(HEAD) + "|"]
+    lines = [line(HEAD), "|---" * len(HEAD) + "|"]
     for (rate, system), runs in sorted(rows.items(), key=lambda one: one[0][0]):
         cells = [f"{rate:g}", system, str(len({run["seed"] for run in runs}))]
         cells += [_mean(runs, "ttft", number) for number in ("mean", "p50", "p99")]
@@ -81,7 +81,7 @@ def _numbers(rows: Rows) -> str:
         cores = fmean(run["server_cpu_seconds"] / run["took"] for run in runs)
         cells.append(f"{cores:.2f}")
         cells += [_sum(runs, name) for name in ("failed", "unfinished")]
-        lines.append(_line([*cells, *_moves(runs), _stranded(runs)]))
+        lines.append(line([*cells, *_moves(runs), _stranded(runs)]))
     text = "Milliseconds, means over the seeds; counts of failures and moves are of all seeds. "
     text += "Stranded: for which share of the time, and for how many seconds at most, requests "
     text += "waited at one instance while another had room and none waiting."
@@ -98,12 +98,12 @@ def _comparison(rows: Rows, base: str) -> str:
             continue
         cells = [f"{rate:g}", system]
         cells += [_ratio(runs, theirs, *one) for one in COMPARED]
-        lines.append(_line(cells))
+        lines.append(line(cells))
     if not lines:
         return ""
     text = f"{base}'s latency over the system's (above 1: the system is better); in brackets the "
     text += "least and the most of one seed:"
-    return "\n".join([text, "", _line(head), "|---" * len(head) + "|", *lines])
+    return "\n".join([text, "", line(head), "|---" * len(head) + "|", *lines])
 
 
 def _ratio(runs: Sequence[Run], base: Sequence[Run], quantity: str, number: str) -> str:
@@ -187,5 +187,6 @@ def _first(text: str) -> str:
     return text.splitlines()[0]
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
     return f"| {' | '.join(cells)} |"

@@ -24,6 +24,7 @@ from llumnix.migration.messages import (
     Reserved,
     serve,
 )
+from llumnix.tasks import TaskSet
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Arrivals:
         self._actor = actor
         self._at = at  # told of each step before it is taken; tests stop a migration there
         self._arrivals: dict[str, Arrival] = {}  # by migration
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet()
         self._stops = False
         exchange.on_node_lost.append(self._on_node_lost)
         serve(exchange, Offer, self.offer)
@@ -158,9 +159,7 @@ class Arrivals:
             arrival.coming.cancel()
             if arrival.timer is not None:
                 arrival.timer.cancel()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
 
     def _on_node_lost(self, node: NodeId, reason: str) -> None:
         """A source can't end its migrations any more; what it had handed over may still come."""
@@ -179,10 +178,7 @@ class Arrivals:
         if arrival.timer is None:
             return None  # its offer is being answered, and sees it
         arrival.timer.cancel()
-        task = asyncio.ensure_future(self._end(migration, arrival))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+        return self._tasks.spawn(self._end(migration, arrival))
 
     async def _end(self, migration: str, arrival: Arrival) -> None:
         try:

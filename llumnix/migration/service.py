@@ -158,7 +158,7 @@ class Migrations:
         self, node: NodeId, source: InstanceId, step: Move | MoveWaiting
     ) -> Moved | MovedTogether:
         try:
-            if isinstance(step, Move):
+            if isinstance(step, Move):  # each by itself, so that the answer's type is known
                 return await ask(self._exchange, node, source, step, MIGRATE_SECONDS)
             return await ask(self._exchange, node, source, step, MIGRATE_SECONDS)
         except TimeoutError as error:
