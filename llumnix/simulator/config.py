@@ -90,12 +90,25 @@ def read_config(file: Path) -> SimConfig:
     )
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without dates: no key of ours takes one.
+
+    A table of its own, as other libraries change that of SafeLoader for the whole process.
+    """
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:timestamp"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _load(file: Path) -> Any:
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
+        return yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise SimConfigError(f"{file} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:  # such as an impossible date
+    except (yaml.YAMLError, ValueError) as error:
         raise SimConfigError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
 
 

@@ -72,7 +72,7 @@ def test_one_seed_or_none(tmp_path: Path) -> None:
         ("seeds: [1, 1]\ncluster: {}" + WORKLOAD, r"seeds are \[1, 1\]"),
         ("seed: -1\ncluster: {}" + WORKLOAD, r"seeds are \[-1\]"),
         ("a: [", "run.yaml is no YAML: while parsing"),
-        ("seed: 2024-13-45", "run.yaml is no YAML: month must be in 1..12"),
+        ("seed: 2024-13-45\ncluster: {}" + WORKLOAD, "seed is '2024-13-45', and must be a whole"),
         ("cluster: {}\nworkload: &a {prompt: *a}", "run.yaml has a value that contains itself"),
         (
             "cluster: {scaling: {patience: 100000000000000000000}}" + WORKLOAD,
