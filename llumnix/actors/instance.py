@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 from pykka import ActorDeadError
 
 from llumnix.actors.base import Actor
+from llumnix.backoff import Backoff
 from llumnix.cluster import InstanceId, InstanceState
 from llumnix.dataplane.hosted_instance import HostedInstance
 from llumnix.engine.base import EngineError, EngineFacts
 
 logger = logging.getLogger(__name__)
 
-BACKOFF_FIRST, BACKOFF_LONGEST = 1.0, 30.0  # seconds before a restart, doubling
-BACKOFF_DOUBLINGS = 5  # at most
+BACKOFF_FIRST, BACKOFF_LONGEST = 1.0, 30.0  # seconds before a restart
 STEADY_SECONDS = 30.0  # up for so long, an engine's earlier failures are forgotten
 DRAIN_POLL = 0.1  # seconds between looks at an instance that drains
 STOP_SECONDS = 10.0  # for an engine to end by itself
@@ -83,7 +83,7 @@ class InstanceActor(Actor):
         self._reason = ""
         self._facts: EngineFacts | None = None
         self._hosted: HostedInstance | None = None
-        self._failures = 0  # deaths and failed starts, for the back-off
+        self._backoff = Backoff(BACKOFF_FIRST, BACKOFF_LONGEST)
         self._failed_starts = 0  # in a row
         self._up_since = 0.0  # monotonic
         self._draining = _Drain()
@@ -145,10 +145,8 @@ class InstanceActor(Actor):
             return
         was_up = self._life is Life.READY
         if was_up and time.monotonic() - self._up_since >= STEADY_SECONDS:
-            self._failures = 0
-        doublings = min(self._failures, BACKOFF_DOUBLINGS)
-        delay = min(BACKOFF_FIRST * 2**doublings, BACKOFF_LONGEST)
-        self._failures += 1
+            self._backoff.reset()
+        delay = self._backoff.delay()
         self._failed_starts += not was_up
         logger.error("%s; next start in %.0f s", reason, delay)
         self._become(Life.BACKING_OFF, None, reason)

@@ -12,7 +12,7 @@ from datetime import timedelta
 
 from torch.distributed import DistStoreError, Store
 
-from llumnix.control.etcd.backoff import Backoff
+from llumnix.backoff import Backoff
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.errors import EtcdError, EtcdUnavailable
 

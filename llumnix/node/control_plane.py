@@ -32,9 +32,8 @@ from llumnix.control.election import Election
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.errors import EtcdUnavailable
 from llumnix.control.etcd.heartbeat import Pulse
-from llumnix.control.etcd.lease_timing import fitting_timeout, interval_of
 from llumnix.control.etcd.server import EmbeddedEtcd
-from llumnix.control.etcd.session import Session
+from llumnix.control.etcd.session import Session, fitting_timeout, interval_of
 from llumnix.control.etcd.types import KeyValue
 from llumnix.control.keys import Keys, Kind
 from llumnix.control.name_claim import MORE, Claim

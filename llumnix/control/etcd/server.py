@@ -1,21 +1,24 @@
 """An etcd of this node's own: one member behind a socket file, for use on one machine."""
 
 import fcntl
+import hashlib
 import importlib.util
 import logging
 import os
 import shutil
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import IO
 
-from llumnix.control.etcd.backoff import Backoff
+from llumnix.backoff import Backoff
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.errors import EmbeddedEtcdError, EtcdError
-from llumnix.control.etcd.private_folders import private_folder, socket_folder
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +42,9 @@ _LOCK_WAIT = 2.0  # seconds; an etcd whose node was killed takes a moment to be 
 class EmbeddedEtcd:
     """Starts etcd on `data_dir`, which may be that of an earlier run.
 
-    It asks nobody who he is, so it listens on no port, but on socket files in a folder that only
-    this user (and root) can enter: the data directory, unless its name is too long for a socket.
-
-    It ends with this process, whatever ends it; if it ends alone, it is started again. Its log goes
-    to etcd.log in the data directory.
+    It asks nobody who he is, so it listens on no port, but on socket files that only this user (and
+    root) can reach. It ends with this process, whatever ends it; if it ends alone, it is started
+    again. Its log goes to etcd.log in the data directory.
     """
 
     def __init__(self, data_dir: str | Path, *, binary: str | None = None) -> None:
@@ -53,8 +54,6 @@ class EmbeddedEtcd:
         self._endpoints: tuple[str, ...] = ()
         self._lock_file: IO[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._started = threading.Event()
-        self._failure: OSError | None = None
         self._launching = threading.Lock()
         self._stopping = threading.Event()
         self._keeper: threading.Thread | None = None
@@ -134,45 +133,41 @@ class EmbeddedEtcd:
     def _launch(self, command: list[str]) -> None:
         # The kernel's "parent" is the thread that forks, so that thread must live as long as etcd.
         self._stopping.clear()
-        self._failure = None
-        self._started.clear()
+        started: Future[None] = Future()
         self._keeper = threading.Thread(
-            target=self._keep, args=(command,), name="embedded etcd", daemon=True
+            target=self._keep, args=(command, started), name="embedded etcd", daemon=True
         )
         self._keeper.start()
-        self._started.wait()
-        if self._failure is not None:
-            error = self._failure
+        try:
+            started.result()
+        except OSError as error:
             self.stop()
-            raise EmbeddedEtcdError(f"etcd can't be run: {error}")
+            raise EmbeddedEtcdError(f"etcd can't be run: {error}") from None
 
-    def _keep(self, command: list[str]) -> None:
+    def _keep(self, command: list[str], started: "Future[None]") -> None:
         backoff = Backoff(longest=LONGEST_PAUSE)
         while not self._stopping.is_set():
             try:
                 process = self._spawn(command)
             except OSError as error:
-                if not self._started.is_set():
-                    self._failure = error
-                    self._started.set()
+                if not started.done():
+                    started.set_exception(error)
                     return
                 logger.error("The embedded etcd can't be started again: %s", error)
                 self._stopping.wait(backoff.delay())
                 continue
+            if not started.done():
+                started.set_result(None)
             if process is None:
                 return
-            self._started.set()
             began = time.monotonic()
             code = process.wait()
             if time.monotonic() - began > CALM:
                 backoff.reset()
             if not self._endpoints:  # it has been stopped, or has never answered
                 return
-            logger.error(
-                "The embedded etcd ended by itself (code %d) and is started again: %s",
-                code,
-                self._last_line(),
-            )
+            sentence = "The embedded etcd ended by itself (code %d) and is started again: %s"
+            logger.error(sentence, code, self._last_line())
             self._stopping.wait(backoff.delay())
 
     def _spawn(self, command: list[str]) -> subprocess.Popen[bytes] | None:
@@ -270,9 +265,40 @@ def _lockable(file: IO[str]) -> bool:
 
 def _free(database: Path) -> bool:
     """Whether no etcd has this database open; etcd locks it while it runs."""
-    try:
-        file = open(database)  # noqa: SIM115 - in a with below, once it is known to exist
-    except FileNotFoundError:
+    if not database.exists():
         return True
-    with file:
+    with open(database) as file:
         return _lockable(file)
+
+
+LONGEST_SOCKET = 100  # bytes of a socket's path; the kernel takes 107
+
+
+def private_folder(path: Path) -> Path:
+    """The folder, made if there is none, which only this user can enter.
+
+    Raises EmbeddedEtcdError if it is somebody else's: who made it could exchange what is in it.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat() if path.is_symlink() else path.stat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise EmbeddedEtcdError(f"{path} is not a folder of this user's own")
+        if found.st_mode & 0o077:
+            path.chmod(0o700)
+    except OSError as error:
+        raise EmbeddedEtcdError(f"{path} can't be used: {error.strerror or error}") from None
+    return path
+
+
+def socket_folder(data: Path, name: str) -> Path:
+    """Where a socket of that name is for what keeps its data there: beside them, if it may be.
+
+    Where that path is too long for a socket, it is a folder of this user's in the temporary one,
+    always the same for the same data.
+    """
+    if len(os.fsencode(data / name)) <= LONGEST_SOCKET:
+        return data
+    digest = hashlib.sha256(os.fsencode(data)).hexdigest()[:16]
+    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    return private_folder(Path(base) / f"llumnix-{os.geteuid()}-{digest}")

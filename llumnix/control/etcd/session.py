@@ -6,12 +6,11 @@ import time
 from collections.abc import Mapping
 from typing import Literal
 
-from llumnix.control.etcd.backoff import Backoff
+from llumnix.backoff import Backoff
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.errors import EtcdError, EtcdUnavailable, LeaseNotFound
 from llumnix.control.etcd.heartbeat import Pulse
 from llumnix.control.etcd.lease_keys import Judge, OwnedKeys
-from llumnix.control.etcd.lease_timing import interval_of
 from llumnix.control.etcd.types import KeyValue
 
 logger = logging.getLogger(__name__)
@@ -157,3 +156,28 @@ class Session:
         if complaint != self._complaint:
             logger.warning("etcd refuses what the session asks, which it repeats: %s.", complaint)
         self._complaint = complaint
+
+
+def interval_of(ttl: float) -> float:
+    """Seconds between two keep-alives of a lease that lives `ttl` seconds."""
+    return ttl / 3
+
+
+def fitting_timeout(ttl: float, timeout: float) -> float:
+    """The seconds that a call may wait for a member: `timeout`, or less where that is too long.
+
+    A keep-alive must be able to fail at one member and succeed at the next before the lease ends:
+    interval + 2 * timeout <= ttl.
+    """
+    longest = (ttl - interval_of(ttl)) / 2
+    if timeout <= longest:
+        return timeout
+    logger.warning(
+        "An etcd timeout of %.2f s is too long for a lease of %.1f s, as a keep-alive every "
+        "%.1f s must be able to fail once, so it is %.2f s.",
+        timeout,
+        ttl,
+        interval_of(ttl),
+        longest,
+    )
+    return longest

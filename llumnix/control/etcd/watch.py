@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 
-from llumnix.control.etcd.backoff import Backoff
+from llumnix.backoff import Backoff
 from llumnix.control.etcd.channel import Member
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.errors import EtcdError, WatchEnded

@@ -13,8 +13,7 @@ from llumnix.config import Config
 from llumnix.control.codec import encode_text
 from llumnix.control.election import Election
 from llumnix.control.etcd.client import Etcd
-from llumnix.control.etcd.lease_timing import fitting_timeout, interval_of
-from llumnix.control.etcd.session import Session
+from llumnix.control.etcd.session import Session, fitting_timeout, interval_of
 from llumnix.control.keys import Keys
 from llumnix.control.registry import Registry
 from llumnix.node.control_plane import ControlPlane

@@ -14,8 +14,7 @@ from llumnix.config import Config, ConfigError
 from llumnix.control.etcd import server
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.errors import EmbeddedEtcdError, EtcdError
-from llumnix.control.etcd.private_folders import private_folder
-from llumnix.control.etcd.server import EmbeddedEtcd, find_etcd
+from llumnix.control.etcd.server import EmbeddedEtcd, find_etcd, private_folder
 from tests.kit.wait import eventually
 
 

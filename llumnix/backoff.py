@@ -1,4 +1,4 @@
-"""How long to wait before the next try."""
+"""How long to wait before the next try: the one back-off of everything that tries again."""
 
 import random
 
