@@ -1,22 +1,18 @@
-"""The actor that chooses the instance for each new request of this node."""
+"""Who chooses the instance for each new request of a node: an actor, and how the placer asks it."""
 
 import time
+from collections.abc import Callable
 from random import Random
-from typing import NamedTuple
 
-from llumnix.actors.base import Actor
+from pykka import ActorDeadError
+
+from llumnix.actors.base import Actor, Handle
 from llumnix.cluster import ClusterView, InstanceId, NodeId, kv_blocks
+from llumnix.dataplane.placer import NoInstance, Route
+from llumnix.metrics import DISPATCH_SECONDS
 from llumnix.policy.decision_context import TERMS, Terms
 from llumnix.policy.dispatch import Policy, Request
-from llumnix.policy.dispatch_state import DispatchBoard
-
-
-class Dispatched(NamedTuple):
-    """A decision: the instance, its node, and the number of this dispatch."""
-
-    instance: InstanceId
-    node: NodeId
-    sequence: int
+from llumnix.policy.dispatch_state import DispatchBoard, is_awaited, is_candidate
 
 
 class DispatcherActor(Actor):
@@ -54,11 +50,47 @@ class DispatcherActor(Actor):
 
     def decide(
         self, tokens: int, priority: int = 0, exclude: frozenset[InstanceId] = frozenset()
-    ) -> Dispatched | None:
+    ) -> Route | None:
         """The instance for a request that has `tokens` already; None when no instance is ready."""
         blocks = kv_blocks(tokens, self._block_size)
         instance = self._board.decide(Request(tokens, blocks, priority), exclude)
         if instance is None:
             return None
         sequence = self._board.sent(instance, blocks, tokens, priority)
-        return Dispatched(instance, self._view.instances[instance].node, sequence)
+        return Route(instance, self._view.instances[instance].node, sequence)
+
+
+class Dispatching:
+    """The dispatcher of one node, which its actor decides for; lives on the node's loop."""
+
+    def __init__(
+        self, view: Callable[[], ClusterView], actor: Callable[[], Handle[DispatcherActor]]
+    ) -> None:
+        self._view = view
+        self._actor = actor
+
+    def ready(self) -> dict[InstanceId, NodeId]:
+        """The instances that take requests, wherever they are."""
+        view = self._view()
+        return {i.id: i.node for i in view.instances.values() if is_candidate(view, i)}
+
+    def awaited(self) -> bool:
+        """Whether an instance is starting that will take requests when it is up."""
+        view = self._view()
+        return any(is_awaited(view, i) for i in view.instances.values())
+
+    async def decide(self, tokens: int, priority: int, avoid: frozenset[InstanceId]) -> Route:
+        """Choose an instance for a request. Raises NoInstance."""
+        began = time.perf_counter()
+        try:
+            route = await self._actor().ask(DispatcherActor.decide, tokens, priority, avoid)
+        except (ActorDeadError, TimeoutError) as error:
+            raise NoInstance("the dispatcher does not answer, or is being started again") from error
+        DISPATCH_SECONDS.observe(time.perf_counter() - began)
+        if route is None:
+            raise NoInstance("no instance is ready")
+        return route
+
+    def undo(self, route: Route) -> None:
+        """Have the actor forget a decision that came to nothing."""
+        self._actor().notify(DispatcherActor.undo, route.instance, route.sequence)

@@ -10,7 +10,7 @@ from pykka import ActorDeadError
 
 from llumnix.actors.base import Actor, Handle, P
 from llumnix.actors.instance import InstanceActor, Life, Report
-from llumnix.actors.supervised import Deaths
+from llumnix.actors.supervision import Deaths
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceState, NodeId
 from llumnix.dataplane.hosted_instance import HostedInstance
 

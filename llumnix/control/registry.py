@@ -1,12 +1,15 @@
 """Who is in the cluster and how loaded they are: this node's announcements, and the view of all."""
 
+import asyncio
+import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceLoad, NodeId, NodeInfo
-from llumnix.control.codec import encode_instance, encode_node
+from llumnix.control.codec import encode_instance, encode_loads, encode_node
 from llumnix.control.desired import Wish, put_desired
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.heartbeat import Pulse
@@ -15,12 +18,12 @@ from llumnix.control.etcd.types import KeyValue
 from llumnix.control.etcd.watch import PrefixWatch
 from llumnix.control.grace_period import Grace
 from llumnix.control.keys import Keys, Kind
-from llumnix.control.load_publisher import LoadPublisher
-from llumnix.control.local_overlay import Ahead
-from llumnix.control.view import ViewBuilder
-from llumnix.control.view_changes import changes
+from llumnix.control.view import ViewBuilder, changes
 
 logger = logging.getLogger(__name__)
+
+REPORT_INTERVAL = 0.2  # seconds between two reports of loads
+REPORT_SETTLE = 0.005  # seconds from a change of a load to the report of it, at the least
 
 
 class Registry:
@@ -31,7 +34,17 @@ class Registry:
     and stops the session; what was announced vanishes with it.
     """
 
-    def __init__(self, etcd: Etcd, session: Session, keys: Keys, *, grace: float = 6.0) -> None:
+    def __init__(
+        self,
+        etcd: Etcd,
+        session: Session,
+        keys: Keys,
+        *,
+        grace: float = 6.0,
+        on_keys: Callable[[Mapping[str, KeyValue]], None] = lambda items: None,
+    ) -> None:
+        """`on_keys`: called with all keys whenever one has changed, on the watch's thread; must not
+        block."""
         self._etcd = etcd
         self._session = session
         self._keys = keys
@@ -44,15 +57,13 @@ class Registry:
         self._grace = Grace(grace, self._is_member)
         self._grace_seconds = grace
         self._revision = 0
-        self._publisher = LoadPublisher(self._write_loads)
         self._node: NodeId | None = None
         self._listed = self._view = ClusterView()  # as etcd has it; and with what is to come
-        self._ahead = Ahead()
-        self._lock = threading.Lock()
+        # Of this node's instances, what no view of etcd has shown yet; None: withdrawn.
+        self._pending: dict[InstanceId, InstanceInfo | None] = {}
         self._showing = threading.RLock()  # views reach the subscribers one after the other
         self._subscribers: tuple[Callable[[ClusterView], None], ...] = ()
-        # Called with all keys whenever one has changed, on the watch's thread; must not block.
-        self.on_keys: Callable[[Mapping[str, KeyValue]], None] = lambda items: None
+        self._on_keys = on_keys
 
     @property
     def view(self) -> ClusterView:
@@ -76,7 +87,6 @@ class Registry:
 
     def start(self) -> None:
         """Begin to watch; returns at once."""
-        self._publisher.start()
         self._watch.start()
 
     def wait_view(self, within: float) -> bool:
@@ -84,8 +94,7 @@ class Registry:
         return self._watch.wait_listed(within)
 
     def stop(self) -> None:
-        """End the threads; once this has returned, only announcements call subscribers."""
-        self._publisher.stop()
+        """End the thread; once this has returned, only announcements call subscribers."""
         self._watch.stop()
 
     def subscribe(self, callback: Callable[[ClusterView], None]) -> None:
@@ -96,7 +105,7 @@ class Registry:
 
         It is called too when something has come and gone between two views that look the same.
         """
-        with self._lock:
+        with self._showing:
             self._subscribers = (*self._subscribers, callback)
 
     def announce_node(self, node: NodeInfo) -> None:
@@ -107,23 +116,21 @@ class Registry:
     def announce_instance(self, instance: InstanceInfo) -> None:
         """Make an instance of this node known, or its new state; to this node at once."""
         self._session.put(self._keys.instance(instance.id), encode_instance(instance))
-        self._ahead.announce(instance)
-        self._show_own()
+        self._show_own(instance.id, instance)
 
     def withdraw_instance(self, instance: InstanceId) -> None:
         """Take an announced instance out of the cluster."""
         self._session.remove(self._keys.instance(instance))
-        self._ahead.withdraw(instance)
-        self._show_own()
+        self._show_own(instance, None)
 
     def report_loads(self, loads: Sequence[InstanceLoad]) -> None:
-        """Report this node's loads, all of them; written on change, at most 5 times a second.
+        """Report this node's loads, all of them; written if they have changed.
 
         Raises RuntimeError before `announce_node`.
         """
         if self._node is None:
             raise RuntimeError("a node announces itself before it reports loads")
-        self._publisher.report(loads)
+        self._session.put(self._keys.load(self._node), encode_loads(loads))
 
     def put_drain(self, name: str) -> None:
         """Drain a node or an instance until `delete_drain`. Blocks; raises EtcdError."""
@@ -137,10 +144,6 @@ class Registry:
         """Write the numbers of instances that this leader wants. Blocks; raises EtcdError."""
         put_desired(self._etcd, self._keys, wish)
 
-    def _write_loads(self, value: bytes) -> None:
-        assert self._node is not None
-        self._session.put(self._keys.load(self._node), value)
-
     def _is_member(self, key: str) -> bool:
         parsed = self._keys.parse(key)
         return parsed is not None and parsed.kind in (Kind.NODE, Kind.INSTANCE, Kind.LOAD)
@@ -149,7 +152,7 @@ class Registry:
         self, items: Mapping[str, KeyValue], revision: int, deleted: Collection[str] | None
     ) -> None:
         self._session.observe(items, revision)
-        self.on_keys(items)
+        self._on_keys(items)
         self._revision = revision
         before = set(self._grace.kept)
         if deleted is None:
@@ -181,15 +184,20 @@ class Registry:
             self._listed = self._builder.build(items, self._revision, deleted or ())
             self._publish(told=deleted is None or self._builder.changed)
 
-    def _show_own(self) -> None:
-        """Show what this node has just announced."""
+    def _show_own(self, instance: InstanceId, info: InstanceInfo | None) -> None:
+        """Show an instance of this node as it is from now on, or no more.
+
+        While etcd is silent none of that is written; an instance that has come back meanwhile
+        serves the requests of its own node all the same.
+        """
         with self._showing:
+            self._pending[instance] = info
             self._publish(told=True)
 
     def _publish(self, told: bool) -> None:
         """Make the view that of now, and tell the subscribers if they are to be told."""
         old = self._view
-        self._view = view = self._ahead.of(self._listed)
+        self._view = view = self._with_own(self._listed)
         if not told:
             return
         for sentence in changes(old, view):
@@ -200,3 +208,48 @@ class Registry:
             except Exception:
                 # One subscriber's fault must not hide the view from the others.
                 logger.exception("A subscriber failed on the view of revision %d.", view.revision)
+
+    def _with_own(self, view: ClusterView) -> ClusterView:
+        """The view that etcd gave, with what this node knows better; what it shows is forgotten."""
+        shown = view.instances
+        self._pending = {i: info for i, info in self._pending.items() if shown.get(i) != info}
+        if not self._pending:
+            return view
+        merged = {**shown, **self._pending}
+        instances = {i: info for i, info in merged.items() if info is not None}
+        return dataclasses.replace(view, instances=MappingProxyType(instances))
+
+
+class LoadReporter:
+    """Takes a node's loads to its registry, on change and at most 5 times a second.
+
+    Lives on the event loop. What changes meanwhile is in the next report: the latest wins.
+    """
+
+    def __init__(
+        self,
+        loads: Callable[[], Iterable[InstanceLoad]],
+        report: Callable[[Sequence[InstanceLoad]], None],
+    ) -> None:
+        self._loads = loads
+        self._report = report
+        self._timer: asyncio.TimerHandle | None = None
+        self._sent = float("-inf")
+
+    def changed(self) -> None:
+        """Something about a load has changed; cheap, called in each step."""
+        if self._timer is None:
+            loop = asyncio.get_running_loop()
+            # Not at once: what belongs to one step, or one burst, goes into one report.
+            delay = max(self._sent + REPORT_INTERVAL - loop.time(), REPORT_SETTLE)
+            self._timer = loop.call_later(delay, self._send)
+
+    def stop(self) -> None:
+        """Report no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _send(self) -> None:
+        self._timer = None
+        self._sent = asyncio.get_running_loop().time()
+        self._report(sorted(self._loads(), key=lambda load: load.instance))

@@ -2,13 +2,11 @@
 
 import asyncio
 
-from llumnix.actors.desired_writer import Wishes
 from llumnix.actors.dispatcher import DispatcherActor
 from llumnix.actors.instance import Report
 from llumnix.actors.manager import ManagerActor, Scaling
 from llumnix.actors.rescheduling import Rescheduling
-from llumnix.actors.supervised import Supervised
-from llumnix.actors.supervision import Supervision
+from llumnix.actors.supervision import Supervised, Supervision
 from llumnix.actors.supervisor import NodeActor, Roster, Surroundings
 from llumnix.cluster import ClusterView
 from llumnix.config import Config
@@ -83,7 +81,10 @@ class Acting:
         self._admits = admits
         self.migrations = Migrations(exchange, admits, self._view, self._rules())
         self.rescheduling = Rescheduling(
-            self._loop, self.migrations.carry_out, config.migration_interval
+            self._loop,
+            self.migrations.carry_out,
+            self._control.registry.put_desired,
+            config.migration_interval,
         )
         self.manage = keep(
             lambda: ManagerActor.start(
@@ -158,4 +159,4 @@ class Acting:
             maximum=config.autoscale_max,
             patience=config.start_timeout,
         )
-        return Scaling(terms, Wishes(self._loop, self._control.registry.put_desired).make)
+        return Scaling(terms, self.rescheduling.wish)

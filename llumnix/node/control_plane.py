@@ -1,5 +1,6 @@
 """A node's side of the control plane, opened in order and closed in reverse."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -15,30 +16,29 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from llumnix.addresses import parts
 from llumnix.cluster import ClusterView, NodeInfo
 from llumnix.config import Config
-from llumnix.control.admin_token import made_admin_token
-from llumnix.control.alarms import Alarms
-from llumnix.control.cluster_token import (
-    agreed_token,
-    ensure_token,
-    prevails,
-    same_token,
-    token_mark,
-    weakness,
-)
+from llumnix.control.alarms import Alarms, Sentinel
 from llumnix.control.codec import encode_node, encode_text
 from llumnix.control.election import Election
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.errors import EtcdUnavailable
-from llumnix.control.etcd.heartbeat import Pulse
 from llumnix.control.etcd.server import EmbeddedEtcd
 from llumnix.control.etcd.session import Session, fitting_timeout, interval_of
 from llumnix.control.etcd.types import KeyValue
 from llumnix.control.keys import Keys, Kind
 from llumnix.control.name_claim import MORE, Claim
 from llumnix.control.registry import Registry
-from llumnix.control.tamper_watch import Sentinel
+from llumnix.control.tokens import (
+    agreed_token,
+    ensure_token,
+    made_token,
+    prevails,
+    same_token,
+    token_mark,
+    weakness,
+)
 from llumnix.engine.vllm.kv_blocks import Rendezvous
 from llumnix.migration.record import Handshake, MigrationRecord
 from llumnix.version import VERSION
@@ -67,17 +67,23 @@ class ControlPlane:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._embedded: EmbeddedEtcd | None = None
-        self._etcd: Etcd | None = None
-        self.token = ""
+        self._keys = Keys(config.cluster)
+        self._credentials = {
+            name: getattr(config, f"etcd_{name}") or None
+            for name in ("user", "password", "ca", "cert", "key")
+        }
+        self._timeout = fitting_timeout(config.lease_ttl, config.etcd_timeout)
+        self._limit = config.lease_ttl + self._timeout  # an outage may use up the ttl, not this
+        self._endpoints: list[str] = []
+        self._etcd: Etcd
+        self.token = config.cluster_token
         self.session: Session
         self.registry: Registry
         self.election: Election
         self.handshake: Handshake
-        self._endpoints: list[str] = []
-        self._limit = config.lease_ttl
         self.alarms = Alarms()
         self._sentinel: Sentinel | None = None  # once this node has joined
+        self._ends = contextlib.ExitStack()
 
     def open(
         self,
@@ -90,67 +96,67 @@ class ControlPlane:
         of a migration that this node has, or had, proposed.
         """
         config = self._config
-        endpoints = config.etcd_endpoints
-        if not endpoints:
-            self._embedded = EmbeddedEtcd(Path(config.state_dir) / "etcd" / config.cluster)
-            self._embedded.start()
-            endpoints = list(self._embedded.endpoints)
-        self._endpoints = list(endpoints)
-        timeout = fitting_timeout(config.lease_ttl, config.etcd_timeout)
-        self._limit = config.lease_ttl + timeout  # an outage may use up the ttl, but not this
-        self._etcd = etcd = Etcd(
-            endpoints,
-            user=config.etcd_user or None,
-            password=config.etcd_password or None,
-            ca=config.etcd_ca or None,
-            cert=config.etcd_cert or None,
-            key=config.etcd_key or None,
-            call_timeout=timeout,
-        )
-        self._keys = keys = Keys(config.cluster)
-        self.token = config.cluster_token
-        if self.token and (weak := weakness(self.token)) is not None:
-            logger.warning("%s", weak)
-        if not self.token:
-            _patiently(ensure_token, etcd, keys)
-        self.session = Session(etcd, config.lease_ttl)
-        self.registry = Registry(etcd, self.session, keys, grace=config.lease_ttl)
-        self.election = Election(
-            etcd,
-            self.session,
-            keys,
-            config.node,
-            interval=interval_of(config.lease_ttl),
-            patience=config.lease_ttl,
-            alarms=self.alarms,
-        )
-        self.handshake = Handshake(etcd, self.session, keys)
-        self.registry.on_keys = partial(self._look_at_keys, on_record)
+        self._connect()
+        self._prepare_token()
+        self._make_parts(partial(self._look_at_keys, on_record))
         self.registry.subscribe(on_view)
         self.registry.subscribe(self.election.observe)
         self.session.start()
         self.registry.start()
         self.registry.wait_view(FIRST_ANSWER)
-        mark = self._agree()
-        self._me = me = NodeInfo(
+        self._me = NodeInfo(
             id=config.node,
             address=config.advertise_address,
             version=VERSION,
             epoch=time.time_ns() // 1000,
             max_instances=config.max_instances,
             initial_instances=config.initial_instances,
-            token_mark=mark,
+            token_mark=self._agree(),
         )
-        self._claim = Claim(etcd, keys.node(me.id), me, alone=self._embedded is not None)
+        key, alone = self._keys.node(config.node), not config.etcd_endpoints
+        self._claim = Claim(self._etcd, key, self._me, alone=alone)
         self._claim.wait(config.lease_ttl)
+
+    def _connect(self) -> None:
+        """Make the client, of an etcd of this node's own if there is no other."""
+        config = self._config
+        self._endpoints = list(config.etcd_endpoints or ())
+        if not self._endpoints:
+            embedded = EmbeddedEtcd(Path(config.state_dir) / "etcd" / config.cluster)
+            embedded.start()
+            self._ends.callback(embedded.stop)
+            self._endpoints = list(embedded.endpoints)
+        self._etcd = Etcd(self._endpoints, **self._credentials, call_timeout=self._timeout)
+        self._ends.callback(self._etcd.close)
+
+    def _prepare_token(self) -> None:
+        """Warn of a weak token; where none was given, see that etcd has one."""
+        if not self.token:
+            _patiently(ensure_token, self._etcd, self._keys.token)
+        elif (weak := weakness(self.token)) is not None:
+            logger.warning("%s", weak)
+
+    def _make_parts(self, on_keys: Callable[[Mapping[str, KeyValue]], None]) -> None:
+        """Make all that stands on the client."""
+        etcd, keys, ttl = self._etcd, self._keys, self._config.lease_ttl
+        self.session = Session(etcd, ttl)
+        self.registry = Registry(etcd, self.session, keys, grace=ttl, on_keys=on_keys)
+        self.election = Election(
+            *(etcd, self.session, keys, self._config.node),
+            interval=interval_of(ttl),
+            patience=ttl,
+            alarms=self.alarms,
+        )
+        self.handshake = Handshake(etcd, self.session, keys)
+        for part in (self.session, self.registry, self.election):
+            self._ends.callback(part.stop)
 
     def _agree(self) -> str:
         """Have the token that the others have, and keep it in etcd; the mark that shows it."""
         if self._config.cluster_token:
             return ""
-        assert self._etcd is not None
         within = self._config.lease_ttl + MORE
-        self.token = agreed_token(self._etcd, self._keys, self._marks, within)
+        self.token = agreed_token(self._etcd, self._keys.token, self._marks, within)
         mark = token_mark(self.token)
 
         def is_wrong(found: bytes) -> bool:
@@ -166,8 +172,7 @@ class ControlPlane:
 
     def admin_token(self) -> str:
         """The cluster's own token for operators, made if there is none. Raises EtcdError."""
-        assert self._etcd is not None
-        token = _patiently(made_admin_token, self._etcd, self._keys)
+        token = _patiently(made_token, self._etcd, self._keys.admin_token)
         self.session.keep(self._keys.admin_token, encode_text(token))
         return token
 
@@ -181,22 +186,13 @@ class ControlPlane:
 
     def rendezvous(self) -> Rendezvous:
         """Where workers of two instances meet: a store over etcd."""
-        config = self._config
-        arguments = {
-            "endpoints": self._endpoints,
-            "user": config.etcd_user or None,
-            "password": config.etcd_password or None,
-            "ca": config.etcd_ca or None,
-            "cert": config.etcd_cert or None,
-            "key": config.etcd_key or None,
-            "prefix": f"{Keys(config.cluster).prefix}{Kind.C10D}/",
-        }
-        host = config.advertise_address.rpartition(":")[0].strip("[]")
+        prefix = f"{self._keys.prefix}{Kind.C10D}/"
+        arguments = {"endpoints": self._endpoints, **self._credentials, "prefix": prefix}
+        host, _ = parts(self._config.advertise_address)
         return Rendezvous("llumnix.control.c10d_store.EtcdStore", arguments, host)
 
     def join(self) -> None:
         """Make this node known to the others and stand for leader. Raises NameTaken."""
-        assert self._etcd is not None
         revision = self._claim.take(self.session, encode_node(self._me))
         # What an earlier process of this node left, if it was killed, lives until its lease ends.
         for instance in self.registry.view.instances_of(self._me.id):
@@ -208,15 +204,12 @@ class ControlPlane:
 
     def standstill(self) -> str:
         """One sentence that names what of the control loop hangs or has died; empty if nothing."""
-        slowest = max(self._pulses, key=lambda pulse: pulse.age)
+        pulses = self.session.pulse, self.registry.pulse, self.election.pulse
+        slowest = max(pulses, key=lambda pulse: pulse.age)
         if slowest.age <= self._limit:
             return ""
         since = f"{slowest.name} came round last {slowest.age:.0f} s ago"
         return f"the control loop stands still: {since}"
-
-    @property
-    def _pulses(self) -> tuple[Pulse, ...]:
-        return self.session.pulse, self.registry.pulse, self.election.pulse
 
     def retire(self) -> None:
         """Hand over if this node leads, and never lead again; returns at once."""
@@ -224,11 +217,4 @@ class ControlPlane:
 
     def close(self) -> None:
         """Leave the cluster: keys vanish at once; the embedded etcd ends last."""
-        if self._etcd is not None:
-            if hasattr(self, "election"):
-                self.election.stop()
-                self.registry.stop()
-                self.session.stop()
-            self._etcd.close()
-        if self._embedded is not None:
-            self._embedded.stop()
+        self._ends.close()

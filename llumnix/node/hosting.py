@@ -5,11 +5,10 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 
-from llumnix.cluster import InstanceId, InstanceInfo, InstanceState
-from llumnix.control.registry import Registry
+from llumnix.cluster import InstanceId, InstanceInfo, InstanceLoad, InstanceState
+from llumnix.control.registry import LoadReporter, Registry
 from llumnix.dataplane.hosted_instance import HostedInstance
 from llumnix.node.engines import MakeEngine
-from llumnix.node.load_reports import LoadReporter
 from llumnix.node.request_path import RequestPath
 
 
@@ -33,7 +32,7 @@ class Hosting:
         self._make_engine = make_engine
         self._by_priority = by_priority
         self._look = look
-        self._reporter = LoadReporter(self._hosted.values, registry.report_loads)
+        self._reporter = LoadReporter(self._loads, registry.report_loads)
 
     def make(self, instance: InstanceId, slot: int) -> HostedInstance:
         """A new engine in a slot; on the loop."""
@@ -67,3 +66,6 @@ class Hosting:
     def stop(self) -> None:
         """Report no more loads."""
         self._reporter.stop()
+
+    def _loads(self) -> list[InstanceLoad]:
+        return [hosted.load() for hosted in self._hosted.values() if hosted.facts is not None]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from llumnix.actors.dispatcher import Dispatching
 from llumnix.actors.supervisor import NodeActor
 from llumnix.cluster import ClusterView, NodeId
 from llumnix.dataplane.client import ClusterClient
@@ -10,7 +11,6 @@ from llumnix.dataplane.peer import Peers, Self
 from llumnix.dataplane.waiting import WaitLimits
 from llumnix.node.actor_system import Acting
 from llumnix.node.control_plane import ControlPlane
-from llumnix.node.dispatching import Dispatching
 from llumnix.node.engines import resumes
 from llumnix.node.frontend import Opening
 from llumnix.node.options import NodeOptions
@@ -41,7 +41,7 @@ class RequestPath:
         """`on_open`: called when the frontend serves."""
         config = options.config
         self._control = control
-        self.dispatching = Dispatching(self._view, acting)
+        self.dispatching = Dispatching(self._view, lambda: acting.dispatch)
         me = Self(config.node, config.advertise_address, VERSION)
         ssl = Listener.client_ssl(options.arguments)
         self.peers = Peers(me, control.token, self._address_of, ssl)

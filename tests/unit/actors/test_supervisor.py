@@ -12,7 +12,7 @@ import pytest
 
 from llumnix.actors import instance as instance_module
 from llumnix.actors.instance import InstanceActor, Life, Report
-from llumnix.actors.supervised import DEATHS, Supervised
+from llumnix.actors.supervision import DEATHS, Supervised
 from llumnix.actors.supervisor import NodeActor, Roster, Surroundings
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceState
 from llumnix.dataplane.hosted_instance import HostedInstance

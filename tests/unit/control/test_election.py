@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 import pytest
 
-from llumnix.control.cluster_token import cluster_token
 from llumnix.control.election import Election
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.session import Session
 from llumnix.control.keys import Keys
 from llumnix.control.registry import Registry
+from llumnix.control.tokens import made_token
 from tests.kit.etcd import EtcdCluster
 from tests.kit.wait import eventually
 
@@ -139,9 +139,8 @@ def test_a_leader_cut_off_from_etcd_stops_leading_and_takes_up_again(
 
 
 def test_token_is_agreed_on(etcd_member: EtcdCluster, etcd: Etcd, keys: Keys) -> None:
-    assert cluster_token(etcd, keys, "given") == "given"
-    token = cluster_token(etcd, keys, None)
+    token = made_token(etcd, keys.token)
     assert len(token) > 30
-    assert cluster_token(etcd, keys, None) == token
+    assert made_token(etcd, keys.token) == token
     etcd_member.ctl("put", keys.token, "by hand")
-    assert cluster_token(etcd, keys, None) == "by hand"
+    assert made_token(etcd, keys.token) == "by hand"

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 
 from llumnix.cluster import NodeInfo
-from llumnix.control.alarms import Alarms
+from llumnix.control.alarms import Alarms, Sentinel
 from llumnix.control.etcd.types import KeyValue
 from llumnix.control.keys import Keys, Kind
-from llumnix.control.tamper_watch import Sentinel
 from llumnix.control.view import ViewBuilder
 from llumnix.metrics import NodeCollector, Snapshot
 from llumnix.migration.record import Handshake

@@ -1,5 +1,6 @@
 """What a node announces is what the others see; and it costs little."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from llumnix.control.etcd.errors import EtcdUnavailable
 from llumnix.control.etcd.session import Session
 from llumnix.control.etcd.types import KeyValue
 from llumnix.control.keys import Keys
-from llumnix.control.registry import Registry
+from llumnix.control.registry import REPORT_INTERVAL, LoadReporter, Registry
 from tests.kit.etcd import EtcdCluster
 from tests.kit.wait import eventually
 
@@ -84,7 +85,7 @@ def test_what_etcd_shows_is_not_kept_beside_it(
 ) -> None:
     registry.announce_instance(INSTANCE)
     eventually(lambda: etcd_member.ctl("get", keys.instance("a-0")))
-    eventually(lambda: not registry._ahead._pending)
+    eventually(lambda: not registry._pending)
     registry._session.stop()  # its lease is given back, and the key with it
     eventually(lambda: not registry.view.instances, within=10)
 
@@ -126,12 +127,20 @@ def test_load_writes_are_few(etcd: Etcd, registry: Registry, keys: Keys) -> None
     registry.report_loads([LOAD])
     eventually(lambda: registry.view.loads)
     before = _writes(etcd, keys)
-    until = time.monotonic() + 1.0
     n = 0
-    while time.monotonic() < until:
-        n += 1
-        registry.report_loads([replace(LOAD, running=n)])
-        time.sleep(0.002)
+
+    async def steps() -> None:
+        nonlocal n
+        reporter = LoadReporter(lambda: [replace(LOAD, running=n)], registry.report_loads)
+        until = time.monotonic() + 1.0
+        while time.monotonic() < until:
+            n += 1
+            reporter.changed()
+            await asyncio.sleep(0.002)
+        await asyncio.sleep(2 * REPORT_INTERVAL)
+        reporter.stop()
+
+    asyncio.run(steps())
     eventually(lambda: registry.view.loads["a-0"].running == n, within=5)
     assert 3 <= _writes(etcd, keys) - before <= 7
     at_rest = _writes(etcd, keys)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from llumnix.actors.base import Handle
-from llumnix.actors.supervised import Supervised
+from llumnix.actors.supervision import Supervised
 from llumnix.engine.base import EngineError
 from llumnix.migration import admission
 from llumnix.migration.admission import MigrationActor, accept_arrival, end_arrival

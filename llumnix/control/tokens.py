@@ -1,4 +1,4 @@
-"""The secret by which the nodes of a cluster know one another."""
+"""The cluster's secrets in etcd: by which its nodes know one another, and which operators show."""
 
 import hashlib
 import secrets
@@ -9,8 +9,6 @@ from collections.abc import Callable, Collection
 from llumnix.control.codec import decode_text, encode_text
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.errors import EtcdRefused
-from llumnix.control.etcd.types import KeyValue
-from llumnix.control.keys import Keys
 
 LEAST = 16  # characters of a token that is given, of which so many different:
 DIFFERENT = 6
@@ -18,30 +16,29 @@ POLL = 0.1  # seconds between looks whether a token was put back
 _ROUNDS = 100_000  # of PBKDF2: a mark can be read by many, and must not be quick to guess from
 
 
-def ensure_token(etcd: Etcd, keys: Keys) -> KeyValue:
-    """The key as it is; the first node to ask puts a random token there. Raises EtcdUnavailable."""
-    found = etcd.get(keys.token)
+def ensure_token(etcd: Etcd, key: str) -> bytes:
+    """What the key holds; the first node to ask puts a random token there.
+
+    Raises EtcdUnavailable.
+    """
+    found = etcd.get(key)
     if found is None:
-        _, found = etcd.put_if_absent(keys.token, encode_text(secrets.token_urlsafe(32)))
-    return found
+        _, found = etcd.put_if_absent(key, encode_text(secrets.token_urlsafe(32)))
+    return found.value
 
 
-def cluster_token(etcd: Etcd, keys: Keys, given: str | None) -> str:
-    """The token given, else the one in etcd.
+def made_token(etcd: Etcd, key: str) -> str:
+    """The token in the key, likewise.
 
     Raises EtcdUnavailable, or EtcdRefused when the key holds no token.
     """
-    if given:
-        return given
     try:
-        return decode_text(ensure_token(etcd, keys).value)
+        return decode_text(ensure_token(etcd, key))
     except ValueError as error:
-        raise EtcdRefused(f"{keys.token} holds no token: {error}") from None
+        raise EtcdRefused(f"{key} holds no token: {error}") from None
 
 
-def agreed_token(
-    etcd: Etcd, keys: Keys, others: Callable[[], Collection[str]], within: float
-) -> str:
+def agreed_token(etcd: Etcd, key: str, others: Callable[[], Collection[str]], within: float) -> str:
     """The token in etcd, once it is the one that the other nodes have, whose marks `others` gives.
 
     They put it back if it was overwritten. Raises EtcdRefused if it is not theirs for `within`
@@ -51,7 +48,7 @@ def agreed_token(
     while True:
         marks = {mark for mark in others() if mark}
         try:
-            token = cluster_token(etcd, keys, None)
+            token = made_token(etcd, key)
         except EtcdRefused:
             if not marks or time.monotonic() >= deadline:
                 raise
@@ -60,7 +57,7 @@ def agreed_token(
                 return token
         if time.monotonic() >= deadline:
             raise EtcdRefused(
-                f"{keys.token} is not the token that the nodes of this cluster have: put theirs "
+                f"{key} is not the token that the nodes of this cluster have: put theirs "
                 "back, or stop them all before the first starts with the new one"
             )
         time.sleep(POLL)

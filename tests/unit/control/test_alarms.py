@@ -9,15 +9,14 @@ import pytest
 from llumnix.cluster import InstanceInfo, InstanceState, NodeInfo
 from llumnix.config import Config
 from llumnix.control.alarms import Alarms, Matter
-from llumnix.control.cluster_token import prevails, token_mark
 from llumnix.control.codec import encode_leader, encode_node
-from llumnix.control.election import Election
+from llumnix.control.election import Election, Throne
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.errors import EtcdRefused, NameTaken
 from llumnix.control.etcd.session import Session
 from llumnix.control.keys import Keys
-from llumnix.control.leader_key import Throne
 from llumnix.control.name_claim import MORE
+from llumnix.control.tokens import prevails, token_mark
 from llumnix.metrics import KEY_FAULTS
 from llumnix.node.control_plane import ControlPlane
 from tests.kit.etcd import EtcdCluster
@@ -118,6 +117,11 @@ def test_a_leader_that_lives_is_left_alone(etcd: Etcd, session: Session, keys: K
 
 
 # ---- the token ----
+
+
+def test_a_token_that_is_given_is_the_nodes_own(plane: MakePlane, etcd: Etcd) -> None:
+    a = opened(plane("a", cluster_token="as the operator says"))
+    assert a.token == "as the operator says" and etcd.get(a._keys.token) is None
 
 
 @pytest.mark.parametrize("value", [b'"another"', b"bare", b"\xff", b"{}", b""])

@@ -5,13 +5,18 @@ import threading
 
 import pytest
 
-from llumnix.actors.desired_writer import Wishes
+from llumnix.actors.manager import MoveCommand, Outcome
+from llumnix.actors.rescheduling import Rescheduling
 from llumnix.control.desired import Wish
 from llumnix.control.etcd.errors import EtcdRefused, EtcdUnavailable
 from tests.kit.wait import eventually
 from tests.unit.actors.conftest import LoopThread
 
 WISH = Wish(17, {"a": 2}, {"a": 1})
+
+
+async def no_move(command: MoveCommand) -> Outcome:
+    raise AssertionError("nothing is commanded here")
 
 
 def test_nobody_waits_for_etcd(side: LoopThread) -> None:
@@ -22,7 +27,7 @@ def test_nobody_waits_for_etcd(side: LoopThread) -> None:
         answers.wait(5.0)
         written.append(wish)
 
-    Wishes(side.loop, put_desired).make(WISH)
+    Rescheduling(side.loop, no_move, put_desired, 1.0).wish(WISH)
     beat = threading.Event()
     side.loop.call_soon_threadsafe(beat.set)
     assert beat.wait(2.0) and not written
@@ -45,7 +50,7 @@ def test_a_wish_that_fails_is_told(
     def put_desired(wish: Wish) -> None:
         raise error
 
-    Wishes(side.loop, put_desired).make(WISH)
+    Rescheduling(side.loop, no_move, put_desired, 1.0).wish(WISH)
     eventually(lambda: caplog.messages)
     assert caplog.messages == [f"epoch 17: the number of instances stays{says}"]
     _end_threads(side)

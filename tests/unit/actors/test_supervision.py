@@ -9,8 +9,7 @@ from pykka import ActorDeadError
 
 from llumnix.actors import supervision as supervision_module
 from llumnix.actors.base import Actor
-from llumnix.actors.supervised import DEATHS, DEATHS_SECONDS, Supervised
-from llumnix.actors.supervision import LOOK_SECONDS, Supervision
+from llumnix.actors.supervision import DEATHS, DEATHS_SECONDS, LOOK_SECONDS, Supervised, Supervision
 from tests.kit.loop import on_loop, soon
 from tests.kit.wait import eventually
 

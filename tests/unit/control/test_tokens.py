@@ -4,7 +4,7 @@ import secrets
 
 import pytest
 
-from llumnix.control.cluster_token import LEAST, weakness
+from llumnix.control.tokens import LEAST, weakness
 
 
 @pytest.mark.parametrize("token", ["x", "secret", "hunter2hunter2", "a" * 40, "abab" * 10])

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceState, NodeInfo
-from llumnix.control.view_changes import changes
+from llumnix.control.view import changes
 
 NODE = NodeInfo("a", "10.0.0.1:1", "1", 7)
 INSTANCE = InstanceInfo("a-0", "a", "m", InstanceState.STARTING, 0, 16)
