@@ -1,4 +1,4 @@
-"""The way of a node's requests: peers, exchange, client and frontend, each made for the next."""
+"""The way of a node's requests: peers, exchange, client, frontend and server, each for the next."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from llumnix.actors.supervisor import NodeActor
 from llumnix.cluster import ClusterView, NodeId
 from llumnix.dataplane.client import ClusterClient
 from llumnix.dataplane.exchange import Exchange
-from llumnix.dataplane.peer import Peers, Self
+from llumnix.dataplane.peer import PATH, Peers, Self
 from llumnix.dataplane.waiting import WaitLimits
 from llumnix.node.actor_system import Acting
 from llumnix.node.control_plane import ControlPlane
@@ -17,11 +17,21 @@ from llumnix.node.options import NodeOptions
 from llumnix.policy.classes import Classes
 from llumnix.server import engine_requests
 from llumnix.server.admission import Admission
-from llumnix.server.app import Gateway
+from llumnix.server.app import AppParts, Gateway, make_app
+from llumnix.server.bodies import Bodies
+from llumnix.server.body_checks import Contents
+from llumnix.server.connection_limits import connection_limits
+from llumnix.server.cors import allow_origins
+from llumnix.server.drain_routes import Drains
+from llumnix.server.generate_route import DemoRoute
+from llumnix.server.guard import Guard
+from llumnix.server.limits import body_limits
 from llumnix.server.listener import Listener
 from llumnix.server.priority import Priorities
+from llumnix.server.request_ids import give_request_id
+from llumnix.server.request_routes import Moves
 from llumnix.server.routes import RouteTable
-from llumnix.server.status_routes import Standing
+from llumnix.server.status_routes import Admin, Standing
 from llumnix.version import VERSION
 
 
@@ -40,7 +50,10 @@ class RequestPath:
     ) -> None:
         """`on_open`: called when the frontend serves."""
         config = options.config
+        self._options = options
         self._control = control
+        self._acting = acting
+        self._standing = standing
         self.dispatching = Dispatching(self._view, lambda: acting.dispatch)
         me = Self(config.node, config.advertise_address, VERSION)
         ssl = Listener.client_ssl(options.arguments)
@@ -67,6 +80,35 @@ class RequestPath:
             on_open=on_open,
         )
         self.gateway = Gateway(lambda: self.opening.frontend, standing, routes)
+
+    def listener(self, door: Guard, admin: Admin) -> Listener:
+        """The HTTP server behind that door, not open yet."""
+        options, config, model = (
+            self._options,
+            self._options.config,
+            self._options.vllm.model_config,
+        )
+        limits = body_limits(config.max_body_bytes, model.max_model_len, model.is_multimodal_model)
+        parts = AppParts(
+            gateway=self.gateway,
+            admin=admin,
+            moves=Moves(lambda: self._acting.migrations),
+            drains=Drains(lambda: self._control.registry, lambda: self._acting.migrations),
+            admission=self.admission,
+            contents=Contents(limits),
+            priorities=self.priorities,
+            generate=DemoRoute(
+                lambda: self.opening.frontend, self._standing, self.gateway.answering
+            ).handle,
+            peer=(PATH, self.peers.accept),
+            origins=allow_origins(options.arguments),
+            bodies=Bodies(config.body_timeout, config.body_budget),
+            door=door,
+        )
+        app = make_app(parts)
+        if options.arguments.enable_request_id_headers:
+            app.on_response_prepare.append(give_request_id)
+        return Listener(app, options.arguments, connection_limits(config), config.admin_address)
 
     @property
     def requests(self) -> int:

@@ -21,7 +21,6 @@ from llumnix.node.actor_system import Acting
 from llumnix.node.control_plane import ControlPlane
 from llumnix.node.engines import engine_maker
 from llumnix.node.hosting import Hosting
-from llumnix.node.http_server import make_listener
 from llumnix.node.observation import Observation
 from llumnix.node.options import NodeOptions
 from llumnix.node.policies import read_policies
@@ -30,7 +29,7 @@ from llumnix.node.shutdown import Shutdown
 from llumnix.operator_tokens import write_token
 from llumnix.server.access import AccessRules
 from llumnix.server.guard import Guard
-from llumnix.server.status_routes import Standing
+from llumnix.server.status_routes import Admin, Standing
 
 logger = logging.getLogger(__name__)
 
@@ -143,15 +142,14 @@ class Node:
         self._observation = Observation(
             self._config.node, classes, self._control, self._supervision, path
         )
-        self._listener = make_listener(
-            options=self._options,
-            door=door,
-            path=path,
-            acting=self._acting,
-            control=self._control,
-            observation=self._observation,
-            standing=self._standing,
+        admin = Admin(
+            self._config.node,
+            self._standing,
+            self._observation.view_and_age,
+            self._observation.fault,
+            self._control.alarms.now,
         )
+        self._listener = path.listener(door, admin)
         self._shutdown = Shutdown(self._acting, path)
 
     def _start_actors(self) -> None:
