@@ -6,81 +6,81 @@ vLLM's own arguments are not here; they are added beside these by the engine's p
 import argparse
 import dataclasses
 import math
-import os
 import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from llumnix.addresses import address, is_address, own_address
-from llumnix.callers import CallerConfig
-from llumnix.connections import ConnectionConfig
+from llumnix.knob import (
+    Address,
+    Count,
+    LeaseSeconds,
+    Name,
+    Seconds,
+    Several,
+    SomeSeconds,
+    check_bounds,
+    knob,
+    option,
+)
 from llumnix.knob import ConfigError as ConfigError
-from llumnix.knob import knob as _knob
-from llumnix.secrecy import SecretError, read_secret, secret, sounds_secret
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-
-
-def default_state_dir() -> str:
-    """The user's folder for state, unless --state-dir names another."""
-    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return str(Path(base) / "llumnix")
+from llumnix.secrecy import SecretError, default_state_dir, read_secret, secret, sounds_secret
+from llumnix.server_options import ServerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CallerConfig, ConnectionConfig):
+class Config(ServerOptions):
     """llumnix's own configuration of one node."""
 
-    cluster: str = _knob("default", "name of the cluster; etcd keys live below /llumnix/<cluster>/")
-    node: str = _knob("", "id of this node, unique in the cluster (default: <host name>-<port>)")
-    advertise_address: str = _knob(
+    cluster: Name = knob("default", "name of the cluster; etcd keys live below /llumnix/<cluster>/")
+    node: Name = knob("", "id of this node, unique in the cluster (default: <host name>-<port>)")
+    advertise_address: Address = knob(
         "", "host:port at which the other nodes reach this one (default: from --host and --port)"
     )
-    etcd_endpoints: Sequence[str] | None = _knob(
+    etcd_endpoints: Sequence[str] | None = knob(
         None,
         "etcd members as host:port, or unix:///path for the one that another node of this machine "
         "has started; without any, the node starts an etcd of its own",
         nargs="+",
     )
-    etcd_user: str = _knob("", "etcd user")
-    etcd_password: str = _knob("", "etcd password", secret=True)
-    etcd_password_file: str = _knob("", "file with the etcd password")
-    etcd_ca: str = _knob("", "file with the certificate authority of etcd's servers")
-    etcd_cert: str = _knob("", "file with the client certificate for etcd")
-    etcd_key: str = _knob("", "file with the key of the client certificate for etcd")
-    etcd_timeout: float = _knob(
+    etcd_user: str = knob("", "etcd user")
+    etcd_password: str = knob("", "etcd password", secret=True)
+    etcd_password_file: str = knob("", "file with the etcd password")
+    etcd_ca: str = knob("", "file with the certificate authority of etcd's servers")
+    etcd_cert: str = knob("", "file with the client certificate for etcd")
+    etcd_key: str = knob("", "file with the key of the client certificate for etcd")
+    etcd_timeout: SomeSeconds = knob(
         1.5, "seconds that a call waits for an etcd member; less where --lease-ttl is too short"
     )
-    lease_ttl: float = _knob(6.0, "seconds after which a silent node has left the cluster")
-    cluster_token: str = _knob(
+    lease_ttl: LeaseSeconds = knob(6.0, "seconds after which a silent node has left the cluster")
+    cluster_token: str = knob(
         "", "secret of the peer channel (default: generated, and kept in etcd)", secret=True
     )
-    cluster_token_file: str = _knob("", "file with the secret of the peer channel")
-    state_dir: str = _knob(
+    cluster_token_file: str = knob("", "file with the secret of the peer channel")
+    state_dir: str = knob(
         "", "folder for the embedded etcd's data and the engines' logs (default: user's state)"
     )
-    engine: str = _knob(
+    engine: str = knob(
         "vllm", "vllm, or sim: a modelled engine without weights", choices=("vllm", "sim")
     )
-    sim_profile: str = _knob("instant", "step times of --engine sim")
-    initial_instances: int = _knob(1, "instances that this node starts with")
-    max_instances: int = _knob(8, "most instances on this node, whatever is desired in etcd")
-    start_timeout: float = _knob(
+    sim_profile: str = knob("instant", "step times of --engine sim")
+    initial_instances: int = knob(1, "instances that this node starts with")
+    max_instances: int = knob(8, "most instances on this node, whatever is desired in etcd")
+    start_timeout: Seconds = knob(
         600.0,
         "seconds within which an instance must be up, and for which a request waits for one that "
         "is starting when none is ready",
     )
-    hang_timeout: float = _knob(
+    hang_timeout: SomeSeconds = knob(
         3.0, "seconds for which an engine may be silent while its processes do nothing at all"
     )
-    step_timeout: float = _knob(300.0, "seconds that an engine may compute without an answer")
-    failover_timeout: float = _knob(
+    step_timeout: SomeSeconds = knob(300.0, "seconds that an engine may compute without an answer")
+    failover_timeout: Seconds = knob(
         30.0, "seconds that a request waits for an instance while none is ready, nor starting"
     )
-    dispatch_policy: str = _knob(
+    dispatch_policy: str = knob(
         "load",
         "which instance gets a request: load (freeness while there is room, else what is lacking), "
         "freeness (the paper's formula), slo (the targets of its class), "
@@ -88,102 +88,102 @@ class Config(CallerConfig, ConnectionConfig):
         "(free blocks), queue (fewest waiting), balanced (fewest dispatched), rr, random, artifact "
         "(as the paper's evaluation ran), or the name of an entry point in llumnix.dispatch",
     )
-    latency_profile: str = _knob(
+    latency_profile: str = knob(
         "",
         "how long steps take, for the policies that predict: a profile's name, or a YAML file with "
         "its coefficients in seconds",
     )
-    dispatch_top_k: int = _knob(1, "dispatch at random among the K best instances")
-    priority_classes: str = _knob(
+    dispatch_top_k: Several = knob(1, "dispatch at random among the K best instances")
+    priority_classes: str = knob(
         "",
         "YAML file with the priority classes that requests may name; with it the engines schedule "
         "by priority, unless --scheduling-policy says otherwise",
     )
-    migration: bool = _knob(
+    migration: bool = knob(
         True,
         "move running requests between instances, to balance them and to empty some",
         action=argparse.BooleanOptionalAction,
     )
-    migration_policy: str = _knob(
+    migration_policy: str = knob(
         "queues",
         "between which instances requests move: queues (what waits goes first, and many at once; "
         "else the paper's rule), llumnix (the paper's rule alone), lookahead (the first that waits "
         "behind a blocked one), artifact, none, or an entry point in llumnix.rescheduling",
     )
-    migration_interval: float = _knob(1.0, "seconds between two rounds of rescheduling")
-    migration_out_below: float = _knob(
+    migration_interval: SomeSeconds = knob(1.0, "seconds between two rounds of rescheduling")
+    migration_out_below: float = knob(
         3.0, "an instance gives requests away below this freeness, in KV blocks a request"
     )
-    migration_in_above: float = _knob(
+    migration_in_above: float = knob(
         3.0, "an instance takes requests above this freeness, in KV blocks a request"
     )
-    migration_request: str = _knob(
+    migration_request: str = knob(
         "low",
         "which request leaves: low (lowest priority, then shortest), LCR (last come, running), "
         "SR (shortest), LR (longest), FCR (first come, running), FCW (first come, waiting) or "
         "FCWSR (FCW, else SR)",
         choices=("low", "LCR", "SR", "LR", "FCR", "FCW", "FCWSR"),
     )
-    migration_max_stages: int = _knob(3, "most rounds of copying while a request decodes")
-    migration_last_stage_max_blocks: int = _knob(
+    migration_max_stages: Several = knob(3, "most rounds of copying while a request decodes")
+    migration_last_stage_max_blocks: Count = knob(
         4, "full KV blocks that may be left to recompute when a request is handed over"
     )
-    migration_tail_tokens: int = _knob(
+    migration_tail_tokens: Count = knob(
         4,
         "tokens beyond full blocks with which a request is handed over at once; with more of "
         "them its block is waited for",
     )
-    migration_max_requests: int = _knob(
+    migration_max_requests: Several = knob(
         4, "requests that may leave an instance, and come to it, at a time"
     )
-    migration_max_blocks: int = _knob(
+    migration_max_blocks: Count = knob(
         0, "KV blocks of these together; 0: as many as the instance has room for"
     )
-    migration_carrier: str = _knob(
+    migration_carrier: str = knob(
         "auto",
         "how KV blocks go: memory (read in place, between instances of one machine; else as "
         "group), group (torch.distributed: NCCL between GPUs, Gloo between CPUs; else as host), "
         "host (Gloo, through the machines' memory) or auto (memory on GPUs, group on CPUs)",
         choices=("auto", "memory", "group", "host"),
     )
-    migration_timeout: float = _knob(
+    migration_timeout: SomeSeconds = knob(
         10.0, "seconds for each answer of a migration's other end, and for each transfer"
     )
-    autoscale: bool = _knob(
+    autoscale: bool = knob(
         False,
         "while this node leads, add and remove instances in the cluster as the load asks for it",
         action=argparse.BooleanOptionalAction,
     )
-    autoscale_low: float = _knob(
+    autoscale_low: float = knob(
         10.0, "add instances below this mean freeness, in KV blocks a request"
     )
-    autoscale_high: float = _knob(
+    autoscale_high: float = knob(
         60.0, "remove one if the mean freeness is above this without it, in KV blocks a request"
     )
-    autoscale_period: float = _knob(
+    autoscale_period: Seconds = knob(
         10.0, "seconds for which the mean freeness must be out of this range"
     )
-    autoscale_cooldown: float = _knob(
+    autoscale_cooldown: Seconds = knob(
         30.0, "seconds after a change in which no other instance is added or removed"
     )
-    autoscale_min: int = _knob(1, "fewest instances in the cluster for --autoscale to go down to")
-    autoscale_max: int = _knob(16, "most instances in the cluster for --autoscale to go up to")
-    drain_timeout: float = _knob(60.0, "seconds that running requests get to end at SIGTERM")
-    max_requests: int = _knob(
+    autoscale_min: int = knob(1, "fewest instances in the cluster for --autoscale to go down to")
+    autoscale_max: int = knob(16, "most instances in the cluster for --autoscale to go up to")
+    drain_timeout: Seconds = knob(60.0, "seconds that running requests get to end at SIGTERM")
+    max_requests: Count = knob(
         2048, "requests open at this API server, running or waiting; beyond them: 429; 0: no limit"
     )
-    max_prompt_tokens: int = _knob(
+    max_prompt_tokens: Count = knob(
         0, "prompt tokens of the requests open at this API server; beyond them: 429; 0: no limit"
     )
-    send_timeout: float = _knob(
+    send_timeout: Seconds = knob(
         300.0, "seconds after which a client that reads nothing of its stream is cut off; 0: never"
     )
-    grammar_timeout: float = _knob(
+    grammar_timeout: SomeSeconds = knob(
         2.0,
         "seconds of CPU that a request's grammar or schema may take to compile, in a process of "
         "its own before an engine has it; beyond them: 400",
     )
-    max_body_bytes: int = _knob(
+    max_body_bytes: Count = knob(
         0,
         "largest request body, in bytes; beyond it: 413; 0: 4 MiB, or 26 MiB where prompts may "
         "hold images and sounds, or 16 bytes for each token of the model's context if that is more",
@@ -213,76 +213,54 @@ class Config(CallerConfig, ConnectionConfig):
     def _with_secrets(self) -> "Config":
         """This with the secrets that files have."""
         found: dict[str, Any] = {}
-        for knob in sorted(_secrets()):
-            option = f"--{knob.replace('_', '-')}"
-            if not (path := getattr(self, f"{knob}_file")):
+        for one in knobs():
+            if not one.metadata.get("secret") or not (path := getattr(self, f"{one.name}_file")):
                 continue
-            if getattr(self, knob):
-                raise ConfigError(f"{option} and {option}-file are two of one kind: give one")
+            if getattr(self, one.name):
+                name = option(one)
+                raise ConfigError(f"{name} and {name}-file are two of one kind: give one")
             try:
-                found[knob] = read_secret(f"{option}-file", path)
+                found[one.name] = read_secret(f"{option(one)}-file", path)
             except SecretError as error:
                 raise ConfigError(str(error)) from None
         return dataclasses.replace(self, **found)
 
     def check(self) -> None:
         """Raise ConfigError for the first knob whose value cannot work."""
-        for knob in ("cluster", "node"):
-            if not _NAME.fullmatch(getattr(self, knob)):
-                raise ConfigError(
-                    f"--{knob} must be letters, digits, '.', '_' and '-', not "
-                    f"{getattr(self, knob)!r}"
-                )
+        check_bounds(self)
         if not 0 <= self.initial_instances <= self.max_instances:
             raise ConfigError(
                 f"--initial-instances is {self.initial_instances}, but must lie between 0 and "
                 f"--max-instances, which is {self.max_instances}"
             )
-        for knob in (
-            *("lease_ttl", "start_timeout", "drain_timeout", "failover_timeout"),
-            *("hang_timeout", "step_timeout", "send_timeout"),
-        ):
-            if not math.isfinite(getattr(self, knob)):
-                raise ConfigError(
-                    f"--{knob.replace('_', '-')} is {getattr(self, knob)}, but must be a number "
-                    "of seconds"
-                )
-        if self.lease_ttl < 2:
-            raise ConfigError(f"--lease-ttl is {self.lease_ttl}, but etcd grants 2 seconds or more")
-        for knob in ("dispatch_top_k", "migration_max_stages", "migration_max_requests"):
-            if getattr(self, knob) < 1:
-                raise ConfigError(
-                    f"--{knob.replace('_', '-')} is {getattr(self, knob)}, but must be 1 or more"
-                )
-        for knob in (
-            *("migration_interval", "migration_timeout", "grammar_timeout"),
-            *("hang_timeout", "step_timeout", "etcd_timeout"),
-        ):
-            if not 0 < getattr(self, knob) < math.inf:
-                raise ConfigError(f"--{knob.replace('_', '-')} must be more than 0 seconds")
         if not self.migration_out_below <= self.migration_in_above:
             raise ConfigError(
                 "--migration-out-below must not be above --migration-in-above: requests would go "
                 "to and fro"
             )
-        for knob in (
-            *("drain_timeout", "failover_timeout", "start_timeout"),
-            *("max_body_bytes", "migration_max_blocks", "send_timeout"),
-            *("max_requests", "max_prompt_tokens"),
-            *("migration_last_stage_max_blocks", "migration_tail_tokens"),
-        ):
-            if getattr(self, knob) < 0:
-                raise ConfigError(f"--{knob.replace('_', '-')} must not be negative")
+        if self.open_admin and (self.admin_token or self.admin_address):
+            raise ConfigError(
+                "--open-admin lets everybody be an operator: it goes neither with --admin-token "
+                "nor with --admin-address"
+            )
         self._check_scaling()
-        self.check_connections()
-        self.check_callers()
-        self._check_addresses()
+        self._check_etcd()
+
+    def _check_etcd(self) -> None:
         if bool(self.etcd_cert) != bool(self.etcd_key):
             raise ConfigError("--etcd-cert and --etcd-key go together")
         if bool(self.etcd_user) != bool(self.etcd_password):
             raise ConfigError("--etcd-user and --etcd-password go together")
         if (self.etcd_user or self.etcd_ca or self.etcd_cert) and not self.etcd_endpoints:
             raise ConfigError("--etcd-user and --etcd-ca need --etcd-endpoints")
+        for endpoint in self.etcd_endpoints or ():
+            if endpoint.startswith("unix:///"):  # that of another node's embedded etcd
+                continue
+            if not is_address(re.sub("^https?://", "", endpoint).removesuffix("/")):
+                raise ConfigError(
+                    "--etcd-endpoints must be host:port, http://host:port, https://host:port or "
+                    f"unix:///path, not {endpoint!r}"
+                )
 
     def _check_scaling(self) -> None:
         if not 0 < self.autoscale_low <= self.autoscale_high < math.inf:
@@ -295,50 +273,28 @@ class Config(CallerConfig, ConnectionConfig):
                 "--autoscale-min must be 1 or more, and not above --autoscale-max, which is "
                 f"{self.autoscale_max}"
             )
-        for knob in ("autoscale_period", "autoscale_cooldown"):
-            if not 0 <= getattr(self, knob) < math.inf:
-                raise ConfigError(
-                    f"--{knob.replace('_', '-')} must be a number of seconds, and not negative"
-                )
-
-    def _check_addresses(self) -> None:
-        for endpoint in self.etcd_endpoints or ():
-            if endpoint.startswith("unix:///"):  # that of another node's embedded etcd
-                continue
-            if not is_address(re.sub("^https?://", "", endpoint).removesuffix("/")):
-                raise ConfigError(
-                    "--etcd-endpoints must be host:port, http://host:port, https://host:port or "
-                    f"unix:///path, not {endpoint!r}"
-                )
-        for knob in ("advertise_address", "admin_address"):
-            if (given := getattr(self, knob)) and not is_address(given):
-                raise ConfigError(
-                    f"--{knob.replace('_', '-')} must be host:port, with an IPv6 address in "
-                    f"brackets, not {given!r}"
-                )
 
 
 def knobs() -> list[dataclasses.Field[Any]]:
     """Every knob, in the order in which a reader meets them."""
-    # Which dataclasses put first.
-    inherited = {**CallerConfig.__annotations__, **ConnectionConfig.__annotations__}
-    return sorted(dataclasses.fields(Config), key=lambda knob: knob.name in inherited)
+    inherited = ServerOptions.__annotations__  # which dataclasses put first
+    return sorted(dataclasses.fields(Config), key=lambda one: one.name in inherited)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one option for each knob to a parser, in a group of their own."""
     group = parser.add_argument_group("llumnix", "One service out of many vLLM instances.")
-    for knob in knobs():
-        options = {k: v for k, v in knob.metadata.items() if k not in ("help", "secret")}
+    for one in knobs():
+        options = {k: v for k, v in one.metadata.items() if k not in ("help", "secret")}
         if "action" not in options:
-            options["type"] = type(knob.default) if knob.default is not None else str
-        if knob.metadata.get("secret"):
+            options["type"] = type(one.default) if one.default is not None else str
+        if one.metadata.get("secret"):
             options["type"] = secret  # which argparse would have a default of "" go through, too
-        default = "" if knob.default in (None, "") else " (default: %(default)s)"
+        default = "" if one.default in (None, "") else " (default: %(default)s)"
         group.add_argument(
-            f"--{knob.name.replace('_', '-')}",
-            default=None if knob.metadata.get("secret") else knob.default,
-            help=knob.metadata["help"] + default,
+            option(one),
+            default=None if one.metadata.get("secret") else one.default,
+            help=one.metadata["help"] + default,
             **options,
         )
 

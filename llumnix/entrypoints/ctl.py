@@ -13,8 +13,7 @@ from urllib.request import Request, urlopen
 
 import orjson
 
-from llumnix.operator_tokens import find_token
-from llumnix.secrecy import SecretError
+from llumnix.secrecy import SecretError, find_token
 
 SECONDS = 150.0  # longer than the longest migration
 DRAIN_SECONDS = 600.0  # that a drain is watched for, unless --wait says

@@ -16,6 +16,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from llumnix import __version__
 from llumnix.addresses import parts
 from llumnix.cluster import ClusterView, NodeInfo
 from llumnix.config import Config
@@ -41,7 +42,6 @@ from llumnix.control.tokens import (
 )
 from llumnix.engine.vllm.kv_blocks import Rendezvous
 from llumnix.migration.record import Handshake, MigrationRecord
-from llumnix.version import VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class ControlPlane:
         self._me = NodeInfo(
             id=config.node,
             address=config.advertise_address,
-            version=VERSION,
+            version=__version__,
             epoch=time.time_ns() // 1000,
             max_instances=config.max_instances,
             initial_instances=config.initial_instances,

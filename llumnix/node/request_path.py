@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from llumnix import __version__
 from llumnix.actors.dispatcher import Dispatching
 from llumnix.actors.supervisor import NodeActor
 from llumnix.cluster import ClusterView, NodeId
@@ -32,7 +33,6 @@ from llumnix.server.request_ids import give_request_id
 from llumnix.server.request_routes import Moves
 from llumnix.server.routes import RouteTable
 from llumnix.server.status_routes import Admin, Standing
-from llumnix.version import VERSION
 
 
 class RequestPath:
@@ -55,7 +55,7 @@ class RequestPath:
         self._acting = acting
         self._standing = standing
         self.dispatching = Dispatching(self._view, lambda: acting.dispatch)
-        me = Self(config.node, config.advertise_address, VERSION)
+        me = Self(config.node, config.advertise_address, __version__)
         ssl = Listener.client_ssl(options.arguments)
         self.peers = Peers(me, control.token, self._address_of, ssl)
         self.exchange = Exchange(config.node, self.peers)

@@ -26,7 +26,7 @@ from llumnix.node.options import NodeOptions
 from llumnix.node.policies import read_policies
 from llumnix.node.request_path import RequestPath
 from llumnix.node.shutdown import Shutdown
-from llumnix.operator_tokens import write_token
+from llumnix.secrecy import write_token
 from llumnix.server.access import AccessRules
 from llumnix.server.guard import Guard
 from llumnix.server.status_routes import Admin, Standing

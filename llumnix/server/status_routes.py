@@ -9,8 +9,8 @@ import orjson
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from llumnix import __version__
 from llumnix.cluster import ClusterView, NodeId
-from llumnix.version import VERSION
 
 
 @dataclass
@@ -88,7 +88,7 @@ def describe(node: NodeId, view: ClusterView, age: float) -> dict[str, Any]:
     """The view of the cluster as plain data."""
     return {
         "node": node,
-        "version": VERSION,
+        "version": __version__,
         "leader": view.leader,
         "leader_epoch": view.leader_epoch,
         "revision": view.revision,

@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 import orjson
 
+from llumnix import __version__
 from llumnix.simulator.errors import SimConfigError
 from llumnix.simulator.result import Hop, Result, Sample, Story
 from llumnix.simulator.summary import Summary
-from llumnix.version import VERSION
 
 FORMAT = 1
 _DECIMALS = 6
@@ -65,7 +65,7 @@ def encode(
     columns = zip(*result.samples, strict=True) if result.samples else [()] * len(Sample._fields)
     record = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": __version__,
         "seed": seed,
         "too_long": too_long,
         "summary": summary,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llumnix.entrypoints import ctl
-from llumnix.operator_tokens import token_file
+from llumnix.secrecy import token_file
 from tests.kit.etcd import EtcdCluster
 from tests.kit.node import Answer, Node, Nodes
 from tests.kit.wait import eventually

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from llumnix.entrypoints import ctl
-from llumnix.operator_tokens import find_token, token_file, write_token
-from llumnix.secrecy import SecretError
+from llumnix.secrecy import SecretError, find_token, token_file, write_token
 
 
 class Scripted(ctl.Cluster):

@@ -1,0 +1,61 @@
+"""The knobs of a node's HTTP server: who may call it, and what its connections may take."""
+
+import argparse
+from dataclasses import dataclass
+
+from llumnix.knob import Address, Count, Seconds, SomeSeconds, knob
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """Who may call a node, beside vLLM's --api-key, and what its clients may take."""
+
+    max_connections: Count = knob(
+        0,
+        "connections open at this node; beyond them those without a request give way, and then new "
+        "ones get 503, but probes and nodes have places of their own; 0: what descriptors allow",
+    )
+    header_timeout: SomeSeconds = knob(
+        10.0, "seconds within which the head of a request must be there, from its first byte"
+    )
+    body_timeout: SomeSeconds = knob(
+        60.0, "seconds within which the body of a request must be there"
+    )
+    idle_timeout: Seconds = knob(
+        0.0,
+        "seconds after which a connection without a request is closed; 0: as "
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE says, and 75 without it, longer than proxies keep theirs",
+    )
+    body_budget: Count = knob(
+        512 * 2**20,
+        "bytes of all request bodies that are being read or answered at a time, not counting the "
+        "first 64 KiB of each; beyond them: 429; 0: no limit",
+    )
+    api_key_file: str = knob(
+        "",
+        "file with the keys of clients, name:key in each line, beside those of --api-key; read "
+        "again when it changes",
+    )
+    admin_token: str = knob(
+        "",
+        "secret that operators show (default: generated if clients need a key, kept in etcd, and "
+        "written to a file in --state-dir)",
+        secret=True,
+    )
+    admin_token_file: str = knob("", "file with the secret that operators show")
+    admin_address: Address = knob(
+        "",
+        "host:port at which alone operators' routes answer, to anybody who reaches it unless there "
+        "is an --admin-token",
+    )
+    open_admin: bool = knob(
+        False,
+        "let everybody who reaches this node be an operator: drain it, reset it, see all requests",
+        action=argparse.BooleanOptionalAction,
+    )
+    public_metrics: bool = knob(
+        False, "let everybody read /metrics", action=argparse.BooleanOptionalAction
+    )
+    public_status: bool = knob(
+        False, "let everybody read /status", action=argparse.BooleanOptionalAction
+    )
