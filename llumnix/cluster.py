@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
@@ -16,8 +16,9 @@ NodeId = str
 InstanceId = str
 Count = Annotated[int, msgspec.Meta(ge=0)]  # which is checked where it comes from etcd
 
-_EMPTY: Mapping[str, int] = MappingProxyType({})
-_NO_PRIORITY: Mapping[int, int] = MappingProxyType({})
+
+def _nothing() -> Mapping[Any, Any]:
+    return MappingProxyType({})
 
 
 def kv_blocks(tokens: int, block_size: int) -> int:
@@ -46,9 +47,7 @@ class NodeInfo:
     version: str
     epoch: Count
     max_instances: Count = 0  # most that it runs, whatever is desired there; 0: not known
-    initial_instances: Count = (
-        0  # that it runs while no number is desired there; 0: none, or unknown
-    )
+    initial_instances: Count = 0  # as long as no number is desired there; 0: none, or unknown
     token_mark: str = ""  # shows which token it has out of etcd; empty if it was given one
 
 
@@ -84,8 +83,8 @@ class InstanceLoad:
     preempted: Count = 0  # of the queued requests those that have run before
     preemptions: Count = 0  # since the instance started
     # How many requests it has of each priority (vLLM's numbers) but 0, running and queued.
-    priorities: Mapping[int, Count] = field(default_factory=lambda: _NO_PRIORITY)
-    received: Mapping[NodeId, Count] = field(default_factory=lambda: _EMPTY)
+    priorities: Mapping[int, Count] = field(default_factory=_nothing)
+    received: Mapping[NodeId, Count] = field(default_factory=_nothing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +92,12 @@ class ClusterView:
     """One consistent snapshot of the cluster, as the registry last saw it."""
 
     revision: int = 0  # etcd revision up to which this view is complete
-    nodes: Mapping[NodeId, NodeInfo] = field(default_factory=lambda: MappingProxyType({}))
-    instances: Mapping[InstanceId, InstanceInfo] = field(
-        default_factory=lambda: MappingProxyType({})
-    )
-    loads: Mapping[InstanceId, InstanceLoad] = field(default_factory=lambda: MappingProxyType({}))
-    desired: Mapping[NodeId, int] = field(default_factory=lambda: _EMPTY)
+    nodes: Mapping[NodeId, NodeInfo] = field(default_factory=_nothing)
+    instances: Mapping[InstanceId, InstanceInfo] = field(default_factory=_nothing)
+    loads: Mapping[InstanceId, InstanceLoad] = field(default_factory=_nothing)
+    desired: Mapping[NodeId, int] = field(default_factory=_nothing)
     # Which instance is to go first from a node, where desired/<node> names one.
-    without: Mapping[NodeId, InstanceId] = field(default_factory=lambda: MappingProxyType({}))
+    without: Mapping[NodeId, InstanceId] = field(default_factory=_nothing)
     draining: frozenset[str] = frozenset()  # nodes and instances under drain/
     leader: NodeId | None = None
     leader_epoch: int = 0

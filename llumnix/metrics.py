@@ -3,6 +3,7 @@
 Nothing is counted on the path of a token: a scrape reads what the objects keep anyway.
 """
 
+import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -91,18 +92,10 @@ class NodeCollector(Collector):
 
 def _of_cluster(now: Snapshot) -> Iterator[Metric]:
     yield GaugeMetricFamily("llumnix_nodes", "Nodes in the cluster", len(now.view.nodes))
-    states: dict[str, int] = {}
-    for instance in now.view.instances.values():
-        states[instance.state] = states.get(instance.state, 0) + 1
-    instances = GaugeMetricFamily("llumnix_instances", "Instances in the cluster", labels=["state"])
-    for state, number in states.items():
-        instances.add_metric([state], number)
-    yield instances
+    states = collections.Counter(str(i.state) for i in now.view.instances.values())
+    yield _gauge("llumnix_instances", "Instances in the cluster", "state", states)
     text = "Instances that are to run on a node, where a number is desired in etcd"
-    desired = GaugeMetricFamily("llumnix_desired_instances", text, labels=["node"])
-    for node, number in now.view.desired.items():
-        desired.add_metric([node], number)
-    yield desired
+    yield _gauge("llumnix_desired_instances", text, "node", now.view.desired)
     text = "KV blocks free for each request of the cluster, which --autoscale goes by"
     yield GaugeMetricFamily("llumnix_mean_freeness", text, now.mean_freeness)
     leads = float(now.view.leader == now.node)
@@ -114,19 +107,16 @@ def _of_cluster(now: Snapshot) -> Iterator[Metric]:
     yield GaugeMetricFamily("llumnix_open_requests", "In this node's ledger", now.open_requests)
 
 
-def _of_instances(loads: Iterable[InstanceLoad]) -> Iterator[Metric]:
+def _of_instances(loads: tuple[InstanceLoad, ...]) -> Iterator[Metric]:
     fields = {
         "running": "Requests in the batch",
         "waiting": "Requests queued",
         "used_blocks": "KV blocks held by running requests",
         "waiting_blocks": "KV blocks asked for by queued requests",
     }
-    loads = tuple(loads)
     for name, text in fields.items():
-        gauge = GaugeMetricFamily(f"llumnix_instance_{name}", text, labels=["instance"])
-        for load in loads:
-            gauge.add_metric([load.instance], getattr(load, name))
-        yield gauge
+        values = {load.instance: getattr(load, name) for load in loads}
+        yield _gauge(f"llumnix_instance_{name}", text, "instance", values)
     preempted = {load.instance: load.preemptions for load in loads}
     yield _counter("llumnix_preemptions", "Requests preempted", "instance", preempted)
 
@@ -143,6 +133,13 @@ def _of_classes(loads: Iterable[InstanceLoad], names: Mapping[int, str]) -> Metr
         for name, count in counts.items():
             gauge.add_metric([load.instance, name], count)
     return gauge
+
+
+def _gauge(name: str, text: str, label: str, values: Mapping[str, int]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, text, labels=[label])
+    for value, number in values.items():
+        family.add_metric([value], number)
+    return family
 
 
 def _counter(name: str, text: str, label: str, values: Mapping[str, int]) -> CounterMetricFamily:

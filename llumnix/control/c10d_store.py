@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 from torch.distributed import DistStoreError, Store
 
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 class EtcdStore(Store):  # type: ignore[misc]  # torch's types are not followed
     """The keys under `prefix`, which ends in "/" and is new for each attempt to make a group.
 
-    All arguments can be JSON; those of the connection are as for `Etcd`. Whatever waits for a key
+    All arguments can be JSON; `credentials` are as for `Etcd`. Whatever waits for a key
     gives up after `timeout` seconds (or those of `set_timeout`), a few seconds later if etcd does
     not answer either. Every failure is a DistStoreError with one sentence, which torch's C++ code
     hands on to whoever makes the group.
@@ -41,17 +42,13 @@ class EtcdStore(Store):  # type: ignore[misc]  # torch's types are not followed
         endpoints: Sequence[str],
         prefix: str,
         *,
-        user: str | None = None,
-        password: str | None = None,
-        ca: str | None = None,
-        cert: str | None = None,
-        key: str | None = None,
         timeout: float = 30.0,
         lease_ttl: float = 60.0,
+        **credentials: Any,
     ) -> None:
         super().__init__()
         self.set_timeout(timedelta(seconds=timeout))
-        self._etcd = Etcd(endpoints, user=user, password=password, ca=ca, cert=cert, key=key)
+        self._etcd = Etcd(endpoints, **credentials)
         self._prefix = prefix
         self._ttl = lease_ttl
         self._lock = threading.Lock()

@@ -16,9 +16,8 @@ from llumnix.control.etcd.heartbeat import Pulse
 from llumnix.control.etcd.session import Session
 from llumnix.control.etcd.types import KeyValue
 from llumnix.control.etcd.watch import PrefixWatch
-from llumnix.control.grace_period import Grace
 from llumnix.control.keys import Keys, Kind
-from llumnix.control.view import ViewBuilder, changes
+from llumnix.control.view import Grace, ViewBuilder, changes
 
 logger = logging.getLogger(__name__)
 

@@ -1,11 +1,11 @@
 """A node's actors: started with what each must know, kept alive, told of each view."""
 
 import asyncio
+from collections.abc import Callable
 
 from llumnix.actors.dispatcher import DispatcherActor
 from llumnix.actors.instance import Report
-from llumnix.actors.manager import ManagerActor, Scaling
-from llumnix.actors.rescheduling import Rescheduling
+from llumnix.actors.manager import ManagerActor, Rescheduling, Scaling
 from llumnix.actors.supervision import Supervised, Supervision
 from llumnix.actors.supervisor import NodeActor, Roster, Surroundings
 from llumnix.cluster import ClusterView
@@ -17,7 +17,7 @@ from llumnix.migration.record import MigrationRecord
 from llumnix.migration.service import Migrations
 from llumnix.migration.source import Limits
 from llumnix.node.control_plane import ControlPlane
-from llumnix.node.policies import Policies, no_pairs
+from llumnix.node.options import Policies, no_pairs
 from llumnix.policy.scaling import ScalingTerms
 
 LOOK_AFTER_SECONDS = 1.0  # between looks at the instances' actors
@@ -26,7 +26,7 @@ LOOK_AFTER_SECONDS = 1.0  # between looks at the instances' actors
 class Acting:
     """The actors, and what carries out their decisions on the loop. What they know outlives them.
 
-    `start` makes all that is public here.
+    `start` makes all else that is public here.
     """
 
     dispatch: Supervised[DispatcherActor]
@@ -40,20 +40,21 @@ class Acting:
         config: Config,
         policies: Policies,
         loop: asyncio.AbstractEventLoop,
-        supervision: Supervision,
         control: ControlPlane,
+        give_up: Callable[[str], None],
     ) -> None:
+        """`give_up`: called with a sentence when this node has to end, as actors keep dying."""
         self._config = config
         self._policies = policies
         self._loop = loop
-        self._supervision = supervision
+        self.supervision = Supervision(loop, give_up)
         self._control = control
         self._going = False  # while there are actors to tell of a new view
         self._admits: Supervised[MigrationActor] | None = None
 
     def start(self, model: str, exchange: Exchange, around: Surroundings) -> None:
         """Start the actors, which wait for what they are told."""
-        config, keep = self._config, self._supervision.keep
+        config, keep = self._config, self.supervision.keep
         policies = self._policies
         self.dispatch = keep(
             lambda: DispatcherActor.start(
@@ -62,7 +63,7 @@ class Acting:
                 top_k=config.dispatch_top_k,
                 terms=policies.terms,
             ),
-            lambda actor: actor.tell(DispatcherActor.update_view, self._view()),
+            lambda actor: actor.tell(DispatcherActor.update_view, self._control.view()),
         )
         roster = Roster(initial=config.initial_instances)
         self.supervise = keep(
@@ -79,7 +80,7 @@ class Acting:
         books, limits = Books(), (config.migration_max_requests, config.migration_max_blocks)
         admits = keep(lambda: MigrationActor.start(self._control.handshake, *limits, books))
         self._admits = admits
-        self.migrations = Migrations(exchange, admits, self._view, self._rules())
+        self.migrations = Migrations(exchange, admits, self._control.view, self._rules())
         self.rescheduling = Rescheduling(
             self._loop,
             self.migrations.carry_out,
@@ -97,7 +98,7 @@ class Acting:
                 scaling=self._scaling() if config.autoscale else None,
                 pace=policies.pace,
             ),
-            lambda actor: actor.tell(ManagerActor.update_view, self._view()),
+            lambda actor: actor.tell(ManagerActor.update_view, self._control.view()),
         )
         self._going = True
         self._look_after()
@@ -105,7 +106,7 @@ class Acting:
     def stop(self) -> None:
         """Stop the actors."""
         self._going = False
-        self._supervision.stop()
+        self.supervision.stop()
 
     def lead(self) -> None:
         """Have the manager act from now on, whenever this node leads, if it is to do anything."""
@@ -134,9 +135,6 @@ class Acting:
         if self._going:
             self.supervise.notify(NodeActor.look_after)
             self._loop.call_later(LOOK_AFTER_SECONDS, self._look_after)
-
-    def _view(self) -> ClusterView:
-        return self._control.registry.view
 
     def _rules(self) -> Rules:
         config = self._config

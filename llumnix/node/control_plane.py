@@ -167,7 +167,7 @@ class ControlPlane:
 
     def _marks(self) -> list[str]:
         """Of the tokens that the other nodes have."""
-        nodes = self.registry.view.nodes.values()
+        nodes = self.view().nodes.values()
         return [node.token_mark for node in nodes if node.id != self._config.node]
 
     def admin_token(self) -> str:
@@ -201,6 +201,10 @@ class ControlPlane:
         token = None if self._config.cluster_token else self.token
         self._sentinel = Sentinel(self._keys, self._me, revision, token, self.alarms)
         self.election.start()
+
+    def view(self) -> ClusterView:
+        """The cluster as this node sees it now."""
+        return self.registry.view
 
     def standstill(self) -> str:
         """One sentence that names what of the control loop hangs or has died; empty if nothing."""

@@ -40,7 +40,7 @@ class Observation:
 
     def view_and_age(self) -> tuple[ClusterView, float]:
         """The cluster as this node sees it, and for how many seconds it has."""
-        return self._control.registry.view, self._control.registry.age
+        return self._control.view(), self._control.registry.age
 
     def scraped(self) -> Snapshot:
         """The facts for the metrics; called on the thread that writes them."""

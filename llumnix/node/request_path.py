@@ -5,7 +5,7 @@ from collections.abc import Callable
 from llumnix import __version__
 from llumnix.actors.dispatcher import Dispatching
 from llumnix.actors.supervisor import NodeActor
-from llumnix.cluster import ClusterView, NodeId
+from llumnix.cluster import NodeId
 from llumnix.dataplane.client import ClusterClient
 from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.peer import PATH, Peers, Self
@@ -54,7 +54,7 @@ class RequestPath:
         self._control = control
         self._acting = acting
         self._standing = standing
-        self.dispatching = Dispatching(self._view, lambda: acting.dispatch)
+        self.dispatching = Dispatching(control.view, lambda: acting.dispatch)
         me = Self(config.node, config.advertise_address, __version__)
         ssl = Listener.client_ssl(options.arguments)
         self.peers = Peers(me, control.token, self._address_of, ssl)
@@ -75,7 +75,7 @@ class RequestPath:
             options.vllm,
             self.client,
             self.exchange.hosted,
-            self._view,
+            control.view,
             on_try=lambda: acting.supervise.notify(NodeActor.announce_all),
             on_open=on_open,
         )
@@ -127,9 +127,6 @@ class RequestPath:
         here = {t.request_id for h in self.exchange.hosted.values() for t in h.tenants}
         return sorted(here | set(self.client.ledger))
 
-    def _view(self) -> ClusterView:
-        return self._control.registry.view
-
     def _address_of(self, node: NodeId) -> str | None:
-        info = self._view().nodes.get(node)
+        info = self._control.view().nodes.get(node)
         return info.address if info else None

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from prometheus_client import REGISTRY
 from vllm.config import VllmConfig
 
-from llumnix.actors.supervision import Supervision
 from llumnix.actors.supervisor import NodeActor, Surroundings
 from llumnix.cluster import ClusterView
 from llumnix.config import Config
@@ -22,8 +21,7 @@ from llumnix.node.control_plane import ControlPlane
 from llumnix.node.engines import engine_maker
 from llumnix.node.hosting import Hosting
 from llumnix.node.observation import Observation
-from llumnix.node.options import NodeOptions
-from llumnix.node.policies import read_policies
+from llumnix.node.options import NodeOptions, read_policies
 from llumnix.node.request_path import RequestPath
 from llumnix.node.shutdown import Shutdown
 from llumnix.secrecy import write_token
@@ -69,7 +67,9 @@ class Node:
         """
         self._loop = asyncio.get_running_loop()
         ends = self._ends
-        self._make_actor_system()
+        self._acting = Acting(
+            *(self._config, self._policies, self._loop, self._control, self._on_giving_up)
+        )
         ends.push_async_callback(asyncio.to_thread, self._control.close)
         await asyncio.to_thread(self._control.open, self._on_view, self._acting.sweep)
         made = await asyncio.to_thread(self._token) if self._rules.needs_token else ""
@@ -88,8 +88,10 @@ class Node:
         ends.callback(REGISTRY.unregister, collector)
         await asyncio.to_thread(self._control.join)
         self._serving = True
-        self._on_view(self._view)
-        desired = self._view.desired.get(self._config.node, self._config.initial_instances)
+        self._on_view(self._control.view())
+        desired = self._control.view().desired.get(
+            self._config.node, self._config.initial_instances
+        )
         self._acting.supervise.tell(NodeActor.want, desired)
         self._acting.lead()
 
@@ -103,23 +105,15 @@ class Node:
                 self._control.retire()  # another node's manager is to empty this one
                 within = self._config.drain_timeout
                 deadline = self._loop.time() + within
-                await self._shutdown.reach(self._view.nodes.keys() - {self._config.node}, within)
+                await self._shutdown.reach(
+                    self._control.view().nodes.keys() - {self._config.node}, within
+                )
                 await self._listener.refuse_new()
                 await self._shutdown.drain(deadline)
         finally:
             await self._ends.aclose()
 
     # ---- the steps of a start ----
-
-    def _make_actor_system(self) -> None:
-        self._supervision = Supervision(self._loop, self._on_giving_up)
-        self._acting = Acting(
-            config=self._config,
-            policies=self._policies,
-            loop=self._loop,
-            supervision=self._supervision,
-            control=self._control,
-        )
 
     def _token(self) -> str:
         """The cluster's own token for operators, left in a file for them."""
@@ -140,7 +134,7 @@ class Node:
             on_open=self._opened,
         )
         self._observation = Observation(
-            self._config.node, classes, self._control, self._supervision, path
+            self._config.node, classes, self._control, self._acting.supervision, path
         )
         admin = Admin(
             self._config.node,
@@ -173,10 +167,6 @@ class Node:
 
     # ---- what it hears ----
 
-    @property
-    def _view(self) -> ClusterView:
-        return self._control.registry.view
-
     def _on_view(self, view: ClusterView) -> None:
         """A new view of the cluster; called on the registry's thread."""
         if self._acting.see(view):
@@ -204,4 +194,4 @@ class Node:
 
     def _give_up(self, sentence: str) -> None:
         """The supervisor of the instances, on its thread, has no hope for this node."""
-        self._loop.call_soon_threadsafe(self._supervision.give_up, sentence)
+        self._loop.call_soon_threadsafe(self._acting.supervision.give_up, sentence)

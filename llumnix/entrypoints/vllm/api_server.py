@@ -74,7 +74,7 @@ def _modelled(argv: list[str]) -> bool:
 def _check_policies(parser: "argparse.ArgumentParser", config: "Config") -> None:
     """See, before a model is looked at, that all policies are known; else end with status 2."""
     from llumnix.config import ConfigError
-    from llumnix.node.policies import read_policies
+    from llumnix.node.options import read_policies
 
     try:
         read_policies(config)

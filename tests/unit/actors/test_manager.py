@@ -82,7 +82,7 @@ def led(caplog: pytest.LogCaptureFixture) -> Led:
 
 def test_a_decision_is_a_command_and_a_sentence(led: Led, caplog: pytest.LogCaptureFixture) -> None:
     led.ticks()
-    assert led.commands == [MoveCommand(17, A, "node-a", B, "node-b", "balance")]
+    assert led.commands == [MoveCommand(17, A, "node-a", B, "balance")]
     assert caplog.messages == [
         "epoch 17: moves a request from node-a-0 (freeness 2.1) to node-b-0 (freeness 90.0)"
     ]

@@ -5,8 +5,7 @@ import threading
 
 import pytest
 
-from llumnix.actors.manager import MoveCommand, Outcome
-from llumnix.actors.rescheduling import Rescheduling
+from llumnix.actors.manager import MoveCommand, Outcome, Rescheduling
 from llumnix.control.desired import Wish
 from llumnix.control.etcd.errors import EtcdRefused, EtcdUnavailable
 from tests.kit.wait import eventually

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llumnix.config import ConfigError
-from llumnix.node.policies import read_classes
+from llumnix.node.options import read_classes
 from llumnix.policy.classes import NO_CLASSES, PriorityClass
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
