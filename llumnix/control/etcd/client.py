@@ -214,18 +214,20 @@ class Etcd:
 
     def _authorised(self, member: Member, method: str, request: Any, timeout: float) -> Any:
         deadline = time.monotonic() + timeout
+
+        def left() -> float:
+            return max(0.01, deadline - time.monotonic())
+
         if self._user is not None and (self._doubtful or not self._token):
             self._authenticate(member, timeout)
         try:
-            left = max(0.01, deadline - time.monotonic())
-            return member.call(method, request, left, self._token)
+            return member.call(method, request, left(), self._token)
         except TokenExpired as error:
             if self._user is None:
                 raise EtcdRefused(f"etcd wants a user and a password: {error}") from None
-        self._authenticate(member, max(0.01, deadline - time.monotonic()))
+        self._authenticate(member, left())
         try:
-            left = max(0.01, deadline - time.monotonic())
-            return member.call(method, request, left, self._token)
+            return member.call(method, request, left(), self._token)
         except TokenExpired as error:
             raise EtcdRefused(f"etcd does not accept its own token: {error}") from None
 

@@ -51,17 +51,12 @@ class EmbeddedEtcd:
         self._dir = Path(data_dir).absolute()
         self._sockets = self._dir
         self._binary = binary
-        self._endpoints: tuple[str, ...] = ()
+        self.endpoints: tuple[str, ...] = ()  # to give to `Etcd`; empty while it doesn't run
         self._lock_file: IO[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._launching = threading.Lock()
         self._stopping = threading.Event()
         self._keeper: threading.Thread | None = None
-
-    @property
-    def endpoints(self) -> tuple[str, ...]:
-        """What to give to `Etcd`; empty while it doesn't run."""
-        return self._endpoints
 
     @property
     def pid(self) -> int | None:
@@ -82,14 +77,14 @@ class EmbeddedEtcd:
         except EmbeddedEtcdError:
             self.stop()
             raise
-        self._endpoints = (client,)
+        self.endpoints = (client,)
         logger.info("An embedded etcd answers this user alone, at %s.", client)
 
     def stop(self, within: float = 5.0) -> None:
         """End etcd: ask it to, and kill it if it is still there after `within` seconds."""
         with self._launching:
             self._stopping.set()
-            self._endpoints = ()
+            self.endpoints = ()
             process, self._process = self._process, None
         if process is not None:
             process.terminate()
@@ -164,7 +159,7 @@ class EmbeddedEtcd:
             code = process.wait()
             if time.monotonic() - began > CALM:
                 backoff.reset()
-            if not self._endpoints:  # it has been stopped, or has never answered
+            if not self.endpoints:  # it has been stopped, or has never answered
                 return
             sentence = "The embedded etcd ended by itself (code %d) and is started again: %s"
             logger.error(sentence, code, self._last_line())
