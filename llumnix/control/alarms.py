@@ -64,7 +64,10 @@ class Alarms:
 
 
 class Sentinel:
-    """Raises the alarm where others write them; the session repairs them. For one thread."""
+    """Raises the alarm where another process writes this node's own entry, or the token.
+
+    The session repairs them. For one thread.
+    """
 
     def __init__(
         self, keys: Keys, me: NodeInfo, since: int, token: str | None, alarms: Alarms
