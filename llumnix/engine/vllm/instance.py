@@ -268,6 +268,7 @@ class VllmEngine:
         # that dies between here and that message, which follows READY at once, would stop the
         # node's loop for VLLM_ENGINE_READY_TIMEOUT_S.
         self._check_running()
+        self._config.cache_config.num_gpu_blocks = None  # an engine's are added to what it says
         self._client = _Client(
             self._config,
             Executor.get_class(self._config),
@@ -279,6 +280,8 @@ class VllmEngine:
         )
         self._client.on_outputs = self._on_outputs
         tasks = await self._while_it_runs(self._client.get_supported_tasks_async())
+        if "generate" in tasks:
+            await self._while_it_runs(self._client.call_utility_async("compile_ahead"))
         cache = self._config.cache_config
         return EngineFacts(
             total_blocks=cache.num_gpu_blocks or 0,

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import connection, forkserver
@@ -18,10 +19,10 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from llumnix.engine.vllm import plugin
+from llumnix.engine.vllm import compiled_code, plugin
 from llumnix.engine.vllm.engine_log import last_error, open_log, rotate
 from llumnix.engine.vllm.parent_death import PARENT, end_with_node
-from llumnix.engine.vllm.socket_folder import hold_sockets
+from llumnix.engine.vllm.socket_folder import hold_sockets, scratch
 
 logger = logging.getLogger(__name__)
 
@@ -56,17 +57,32 @@ def start_fork_server() -> ForkServerContext:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
+    compiled_code.place()
     _keeper.submit(_run_fork_server).result()
     return context
 
 
 def _run_fork_server() -> None:
     hold_sockets()
-    os.environ[PARENT] = str(os.getpid())
-    try:
+    # Whatever PyTorch, vLLM and their compilers put into the temporary folder by a name that can be
+    # guessed, and load from there as code, is in a folder that nobody else can have made.
+    with _environment({PARENT: str(os.getpid()), "TMPDIR": str(scratch())}):
         forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """These variables, for what is started meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
     finally:
-        del os.environ[PARENT]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 class EngineProcess:
@@ -164,6 +180,7 @@ def _engine_core(log_file: str, placement: Placement, kwargs: dict[str, Any]) ->
 
     # Workers that are forked have it from here; vLLM loads it itself in those that are spawned.
     plugin.register()
+    compiled_code.compile_nothing_if_eager(kwargs["vllm_config"])
     EngineCoreProc.run_engine_core(**kwargs)
 
 

@@ -4,8 +4,8 @@ Model runner V1 takes every new request to be without outputs. While it takes ov
 requests, those that brought some get them: penalties, min_tokens and bad words then see outputs as
 outputs, and a seeded generator stands where the last token left it (see `seeds`).
 
-The engine core gets one more utility, `migration`, and a SIGTERM to it loses no request. All are
-seams without a plug-in: see `compat`.
+The engine core gets the utilities `migration` and `compile_ahead`, and a SIGTERM to it loses no
+request. All are seams without a plug-in: see `compat`.
 """
 
 import functools
@@ -21,12 +21,14 @@ def register() -> None:
     if VARIABLE not in os.environ:
         return
     from llumnix.engine.vllm import compat
+    from llumnix.engine.vllm.compiled_code import compile_ahead
     from llumnix.engine.vllm.migration_utility import migration
     from llumnix.engine.vllm.parent_death import end_with_parent
 
     if multiprocessing.parent_process() is not None:
         end_with_parent()  # workers that are spawned; those that are forked have done it
     compat.add_utility("migration", migration)
+    compat.add_utility("compile_ahead", compile_ahead)
     compat.around_update_states(_taking_outputs)
     compat.lose_no_request_at_shutdown()
 

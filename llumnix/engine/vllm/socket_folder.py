@@ -54,6 +54,16 @@ def hold_sockets() -> None:
     multiprocessing.current_process()._config["tempdir"] = str(scratch())  # type: ignore[attr-defined]
 
 
+def is_private(folder: Path) -> bool:
+    """Whether it is a folder of this user's that nobody else may write."""
+    try:
+        status = folder.lstat()
+    except OSError:
+        return False
+    mine = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    return mine and not status.st_mode & 0o022
+
+
 class _Descriptor:
     """An open folder."""
 
@@ -69,9 +79,7 @@ def _home() -> Path | None:
     home = Path(tempfile.gettempdir()) / f"{PREFIX}{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         home.mkdir(mode=0o700)
-    status = home.lstat()
-    private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
-    if private and status.st_uid == os.getuid():
+    if is_private(home) and not home.lstat().st_mode & 0o077:
         return home
     logger.warning("%s is not this user's alone, so it is not used", home)
     return None

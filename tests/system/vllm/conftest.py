@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from openai import OpenAI
@@ -30,6 +31,12 @@ START = 600.0  # seconds that a first instance may take on a small machine
 
 
 @pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where PyTorch would put what it compiles while the node below serves."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="session")
 def real(
     tmp_path_factory: pytest.TempPathFactory, etcd_member: EtcdCluster, model: str
 ) -> Iterator[Nodes]:
@@ -40,10 +47,11 @@ def real(
 
 
 @pytest.fixture(scope="session")
-def whole(real: Nodes) -> Node:
+def whole(real: Nodes, compiled: Path) -> Node:
     """The node with two instances."""
     options = (*OPTIONS, "--initial-instances", "2")
-    node = real.start("a", *options, engine="vllm", environment=ENVIRONMENT)
+    environment = ENVIRONMENT | {"TORCHINDUCTOR_CACHE_DIR": str(compiled)}
+    node = real.start("a", *options, engine="vllm", environment=environment)
     node.ready(START)
     eventually(lambda: node.instances() == ["a-0", "a-1"], within=START, every=0.2)
     return node

@@ -56,11 +56,16 @@ def _engines(node: Node) -> list[int]:
     return found
 
 
+def _blocks(node: Node) -> set[int]:
+    """How many KV blocks the instances have, each."""
+    return {one["total_blocks"] for one in node.status["instances"]}
+
+
 def test_a_killed_engine(node: Node) -> None:
     """New requests are served by the other; the instance comes back; the log says why."""
     engines = _engines(node)
     assert len(engines) == 2
-    before = len(node.said)
+    before, blocks = len(node.said), _blocks(node)
     os.kill(engines[0], signal.SIGKILL)
     for n in range(4):
         assert node.post(COMPLETIONS, completion(prompt=f"{n}, ")).status == 200
@@ -72,6 +77,14 @@ def test_a_killed_engine(node: Node) -> None:
     eventually(lambda: len(node.instances()) == 1)
     eventually(lambda: len(node.instances()) == 2, within=START, every=0.1)
     assert node.get("/livez").status == 200
+    assert _blocks(node) == blocks and len(blocks) == 1, "what it had before is not counted twice"
+
+
+def test_nothing_is_compiled_while_an_eager_engine_serves(node: Node, compiled: Path) -> None:
+    """An engine stands for many seconds while a compiler runs, and dies if it can't."""
+    for body in completion(logprobs=2), completion(logprobs=1, echo=True, temperature=1.0):
+        assert node.post(COMPLETIONS, body).status == 200
+    assert not any(compiled.iterdir())
 
 
 def test_a_killed_engine_with_requests(node: Node) -> None:

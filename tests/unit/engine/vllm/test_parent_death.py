@@ -22,13 +22,25 @@ print(scratch(), flush=True)
 sys.stdin.read()
 """
 
+CHILD = """
+import os, tempfile
+from llumnix.engine.vllm import launcher
+launcher._PRELOAD = []
+with launcher.start_fork_server().Pool(1) as pool:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    print(pool.apply(tempfile.gettempdir), pool.apply(cache_dir), flush=True)
+print(tempfile.gettempdir(), cache_dir())
+"""
+
 
 @contextlib.contextmanager
 def running(folder: Path, *command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A Python process with a temporary folder of its own, and the first line that it says."""
     process = subprocess.Popen(
         [sys.executable, *command],
-        env=os.environ | {"TMPDIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ
+        | {"TMPDIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
+        | {"LATE_SIGN": str(folder / "importing")},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -94,3 +106,25 @@ def test_the_sockets_of_multiprocessing_lie_there_too(tmp_path: Path) -> None:
         (own,) = (tmp_path / f"llumnix-{os.getuid()}").iterdir()
         assert [path.name.partition("-")[0] for path in own.iterdir()] == ["listener"]
         assert {path.name for path in tmp_path.iterdir()} == {own.parent.name, "importing"}
+
+
+def test_nothing_of_an_engine_is_where_somebody_else_can_have_put_it(tmp_path: Path) -> None:
+    """PyTorch loads code from a name in the temporary folder that anybody can guess."""
+    caches = tmp_path / "caches"
+    environment = os.environ | {"TMPDIR": str(tmp_path), "VLLM_CACHE_ROOT": str(caches)}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    command = [sys.executable, "-c", CHILD]
+
+    def places() -> list[Path]:
+        said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+        return [Path(os.fsdecode(word)) for word in said.stdout.split()]
+
+    child, compiled, node, same = places()
+    assert child.parent == tmp_path / f"llumnix-{os.getuid()}"
+    assert compiled == same == caches / "torchinductor"
+    assert node == tmp_path, "where an embedded etcd's sockets may have to be found"
+
+    compiled.chmod(0o777)
+    child, compiled, _, same = places()
+    assert compiled.parent == same.parent == child, "what others may write is not used"
