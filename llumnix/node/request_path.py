@@ -1,19 +1,22 @@
 """The way of a node's requests: peers, exchange, client, frontend and server, each for the next."""
 
-from collections.abc import Callable
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
 
 from llumnix import __version__
 from llumnix.actors.dispatcher import Dispatching
 from llumnix.actors.supervisor import NodeActor
-from llumnix.cluster import NodeId
+from llumnix.cluster import ClusterView, InstanceId, NodeId
 from llumnix.dataplane.client import ClusterClient
 from llumnix.dataplane.exchange import Exchange
+from llumnix.dataplane.hosted_instance import HostedInstance
 from llumnix.dataplane.peer import PATH, Peers, Self
 from llumnix.dataplane.waiting import WaitLimits
+from llumnix.engine.base import EngineError, EngineFacts
 from llumnix.node.actor_system import Acting
 from llumnix.node.control_plane import ControlPlane
 from llumnix.node.engines import resumes
-from llumnix.node.frontend import Opening
 from llumnix.node.options import NodeOptions
 from llumnix.policy.classes import Classes
 from llumnix.server import engine_requests
@@ -24,6 +27,7 @@ from llumnix.server.body_checks import Contents
 from llumnix.server.connection_limits import connection_limits
 from llumnix.server.cors import allow_origins
 from llumnix.server.drain_routes import Drains
+from llumnix.server.frontend import Frontend
 from llumnix.server.generate_route import DemoRoute
 from llumnix.server.guard import Guard
 from llumnix.server.limits import body_limits
@@ -33,6 +37,10 @@ from llumnix.server.request_ids import give_request_id
 from llumnix.server.request_routes import Moves
 from llumnix.server.routes import RouteTable
 from llumnix.server.status_routes import Admin, Standing
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 5.0  # until the frontend is tried again
 
 
 class RequestPath:
@@ -71,8 +79,7 @@ class RequestPath:
             on_close=(self.admission.leave,),
         )
         self.opening = Opening(
-            options.arguments,
-            options.vllm,
+            options,
             self.client,
             self.exchange.hosted,
             control.view,
@@ -130,3 +137,77 @@ class RequestPath:
     def _address_of(self, node: NodeId) -> str | None:
         info = self._control.view().nodes.get(node)
         return info.address if info else None
+
+
+class Opening:
+    """A node's frontend, from the first try to open it to its end; lives on the node's loop."""
+
+    def __init__(
+        self,
+        options: NodeOptions,
+        client: ClusterClient,
+        hosted: Mapping[InstanceId, HostedInstance],
+        view: Callable[[], ClusterView],
+        on_try: Callable[[], None],
+        on_open: Callable[[], None],
+    ) -> None:
+        """`hosted`: the instances of this node. `on_try`: called once, after the first try;
+        `on_open`: when the frontend serves."""
+        self._options = options
+        self._client = client
+        self._hosted = hosted
+        self._view = view
+        self._on_try = on_try
+        self._on_open = on_open
+        self._task: asyncio.Task[None] | None = None
+        self._closed = False
+        self.frontend: Frontend | None = None
+        self.tried = False  # whether it is open, or could not be opened the first time
+
+    def look(self) -> None:
+        """Begin, unless that was done already or there is no instance to learn from."""
+        known = any(hosted.facts for hosted in self._hosted.values())
+        if (known or self._client.instances) and self._task is None and not self._closed:
+            self._task = asyncio.get_running_loop().create_task(self._open(), name="frontend")
+
+    async def close(self) -> None:
+        """End the frontend, or the opening of it."""
+        self._closed = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self.frontend is not None:
+            await self.frontend.close()
+
+    async def _open(self) -> None:
+        frontend = Frontend(self._options.arguments, self._options.vllm, self._client)
+        try:
+            await frontend.open(await self._facts())
+        except Exception as error:  # vLLM's, whatever it is; tried again as long as the node runs
+            expected = isinstance(error, (EngineError, TimeoutError))
+            logger.error("vLLM's frontend could not be opened: %s", error, exc_info=not expected)
+            await frontend.close()
+            self._has_tried()
+            self._task = None
+            asyncio.get_running_loop().call_later(RETRY_SECONDS, self.look)
+            return
+        self.frontend = frontend
+        self._has_tried()
+        self._on_open()
+
+    def _has_tried(self) -> None:
+        if not self.tried:
+            self.tried = True
+            self._on_try()
+
+    async def _facts(self) -> EngineFacts:
+        """Facts of an instance of this node if one is up, else of any other."""
+        for hosted in self._hosted.values():
+            if hosted.facts is not None:
+                return hosted.facts
+        infos = [self._view().instances[i] for i in self._client.instances]
+        if not infos:
+            raise EngineError("no instance is ready")
+        tasks = await self._client.get_supported_tasks_async()
+        length = self._options.vllm.model_config.max_model_len
+        return EngineFacts(infos[0].total_blocks, infos[0].block_size, length, tasks)

@@ -7,13 +7,15 @@ import argparse
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from prometheus_client import REGISTRY
+from pykka import ActorDeadError
 from vllm.config import VllmConfig
 
 from llumnix.actors.supervisor import NodeActor, Surroundings
-from llumnix.cluster import ClusterView
+from llumnix.cluster import ClusterView, NodeId
 from llumnix.config import Config
 from llumnix.metrics import NodeCollector
 from llumnix.node.actor_system import Acting
@@ -23,13 +25,19 @@ from llumnix.node.hosting import Hosting
 from llumnix.node.observation import Observation
 from llumnix.node.options import NodeOptions, read_policies
 from llumnix.node.request_path import RequestPath
-from llumnix.node.shutdown import Shutdown
 from llumnix.secrecy import write_token
 from llumnix.server.access import AccessRules
 from llumnix.server.guard import Guard
 from llumnix.server.status_routes import Admin, Standing
 
 logger = logging.getLogger(__name__)
+
+SUCCESSOR_SECONDS = 1.0  # for which the successor of an actor that has died is waited for
+LINK_SECONDS = 2.0  # in which a node that leaves connects to the others
+HALT_SECONDS = 30.0  # for all engines to end
+POLL = 0.05  # seconds between looks while something ends
+
+R = TypeVar("R")
 
 
 class Node:
@@ -195,3 +203,56 @@ class Node:
     def _give_up(self, sentence: str) -> None:
         """The supervisor of the instances, on its thread, has no hope for this node."""
         self._loop.call_soon_threadsafe(self._acting.supervision.give_up, sentence)
+
+
+class Shutdown:
+    """Empties a node; lives on its loop."""
+
+    def __init__(self, acting: Acting, path: RequestPath) -> None:
+        self._acting = acting
+        self._path = path
+
+    async def reach(self, others: Iterable[NodeId], within: float) -> None:
+        """Have links to the nodes that may take what runs here, if anything does.
+
+        Any of them may lead, and this node can't be dialled soon.
+        """
+        if self._path.busy:
+            await self._path.exchange.reach(others, min(LINK_SECONDS, within))
+
+    async def drain(self, deadline: float) -> None:
+        """Wait until nothing runs here any more, until the deadline on the loop's clock."""
+        await self._asked(NodeActor.drain_all)
+        while self._path.busy:
+            if asyncio.get_running_loop().time() >= deadline:
+                names = ", ".join(self._path.names) or "none by name"
+                logger.warning("the drain timeout ends %d requests: %s", self._path.busy, names)
+                return
+            await asyncio.sleep(POLL)
+
+    async def halt(self) -> None:
+        """Stop the engines, then what stood on them."""
+        loop = asyncio.get_running_loop()
+        left = await self._asked(NodeActor.halt)
+        deadline = loop.time() + HALT_SECONDS
+        while left and loop.time() < deadline:
+            await asyncio.sleep(POLL)
+            left = await self._asked(NodeActor.left)
+        if left is None:
+            hosted = list(self._path.exchange.hosted.values())
+            await asyncio.gather(*(instance.stop(0.0) for instance in hosted))
+        await self._path.opening.close()
+        self._path.client.shutdown()
+
+    async def _asked(self, method: Callable[[NodeActor], R]) -> R | None:
+        """What the instances' supervisor answers; None if it has died for good."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + SUCCESSOR_SECONDS
+        while True:
+            try:
+                return await self._acting.supervise.ask(method)
+            except ActorDeadError:  # of which there may be a successor at once
+                if loop.time() >= deadline:
+                    logger.error("the supervisor of the instances is dead: no %s", method.__name__)
+                    return None
+            await asyncio.sleep(POLL)
