@@ -7,26 +7,96 @@ of its keys.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import SchemaValidator
 
-from llumnix.engine.vllm.field_kinds import Adapter, first_error_only, items_of, kinds_of
+from llumnix.engine.vllm import first_errors
+from llumnix.engine.vllm.field_kinds import items_of, kinds_of
 
-FEW = 32  # items that are left to the model, with those that they hold themselves
-AT_ONCE = 256  # items between which others have their turn
+FEW = 128  # keys and items, at all levels of a field, that are left to the model
+AT_ONCE = 32  # items between which others have their turn
+# A route that reads its body itself, and tries what these take one after another.
+_ANY_OF = {
+    "/invocations": (
+        *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/classify"),
+        *("/rerank", "/score", "/pooling"),
+    )
+}
 
 
 @dataclass(frozen=True, slots=True)
 class _Field:
     """What a field of a model may be, as far as it is of lists or objects."""
 
+    name: str
     takes_list: bool
     takes_object: bool
-    items: Adapter | None  # of its list, if it has one kind of list, of more than plain values
-    whole: Adapter | None  # the type itself, if it has other lists
+    items: SchemaValidator | None  # of slices of its list, if it has one kind, and no plain values
+    whole: SchemaValidator | None  # the type itself, if it takes lists or objects
+
+
+class _Shape:
+    """A model of a route's bodies."""
+
+    def __init__(self, model: type[BaseModel]) -> None:
+        self.fields: dict[str, _Field] = {}
+        for name, field in model.model_fields.items():
+            self.fields[field.alias or name] = self.fields[name] = _field(name, field.annotation)
+        mends = any(
+            decorator.info.mode == "before"
+            for decorator in model.__pydantic_decorators__.model_validators.values()
+        )
+        self._mending = first_errors.of_model(model) if mends else None
+
+    async def problem(self, said: str, value: list[Any] | dict[str, Any]) -> str | None:
+        """What is wrong with the value of a field, in one sentence; None if nothing."""
+        field = self.fields[said]
+        if isinstance(value, list) and not field.takes_list:
+            return f"{said} must not be a list"
+        if isinstance(value, dict) and not field.takes_object:
+            return f"{said} must not be an object"
+        if not _is_large(value):
+            return None
+        if isinstance(value, list) and field.items is not None:
+            return await self._first_wrong(said, field.items, value)
+        wrong = None if field.whole is None else _error(field.whole, value)
+        if wrong is None or self._mends(said, value):
+            return None
+        return f"{said} is not what this route takes: {wrong['msg']}"
+
+    async def _first_wrong(
+        self, said: str, items: SchemaValidator, values: list[Any]
+    ) -> str | None:
+        start = 0
+        while start < len(values):
+            part = values[start : start + AT_ONCE]
+            if (wrong := _error(items, part)) is None:
+                start += AT_ONCE
+            else:
+                index = wrong["loc"][0] if wrong["loc"] else 0
+                start += index
+                if not self._mends(said, [values[start]]):
+                    return f"{said}[{start}] is not what this route takes: {wrong['msg']}"
+                start += 1
+            await asyncio.sleep(0)
+        return None
+
+    def _mends(self, said: str, value: Any) -> bool:
+        """Whether the model takes what its field's type does not: some add what is left out."""
+        if self._mending is None:
+            return False
+        try:
+            self._mending.validate_python({"model": "m", said: value})
+        except ValidationError as error:
+            own = ((), (said,), (self.fields[said].name,))
+            return not any(each["loc"][:1] in own for each in _errors(error))
+        except Exception:  # of a validator that trusts what it sees
+            return False
+        return True
 
 
 class Shapes:
@@ -34,109 +104,71 @@ class Shapes:
 
     def __init__(self, app: Any, root_path: str) -> None:
         self._root = root_path.rstrip("/")
-        self._routes: dict[str, tuple[type[BaseModel], ...]] = {}
-        self._fields: dict[type[BaseModel], dict[str, _Field]] = {}
-        for route in app.routes:
-            dependant = getattr(route, "dependant", None)
-            for body in getattr(dependant, "body_params", ()):
-                if models := tuple(_models(body.field_info.annotation)):
-                    self._routes[route.path] = models
-                for model in models:
-                    self._fields.setdefault(model, _fields_of(model))
+        self._routes: dict[str, tuple[_Shape, ...]] = {}
+        shapes: dict[type[BaseModel], _Shape] = {}
+        for path, models in _bodies(app):
+            for model in models:
+                if model not in shapes:
+                    shapes[model] = _Shape(model)
+            self._routes[path] = tuple(shapes[model] for model in models)
+        for path, others in _ANY_OF.items():
+            self._routes[path] = tuple(
+                shape for other in others for shape in self._routes.get(other, ())
+            )
 
     async def problem(self, path: str, content: Any) -> str | None:
-        """What is wrong with a large field of a body, in one sentence; None if nothing."""
+        """What is wrong with a large field of a body, in one sentence; None if nothing.
+
+        Of several models that a route takes, one that has the field must take it.
+        """
         if not isinstance(content, Mapping):
             return None
-        wrong = None
-        for model in self._routes.get(path.removeprefix(self._root), ()):
-            wrong = await self._problem(model, content)
-            if wrong is None:
-                return None  # one of the models that the route takes
-        return wrong
-
-    async def _problem(self, model: type[BaseModel], content: Mapping[str, Any]) -> str | None:
-        fields = self._fields[model]
+        shapes = self._routes.get(path.removeprefix(self._root), ())
         for name, value in content.items():
-            if not isinstance(value, list | dict) or (field := fields.get(name)) is None:
+            if not isinstance(value, list | dict):
                 continue
-            if isinstance(value, list) and not field.takes_list:
-                return f"{name} must not be a list"
-            if isinstance(value, dict) and not field.takes_object:
-                return f"{name} must not be an object"
-            if not _is_large(value):
-                continue
-            if isinstance(value, list) and field.items is not None:
-                wrong = await _first_wrong(model, name, field.items, value)
-            elif field.whole is not None:
-                wrong = _why(model, name, field.whole, value)
-            else:
-                continue
+            wrong = None
+            for shape in shapes:
+                if name in shape.fields:
+                    wrong = await shape.problem(name, value)
+                    if wrong is None:
+                        break
             if wrong is not None:
                 return wrong
-            await asyncio.sleep(0)
         return None
 
 
-async def _first_wrong(
-    model: type[BaseModel], name: str, items: Adapter, values: list[Any]
-) -> str | None:
-    for index, value in enumerate(values):
-        if index and index % AT_ONCE == 0:
-            await asyncio.sleep(0)
-        try:
-            items.validate_python(value)
-        except ValidationError as error:
-            if not _is_mended(model, name, [value]):
-                return f"{name}[{index}] is not what this route takes: {_first(error)}"
-    return None
+def _errors(error: ValidationError) -> list[Any]:
+    return error.errors(include_url=False, include_input=False, include_context=False)
 
 
-def _why(model: type[BaseModel], name: str, whole: Adapter, value: Any) -> str | None:
+def _error(validator: SchemaValidator, value: Any) -> Any:
+    """The first error of a value; None if there is none."""
     try:
-        whole.validate_python(value)
+        validator.validate_python(value)
     except ValidationError as error:
-        if not _is_mended(model, name, value[:1] if isinstance(value, list) else value):
-            return f"{name} is not what this route takes: {_first(error)}"
+        return _errors(error)[0]
     return None
-
-
-def _is_mended(model: type[BaseModel], name: str, value: Any) -> bool:
-    """Whether the model takes what its field's type does not: some add what clients leave out."""
-    field = model.model_fields[name]
-    if _is_large(value) or not any(
-        decorator.info.mode == "before"
-        for decorator in model.__pydantic_decorators__.model_validators.values()
-    ):
-        return False
-    try:
-        model.model_validate({"model": "m", name: value})
-    except ValidationError as error:
-        wrong = error.errors(include_url=False, include_input=False, include_context=False)
-        return not any(each["loc"][:1] in ((), (name,), (field.alias,)) for each in wrong)
-    except Exception:  # of a validator that trusts what it sees
-        return False
-    return True
-
-
-def _first(error: ValidationError) -> str:
-    return error.errors(include_url=False, include_input=False, include_context=False)[0]["msg"]
 
 
 def _is_large(value: list[Any] | dict[str, Any]) -> bool:
-    """Whether it, and what is in its items, has more than a few items together."""
-    size = len(value)
-    for item in value if isinstance(value, list) else value.values():
-        if size > FEW:
-            return True
-        if isinstance(item, list | dict):
-            size += sum(
-                len(inner)
-                for inner in (item.values() if isinstance(item, dict) else item)
-                if isinstance(inner, list | dict)
-            )
-            size += len(item) if isinstance(item, list) else 0
+    """Whether it has more than a few keys and items, at all levels together."""
+    size = 0
+    left: list[Any] = [value]
+    while left and size <= FEW:
+        part = left.pop()
+        size += len(part)
+        if size <= FEW:
+            inner = part.values() if isinstance(part, dict) else part
+            left.extend(each for each in inner if isinstance(each, list | dict))
     return size > FEW
+
+
+def _bodies(app: Any) -> Iterator[tuple[str, list[type[BaseModel]]]]:
+    for route in app.routes:
+        for body in getattr(getattr(route, "dependant", None), "body_params", ()):
+            if models := _models(body.field_info.annotation):
+                yield route.path, models
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
@@ -146,15 +178,13 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in getattr(annotation, "__args__", ()) for model in _models(part)]
 
 
-def _fields_of(model: type[BaseModel]) -> dict[str, _Field]:
-    found = {}
-    for name, field in model.model_fields.items():
-        kinds = kinds_of(field.annotation)
-        items = items_of(field.annotation)
-        found[name] = _Field(
-            takes_list="list" in kinds,
-            takes_object="object" in kinds,
-            items=items,
-            whole=first_error_only(field.annotation) if items is None else None,
-        )
-    return found
+def _field(name: str, annotation: Any) -> _Field:
+    kinds = kinds_of(annotation)
+    item = items_of(annotation)
+    return _Field(
+        name=name,
+        takes_list="list" in kinds,
+        takes_object="object" in kinds,
+        items=None if item is None else first_errors.of_type(list.__class_getitem__(item)),
+        whole=first_errors.of_type(annotation) if kinds - ({"list"} if item else set()) else None,
+    )
