@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from llumnix.server.access_log import shown
 from llumnix.server.response_stream import Outlet
 
 Message = MutableMapping[str, Any]
@@ -48,7 +49,7 @@ async def serve(
         if not isinstance(exchange.response, web.Response):
             raise
         # The application has worded its answer before it let us know of its bug.
-        logger.exception("%s %s failed", request.method, request.path)
+        logger.exception("%s %s failed", shown(request.method), shown(request.path))
     finally:
         answering.cancel()
     if exchange.response is None:

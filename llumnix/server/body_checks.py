@@ -12,6 +12,7 @@ from llumnix.engine.vllm.grammars import SPEC_BYTES
 from llumnix.metrics import REFUSALS
 from llumnix.server import limits
 from llumnix.server.errors import Handler, error_response
+from llumnix.server.head_checks import REQUEST_ID_SIZE, is_request_id
 from llumnix.server.json_scan import TooMuch, refuse_halves, scan, scan_texts
 from llumnix.server.json_strings import check_strings
 from llumnix.server.limits import BodyLimits
@@ -196,6 +197,10 @@ def _check(part: Mapping[str, Any]) -> None:
         strings = value if isinstance(value, list) else [value]
         if sum(len(s) for s in strings if isinstance(s, str)) > size:
             raise BadContent(f"{name} must have at most {size} characters", name)
+    name = "request_id"
+    if isinstance(value := part.get(name), str) and not is_request_id(value):
+        most = REQUEST_ID_SIZE
+        raise BadContent(f"{name} must have at most {most} printable ASCII characters", name)
     for name in _GRAMMARS:
         if isinstance(value := part.get(name), dict) and written(value) > SPEC_BYTES:
             raise BadContent(f"{name} must have at most {SPEC_BYTES} bytes", name)

@@ -7,6 +7,8 @@ from http import HTTPStatus
 import orjson
 from aiohttp import web
 
+from llumnix.server.access_log import shown
+
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER = {"Retry-After": "5"}  # seconds: about what a restart takes
@@ -45,7 +47,7 @@ async def openai_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except Exception as error:
         if request.transport is None or request.transport.is_closing():
             return web.Response(status=499, reason="Client Closed Request")  # it never arrives
-        logger.exception("%s %s failed", request.method, request.path)
+        logger.exception("%s %s failed", shown(request.method), shown(request.path))
         if has_begun(request):
             return cut(request)
         if isinstance(error, TimeoutError):

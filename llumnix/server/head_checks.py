@@ -9,6 +9,9 @@ _NEWEST = HttpVersion(1, 1)
 TARGET_BYTES = 8 * 1024  # of a path with its query, as other servers have it
 # Of a path. aiohttp looks for its route at each of them, which takes as long as what is before it.
 TARGET_PARTS = 64
+# It becomes part of a request's id, which is in logs, in frames between nodes, and in etcd's keys.
+REQUEST_ID = "X-Request-Id"
+REQUEST_ID_SIZE = 256
 
 
 def problem(request: web.BaseRequest) -> web.Response | None:
@@ -19,6 +22,11 @@ def problem(request: web.BaseRequest) -> web.Response | None:
     response = error_response(*found)
     response.force_close()
     return response
+
+
+def is_request_id(text: str) -> bool:
+    """Whether a client may call its request so."""
+    return len(text) <= REQUEST_ID_SIZE and text.isascii() and text.isprintable()
 
 
 def _found(request: web.BaseRequest) -> tuple[int, str] | None:
@@ -34,6 +42,8 @@ def _found(request: web.BaseRequest) -> tuple[int, str] | None:
     if codings is not None and [coding.strip().lower() for coding in codings] != ["chunked"]:
         # As with Content-Encoding: nothing is undone here, and what was coded twice is no JSON.
         return 501, "of all kinds of Transfer-Encoding this server takes chunked alone"
+    if REQUEST_ID in headers and not all(map(is_request_id, headers.getall(REQUEST_ID))):
+        return 400, f"{REQUEST_ID} must have at most {REQUEST_ID_SIZE} printable ASCII characters"
     if (expected := headers.get(hdrs.EXPECT)) is not None:  # 100-continue has been taken out
         return 417, f"this server can't meet the expectation {expected[:40]!r}"
     return None

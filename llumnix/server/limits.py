@@ -66,7 +66,6 @@ STRING_BYTES = {  # of the strings of these fields together
     "bad_words": 16 * 1024,
     "model": 1024,
     "cache_salt": 1024,
-    "request_id": 1024,
     "session_id": 1024,
     "user": 1024,
 }

@@ -11,11 +11,10 @@ from aiohttp import web
 from llumnix.addresses import parts
 from llumnix.config import ConfigError
 from llumnix.server.acceptor import Acceptor
+from llumnix.server.access_log import AccessLog
 from llumnix.server.connection_places import Limits
 from llumnix.server.connections import Doors
 from llumnix.server.unfinished_heads import PIECE
-
-ACCESS_FORMAT = '%a "%r" %s %b %Tfs'
 
 BACKLOG = 2048  # connections that may wait to be accepted, as at vLLM's server
 
@@ -49,7 +48,7 @@ class Listener:
         quiet = getattr(arguments, "disable_uvicorn_access_log", False)
         self._options = {
             "access_log": None if quiet else access_log,
-            "access_log_format": ACCESS_FORMAT,
+            "access_log_class": AccessLog,
             # The connection refuses heads before the parser does, which knows single lines.
             "max_line_size": limits.head_bytes + PIECE,
             "max_field_size": limits.head_bytes + PIECE,

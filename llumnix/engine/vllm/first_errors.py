@@ -9,7 +9,13 @@ import types
 from types import FunctionType, MethodType
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PydanticSchemaGenerationError,
+    PydanticUserError,
+    TypeAdapter,
+)
 from pydantic_core import PydanticKnownError, SchemaValidator, core_schema
 
 _LISTS = ("list", "tuple", "set", "frozenset")
@@ -19,13 +25,20 @@ _APART = ("metadata", "serialization", "cls")  # parts of a schema that say noth
 _MODELS: dict[type[BaseModel], type[BaseModel]] = {}
 
 
-def of_type(annotation: Any) -> SchemaValidator:
-    """The validator of a type."""
+def of_type(annotation: Any) -> SchemaValidator | None:
+    """The validator of a type; None if there can't be one outside of its model."""
     try:
-        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticUserError:  # for a model or the like, which has a configuration of its own
-        adapter = TypeAdapter(annotation)
+        adapter = _adapter(annotation)
+    except (PydanticSchemaGenerationError, RecursionError):  # a type that is made of itself
+        return None
     return _validator(adapter.core_schema)
+
+
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    try:
+        return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+    except PydanticUserError:  # for a model or the like, which has a configuration of its own
+        return TypeAdapter(annotation)
 
 
 def of_model(model: type[BaseModel]) -> SchemaValidator:

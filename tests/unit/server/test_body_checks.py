@@ -419,6 +419,13 @@ def test_a_model_has_a_short_name() -> None:
         weigh({"model": "x" * 1025})
 
 
+@pytest.mark.parametrize("name", ["x" * 257, "a\nb", "\u00e9", "\x1b[2J"])
+def test_a_request_has_a_short_plain_name(name: str) -> None:
+    with pytest.raises(BadContent, match="request_id must have at most 256 printable ASCII"):
+        weigh({"request_id": name})
+    assert weigh({"request_id": "Root=1-67891233-abcdef012345678912345678; a/b"}) == 1
+
+
 def _tool_said(text: str) -> dict[str, Any]:
     return {"messages": [{"role": "tool", "tool_call_id": "a", "content": text}]}
 
