@@ -11,14 +11,22 @@ from typing import Any
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
+from llumnix.engine.vllm.compat import client_errors
 from llumnix.server import asgi
+from llumnix.server.access_log import shown
 from llumnix.server.admission import Admission
 from llumnix.server.bodies import Bodies
 from llumnix.server.body_checks import Contents, content
 from llumnix.server.connection import Connection
 from llumnix.server.drain_routes import Drains
 from llumnix.server.engine_requests import Opened, opened
-from llumnix.server.errors import RETRY_AFTER, Handler, error_response, openai_errors
+from llumnix.server.errors import (
+    RETRY_AFTER,
+    Handler,
+    error_response,
+    has_begun,
+    openai_errors,
+)
 from llumnix.server.frontend import Frontend
 from llumnix.server.guard import Guard
 from llumnix.server.priority import Priorities
@@ -28,6 +36,9 @@ from llumnix.server.routes import RouteTable
 from llumnix.server.status_routes import Admin, Standing
 
 logger = logging.getLogger(__name__)
+
+CLIENT_ERRORS = client_errors()
+SENTENCE = 500  # characters of an application's error that are told
 
 
 class Gateway:
@@ -100,6 +111,12 @@ class Gateway:
                 return await stream(request, events)
         try:
             return await asgi.serve(frontend.app, scope, request, body)
+        except RuntimeError as error:  # of Starlette: the handler's own comes as its cause
+            if has_begun(request) or not isinstance(error.__cause__, CLIENT_ERRORS):
+                raise
+            # What was to be streamed can't be, as a response of which no events were kept.
+            status = 404 if request.method == "GET" else 400
+            return error_response(status, shown(str(error.__cause__), SENTENCE))
         finally:
             if _gone(request) and not _goes_on(request, body):
                 asked.abandon(frontend.end)

@@ -1,15 +1,20 @@
 """When clients' requests are taken, and when they are told to come again."""
 
+from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
+from vllm.exceptions import VLLMValidationError
 
 from llumnix.server.app import Gateway
 from llumnix.server.bodies import Bodies
 from llumnix.server.body_checks import Contents
+from llumnix.server.errors import openai_errors
 from llumnix.server.limits import BodyLimits
 from llumnix.server.routes import RouteTable
 from llumnix.server.status_routes import Standing
@@ -99,3 +104,33 @@ def test_routes_are_judged_before_instances(frontend: bool, path: str, status: i
         assert (await gateway.handle(Post(path))).status == status  # type: ignore[arg-type]
 
     check()
+
+
+@pytest.mark.parametrize(("method", "status"), [("GET", 404), ("POST", 400)])
+@on_loop
+async def test_a_stream_that_cannot_begin_is_an_error_and_no_bug(method: str, status: int) -> None:
+    """A response of which vLLM keeps no events: it finds that out when the answer has a status."""
+    application = FastAPI()
+
+    async def events() -> AsyncGenerator[str, None]:
+        raise VLLMValidationError("Unknown response_id: resp_1")
+        yield ""
+
+    @application.api_route("/v1/responses/{one}", methods=["GET", "POST"])
+    async def stored(one: str) -> StreamingResponse:
+        return StreamingResponse(events())
+
+    @application.exception_handler(VLLMValidationError)
+    async def word(request: Request, error: VLLMValidationError) -> Response:
+        return Response(status_code=400)
+
+    nothing: dict[str, Any] = {"shapes": None, "streams": None, "stop": None, "end": None}
+    frontend: Any = SimpleNamespace(app=application, **nothing)
+    gateway = Gateway(lambda: frontend, Standing(True, ""), RouteTable())
+    app = web.Application(middlewares=[openai_errors])
+    app.router.add_route("*", "/{path:.*}", gateway.handle)
+    async with TestClient(TestServer(app)) as client:
+        path = "/v1/responses/resp_1?stream=true"
+        async with client.request(method, path, data=b"") as got:
+            said = (await got.json())["error"]["message"]
+            assert got.status == status and said.startswith("Unknown response_id"), said
