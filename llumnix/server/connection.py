@@ -22,6 +22,7 @@ PIPELINED = 32  # requests behind the one that is being answered, which nobody h
 # Of a body in chunks: bytes that may be frames and nothing else, and the share of all that come.
 # A chunk costs the parser as much whether it brings one byte or a thousand.
 FRAMES_FREE, FRAMES_SHARE = 16 * 1024, 0.25
+LAST = 2.0  # seconds for an answer to a body that is not read any further
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -128,7 +129,10 @@ class Connection(web.RequestHandler):
         if frames > FRAMES_FREE + FRAMES_SHARE * self._body_size and self._wire is not None:
             CLOSED.labels("chunks").inc()
             self._deaf = True
-            self._wire.abort()
+            # Whoever reads the body answers with this; whoever does not has little time.
+            self._body.set_exception(web.RequestPayloadError("its chunks are too small"))
+            self._body.feed_eof()
+            asyncio.get_running_loop().call_later(LAST, self.hang_up)
 
     def _refuse(self, refused: HeadRefused, came: bool) -> None:
         """Answer with this in place of the request that came last, or that is to come."""
@@ -212,6 +216,11 @@ class Connection(web.RequestHandler):
     def end(self) -> None:
         """Close it."""
         self.force_close()
+
+    def hang_up(self) -> None:
+        """Cut it off, whatever is unsent, if it is still open."""
+        if self._wire is not None:
+            self._wire.abort()
 
     def expect(self) -> None:
         """Have the client take what is unsent, or be cut off."""

@@ -501,7 +501,7 @@ def test_a_body_must_not_be_frames_of_chunks() -> None:
     chunks = head("POST", "/v1/completions", {"Transfer-Encoding": "chunked"})
 
     async def check() -> None:
-        async with serving(ok) as port:
+        async with serving(Bodies(30.0, 0).guard(ok)) as port:
             before = closed("chunks")
             client = Client(port).send(chunks)
             with contextlib.suppress(OSError):
@@ -509,6 +509,8 @@ def test_a_body_must_not_be_frames_of_chunks() -> None:
                     client.send(b"1\r\nx\r\n" * 2000)
                     await asyncio.sleep(0)
             await soon(lambda: closed("chunks") == before + 1)
+            status, message = error(await read(client, True))  # to its end, which comes soon
+            assert status == 400 and message.endswith("its chunks are too small")
             client.close()
             large = Client(port).send(chunks)
             for _ in range(20):
