@@ -133,15 +133,17 @@ def check_keys(said: Any, within: str = "the request", top: bool = True) -> None
             most = limits.KEYS
             raise BadContent(f"an object in {within} must have at most {most} keys", within)
         for name, inner in said.items():
-            free = name in limits.FREE or (
-                name == "input" and not top
-            )  # what a tool is called with
-            if not free and (type(inner) is dict or type(inner) is list):
+            if not _is_free(name, top) and (type(inner) is dict or type(inner) is list):
                 check_keys(inner, name if top else within, False)
     elif type(said) is list:
         for inner in said:
             if type(inner) is dict or type(inner) is list:
                 check_keys(inner, within, False)
+
+
+def _is_free(name: str, top: bool = False) -> bool:
+    """Whether a field is for what clients like, such as what a tool is called with."""
+    return name in limits.FREE or (name == "input" and not top)
 
 
 def weigh(said: Any) -> int:
@@ -228,10 +230,11 @@ def written(value: Any) -> int:
 
 
 def _check_inside(name: str, value: Any) -> None:
-    """Refuse long lists in an item; one of token ids is a prompt."""
+    """Refuse long lists in an item, but for what is only data; one of token ids is a prompt."""
     if isinstance(value, dict):
-        for inner in value.values():
-            _check_inside(name, inner)
+        for key, inner in value.items():
+            if not _is_free(key):
+                _check_inside(name, inner)
     elif isinstance(value, list) and not set(map(type, value)) <= {int}:
         if len(value) > limits.INNER_ITEMS:
             most = limits.INNER_ITEMS

@@ -365,6 +365,18 @@ def test_free_places_have_many_keys(said: Any) -> None:
     check_keys(said)
 
 
+def test_what_a_tool_is_called_with_is_only_data() -> None:
+    """On /v1/messages it is an object, in which a list may be long; the content's own may not."""
+    long = {"names": ["x"] * (limits.INNER_ITEMS + 1)}
+    part: dict[str, Any] = {"type": "tool_use", "id": "1", "name": "f", "input": long}
+    for inside in (part, {"type": "function", "function": {"arguments": long}}):
+        assert weigh({"messages": [{"role": "assistant", "content": [inside]}]}) == 1
+        assert weigh({"input": [{"role": "assistant", "content": [inside]}]}) == 1
+    for wrong in ([part] * 257, [{"type": "tool_result", "content": ["x"] * 257}]):
+        with pytest.raises(BadContent, match="a list within messages must have at most 256 items"):
+            weigh({"messages": [{"role": "assistant", "content": wrong}]})
+
+
 @pytest.mark.parametrize("value", [[], 1, "x", float("inf"), True])
 @pytest.mark.parametrize("inner", [None, "sampling_params", "parameters"])
 def test_structured_outputs_are_an_object(value: Any, inner: str | None) -> None:
