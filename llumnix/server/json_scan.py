@@ -59,7 +59,8 @@ def scan_texts(texts: Sequence[bytes], values: int = limits.VALUES) -> None:
 def _measure(texts: Sequence[bytes], values: int, has: str, prose: bool = False) -> None:
     if sum(map(len, texts)) <= _SMALL and not any(map(_may_be_deep, texts)):
         return
-    outside = [_outside(text, 2 * (values + limits.CONTAINERS), has) for text in texts]
+    containers = values // limits.VALUES_PER_CONTAINER
+    outside = [_outside(text, 2 * (values + containers), has) for text in texts]
     if prose:
         ends = [_FOREIGN.search(text) for text in outside]
         outside = [
@@ -67,8 +68,8 @@ def _measure(texts: Sequence[bytes], values: int, has: str, prose: bool = False)
         ]
     opened = [text.count(b"[") + text.count(b"{") for text in outside]
     items, keys = (sum(text.count(sign) for text in outside) for sign in (b",", b":"))
-    if sum(opened) + keys > limits.CONTAINERS:
-        raise TooMuch(f"{has} more than {limits.CONTAINERS} objects, arrays and keys")
+    if sum(opened) + keys > containers:
+        raise TooMuch(f"{has} more than {containers} objects, arrays and keys")
     if items > values:
         raise TooMuch(f"{has} more than {values} values")
     if sum(map(len, outside)) > limits.VALUE_BYTES * (items + keys) + _SMALL:

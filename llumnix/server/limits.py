@@ -16,8 +16,8 @@ TOKENIZE_BYTES = 64 * 1024  # and BODY_BYTES_PER_TOKEN for each token of the con
 TOKEN_STRINGS = 4  # times the cost where each token is to be told as text, on the loop
 
 NESTING = 128  # levels of objects and arrays; vLLM takes 64 in a schema, which has others around it
-CONTAINERS = 50_000  # objects, arrays, and the keys of objects
 VALUES = 100_000  # items of arrays and objects; or two for each token of the context
+VALUES_PER_CONTAINER = 2  # of these: there may be half as many objects, arrays and keys together
 VALUE_BYTES = 24  # of a value that is no string, on average: a number, a name
 FORM_PARTS = 64  # of a multipart form
 FORM_HEAD_BYTES = 16 * 1024  # of all that is no content in it
