@@ -7,12 +7,14 @@ vLLM's handlers work in tasks of their own, which only the message of a disconne
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from llumnix.server.access_log import shown
+from llumnix.server.errors import RETRY_SOON
 from llumnix.server.response_stream import Outlet
 
 Message = MutableMapping[str, Any]
@@ -153,4 +155,6 @@ class _Exchange:
                 response.headers["Content-Type"] = value.decode("latin-1")
             else:
                 response.headers.add(name.decode("latin-1"), value.decode("latin-1"))
+        if self._status == HTTPStatus.SERVICE_UNAVAILABLE:  # which vLLM says without a time
+            response.headers.setdefault("Retry-After", RETRY_SOON["Retry-After"])
         return response

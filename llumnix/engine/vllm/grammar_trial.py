@@ -27,6 +27,9 @@ WALL = 20  # times the limit, until a process that gets little of the machine is
 STILL = 5.0  # seconds in which a process that computes nothing at all is given up
 COMMON = "xgrammar"  # the backend of grammars for which no operator has chosen one
 STEPS = 8  # tokens that are taken on trial; a grammar without a way out mostly shows at the first
+# vLLM's own limit of a regular expression, which is of wall-clock time: ours is of CPU time.
+VLLM_TIMEOUT = "VLLM_REGEX_COMPILATION_TIMEOUT_S"
+NO_MEMORY = "bad_alloc"  # in an error of a backend's that is written in C++
 SENTENCE = 500  # characters of an error that are told
 
 
@@ -38,7 +41,7 @@ class TrialFailed(Exception):
 
 
 class TrialUnavailable(Exception):
-    """There is no process to try a grammar in."""
+    """Nothing can be told of a grammar now: it may be as good as any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,20 +97,21 @@ class Trial:
         try:
             pipe.send(params)
             if not self._answers(pipe):
-                raise TrialFailed(self._too_long)
+                self.close()
+                raise TrialUnavailable("the machine is too busy to try a grammar; try again soon")
             answer: Verdict | str = pipe.recv()
-        except TrialFailed:
-            self.close()
-            raise
         except (EOFError, OSError) as error:
-            memory = "the grammar or schema takes too much memory to compile; make it simpler"
-            raise TrialFailed(self._too_long if self._was_slow() else memory) from error
+            raise self._why_it_ended() from error
         if isinstance(answer, str):
             raise TrialFailed(answer)
         return answer
 
     def _answers(self, pipe: Connection) -> bool:
-        """Wait for an answer; not for one of a process that hangs, as where memory has ended."""
+        """Wait for an answer, or the end of the process by one of its limits.
+
+        Not for ever, and not for a process that hangs, as where a machine's memory has ended. That
+        says nothing of the grammar, as its limit is of CPU time.
+        """
         deadline = time.monotonic() + WALL * self._seconds
         used = None
         while time.monotonic() < deadline:
@@ -127,18 +131,20 @@ class Trial:
             return 0
         return int(fields[11]) + int(fields[12])
 
-    @property
-    def _too_long(self) -> str:
-        limit = f"{self._seconds:g} s"
-        return f"the grammar or schema takes longer than {limit} to compile; make it simpler"
-
-    def _was_slow(self) -> bool:
-        """Whether the process, which has ended, was ended by its limit of CPU time."""
+    def _why_it_ended(self) -> TrialFailed | TrialUnavailable:
+        """What a process that has ended says of its grammar: nothing, if it was killed."""
         assert self._process is not None
         self._process.join(1.0)
-        slow = self._process.exitcode == -signal.SIGXCPU
+        code = self._process.exitcode
         self.close()
-        return slow
+        if code == -signal.SIGXCPU:
+            limit = f"{self._seconds:g} s"
+            text = f"the grammar or schema takes longer than {limit} to compile; make it simpler"
+            return TrialFailed(text)
+        if code in (None, -signal.SIGKILL, -signal.SIGTERM):  # by a machine without memory, or us
+            return TrialUnavailable("the trial of a grammar was cut off; try again soon")
+        text = "the grammar or schema takes too much memory to compile; make it simpler"
+        return TrialFailed(text)
 
     def kill(self) -> None:
         """Have the process end, from any thread; what it tries has failed."""
@@ -165,6 +171,7 @@ def _serve(pipe: Connection, config: bytes, seconds: float, memory: int) -> None
         os.setpgid(0, 0)  # a Ctrl-C at the terminal is the node's business
     end_with_node()
     os.nice(NICE)
+    os.environ[VLLM_TIMEOUT] = "0"
     compiler = Compiler(pickle.loads(config))
     compiler.warm()
     with open("/proc/self/statm") as statm:
@@ -180,9 +187,9 @@ def _serve(pipe: Connection, config: bytes, seconds: float, memory: int) -> None
         _allow(seconds)
         try:
             answer: Verdict | str = compiler.try_out(params)
-        except MemoryError:
-            return  # what is left of the process is not to be trusted
         except Exception as error:  # vLLM's, or its backend's, whatever it is
+            if isinstance(error, MemoryError) or NO_MEMORY in str(error):
+                return  # what is left of the process is not to be trusted
             words = " ".join(str(error).split())[:SENTENCE]
             answer = f"the grammar or schema can't be used: {words or type(error).__name__}"
         pipe.send(answer)

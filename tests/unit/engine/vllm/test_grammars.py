@@ -14,13 +14,14 @@ import pytest
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
 from llumnix.engine.vllm import grammar_trial as trials
 from llumnix.engine.vllm import grammars as module
-from llumnix.engine.vllm.grammar_trial import Trial, TrialFailed
+from llumnix.engine.vllm.grammar_trial import Trial, TrialFailed, TrialUnavailable
 from llumnix.engine.vllm.grammars import Grammars
+from tests.kit.hungry import FINE, Hungry
 from tests.kit.loop import on_loop
 from tests.kit.wait import eventually
 
@@ -98,6 +99,19 @@ async def test_a_verdict_is_kept_and_those_who_wait_share_it() -> None:
         with pytest.raises(VLLMValidationError, match="too long"):
             await grammars.admit(asking(regex="(a+)+b"))
     assert trial.asked == 2
+    await grammars.close()
+
+
+@on_loop
+async def test_what_the_machine_is_too_busy_for_is_no_verdict() -> None:
+    grammars, trial = scripted(TrialUnavailable("busy"))
+    for _ in range(2):
+        with pytest.raises(GracefulHTTPError, match="busy") as caught:
+            await grammars.admit(asking(choice=["a"]))
+        assert caught.value.http_status == 503
+    trial.answer = module.Verdict({})
+    await grammars.admit(asking(choice=["a"]))
+    assert trial.asked == 3
     await grammars.close()
 
 
@@ -196,12 +210,14 @@ async def test_the_first_grammar_of_a_fresh_node(config: VllmConfig, trial: Tria
     await grammars.close()
 
 
-def test_a_process_that_hangs_is_given_up(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_hangs_says_nothing_of_its_grammar(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trials, "STILL", 0.5)
     trial.start()
     began = time.perf_counter()
     os.kill(trial.pid or 0, signal.SIGSTOP)
-    with pytest.raises(TrialFailed, match="longer than 2 s"):
+    with pytest.raises(TrialUnavailable, match="too busy"):
         trial.run(asking(regex="[a-f]+").structured_outputs)
     assert time.perf_counter() - began < 10.0, "not forty seconds"
     assert trial.pid is None
@@ -262,6 +278,19 @@ def test_a_process_compiles_refuses_and_dies(trial: Trial) -> None:
     eventually(lambda: not os.path.exists(f"/proc/{first}"), 5.0)
     trial.run(asking(regex="[a-z]+").structured_outputs)  # another process has taken its place
     os.kill(trial.pid or 0, 9)
-    with pytest.raises(TrialFailed, match="memory"):
+    with pytest.raises(TrialUnavailable, match="cut off"):  # as by a machine without memory
         trial.run(asking(regex="[0-9]+").structured_outputs)
     trial.run(asking(regex="[0-9]+").structured_outputs)
+
+
+def test_a_grammar_may_take_so_much_memory(config: VllmConfig) -> None:
+    """The process ends of more, and the next grammar finds another."""
+    trial = Trial(pickle.dumps(Hungry(config)), 10.0, memory=2**28)
+    try:
+        for regex in ("hungry", "bad_alloc"):
+            with pytest.raises(TrialFailed, match="too much memory"):
+                trial.run(asking(regex=regex).structured_outputs)
+            assert trial.pid is None
+        assert trial.run(asking(regex="[0-9]+").structured_outputs) == FINE
+    finally:
+        trial.close()
