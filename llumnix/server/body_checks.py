@@ -8,9 +8,10 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from llumnix.engine.vllm.grammars import SPEC_BYTES
+from llumnix.engine.vllm.grammars import SPEC_BYTES, asker
 from llumnix.metrics import REFUSALS
 from llumnix.server import limits
+from llumnix.server.callers import who
 from llumnix.server.errors import Handler, error_response
 from llumnix.server.head_checks import REQUEST_ID_SIZE, is_request_id
 from llumnix.server.json_scan import TooMuch, refuse_halves, scan, scan_texts
@@ -73,6 +74,7 @@ class Contents:
                 REFUSALS.labels("content").inc()
                 return error_response(400, str(error), param=error.field)
             content.set(said)
+            asker.set(who(request))
             try:
                 return await handler(request)
             finally:  # the next request of this connection has the same task

@@ -98,6 +98,12 @@ class Callers:
         return isinstance(name, tuple) and name[1] == self.admin_port
 
 
+def who(request: web.Request) -> str:
+    """By what a request's caller is told from others: its key's name, or where it calls from."""
+    caller = request.get(CALLER, ANYONE)
+    return request.remote or "" if caller is ANYONE else caller.name
+
+
 def is_local(request: web.Request) -> bool:
     """Whether a request comes from this machine, and not through a proxy that says so."""
     if any(_OF_A_PROXY.fullmatch(name.lower()) for name in request.headers):

@@ -9,8 +9,9 @@ import asyncio
 import hashlib
 import json
 import pickle
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
 
@@ -27,9 +28,13 @@ KEYS = 4096  # of a schema's or tag's objects
 CHOICES = 4096
 SMALL_BYTES = 4096  # up to which a grammar is tried apart from the large ones
 WAITING = 32  # grammars that wait for a trial
+SHARE = WAITING // 2  # of them, of one caller
 KEPT = 1024  # verdicts
 KEPT_BYTES = 8 * 2**20  # of what they keep
 _OVERHEAD = 512  # bytes of a verdict beside that
+
+# Who asks in this task, by a name or an address; "" for nobody in particular.
+asker: ContextVar[str] = ContextVar("asker", default="")
 
 
 class _Lane:
@@ -38,7 +43,30 @@ class _Lane:
     def __init__(self, config: bytes, seconds: float) -> None:
         self.trial = Trial(config, seconds)
         self.thread = ThreadPoolExecutor(1, "grammars")
-        self.waiting = 0
+        self._waiting: Counter[str] = Counter()  # grammars, by who has asked first
+
+    @property
+    def waiting(self) -> int:
+        """Grammars that wait, and the one that is being tried."""
+        return self._waiting.total()
+
+    def enter(self, who: str) -> None:
+        """Take one of the places. Raises vLLM's error of 503 if all are taken, or their share."""
+        if self.waiting >= WAITING:
+            whose = "too many grammars wait"
+        elif who and self._waiting[who] >= SHARE:
+            whose = "too many grammars of yours wait"
+        else:
+            self._waiting[who] += 1
+            return
+        text = f"{whose} to be compiled; try again soon"
+        raise failed(text, HTTPStatus.SERVICE_UNAVAILABLE)
+
+    def leave(self, who: str) -> None:
+        """Give a place back."""
+        self._waiting[who] -= 1
+        if not self._waiting[who]:
+            del self._waiting[who]
 
     def start(self) -> None:
         """Have the process started if there is none; nobody waits for it."""
@@ -49,7 +77,8 @@ class _Attempt:
     """A grammar on its way through a lane, and how many wait for it."""
 
     def __init__(self, lane: _Lane, asked: StructuredOutputsParams) -> None:
-        lane.waiting += 1
+        self.who = asker.get()
+        lane.enter(self.who)
         self.lane = lane
         self.running: Future[Verdict] = lane.thread.submit(lane.trial.run, asked)
         self.verdict: asyncio.Future[Verdict | str]
@@ -99,11 +128,6 @@ class Grammars:
         attempt = self._trying.get(key)
         if attempt is None:
             lane = self._small if size <= SMALL_BYTES else self._large
-            if lane.waiting >= WAITING:
-                raise failed(
-                    "too many grammars wait to be compiled; try again soon",
-                    HTTPStatus.SERVICE_UNAVAILABLE,
-                )
             attempt = self._trying[key] = _Attempt(lane, asked)
             attempt.verdict = asyncio.ensure_future(self._try(key, attempt))
         attempt.wanted += 1
@@ -132,7 +156,7 @@ class Grammars:
     def _end(self, key: bytes, attempt: _Attempt) -> None:
         if self._trying.get(key) is attempt:
             del self._trying[key]
-            attempt.lane.waiting -= 1
+            attempt.lane.leave(attempt.who)
 
     def _keep(self, key: bytes, verdict: Verdict | str) -> None:
         texts = [verdict] if isinstance(verdict, str) else verdict.changed.values()

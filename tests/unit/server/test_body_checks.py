@@ -11,10 +11,13 @@ from aiohttp.test_utils import TestClient, TestServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llumnix.engine.vllm.grammars import asker
 from llumnix.server import limits
 from llumnix.server.admission import Admission
 from llumnix.server.bodies import Bodies
 from llumnix.server.body_checks import BadContent, Contents, check_form, check_keys, read, weigh
+from llumnix.server.callers import ANYONE, CALLER, Caller
+from llumnix.server.errors import Handler
 from llumnix.server.json_scan import TooMuch, _depth, _outside, scan
 from llumnix.server.json_strings import check_strings
 from llumnix.server.limits import BodyLimits, body_limits
@@ -465,3 +468,27 @@ def test_half_a_pair_that_is_only_written() -> None:
     check_strings(_tool_said("[\\ud800-\\udbff]"))
     with pytest.raises(TooMuch):
         check_strings(_tool_said('["\\ud800"]'))
+
+
+@on_loop
+async def test_who_asks_is_known_by_a_name_or_an_address() -> None:
+    """By which the places of those whose grammars wait are shared."""
+    seen: list[str] = []
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        seen.append(asker.get())
+        return web.Response()
+
+    @web.middleware
+    async def let_in(request: web.Request, handler: Handler) -> web.StreamResponse:
+        name = request.headers.get("Name")
+        request[CALLER] = ANYONE if name is None else Caller(name)
+        return await handler(request)
+
+    app = web.Application(middlewares=[let_in])
+    app.router.add_post("/", Contents(body_limits(0, 4096, False)).guard(answer))
+    async with TestClient(TestServer(app)) as client:
+        for headers in ({"Name": "alice"}, {}, {"Name": "bob"}):
+            async with client.post("/", data=b"{}", headers=headers) as response:
+                assert response.status == 200
+    assert seen == ["alice", "127.0.0.1", "bob"]

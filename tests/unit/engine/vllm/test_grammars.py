@@ -176,6 +176,27 @@ async def test_too_many_that_wait_are_told_so(monkeypatch: pytest.MonkeyPatch) -
 
 
 @on_loop
+async def test_one_caller_has_half_of_the_places() -> None:
+    """Else one fills the queue, and all others hear that too many wait."""
+    grammars, _ = scripted(module.Verdict({}))
+
+    async def admit(who: str, regex: str) -> None:
+        module.asker.set(who)
+        await grammars.admit(asking(regex=regex))
+
+    many = [asyncio.create_task(admit("a", f"a{n}")) for n in range(module.WAITING)]
+    shared = asyncio.create_task(admit("a", "a1"))  # one that waits already takes no place
+    other = [asyncio.create_task(admit("b", f"b{n}")) for n in range(3)]
+    done = await asyncio.gather(*many, return_exceptions=True)
+    statuses = [getattr(d, "http_status", None) for d in done]
+    assert statuses == [None] * module.SHARE + [503] * (module.WAITING - module.SHARE)
+    await asyncio.gather(shared, *other)
+    assert grammars._small.waiting == 0 and not grammars._small._waiting
+    await admit("a", "a-again")
+    await grammars.close()
+
+
+@on_loop
 async def test_what_no_client_wrote_is_not_tried() -> None:
     grammars, trial = scripted(module.Verdict({}))
     await grammars.admit(asking(json_object=True))
