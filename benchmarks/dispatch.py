@@ -13,9 +13,9 @@ from pathlib import Path
 from random import Random
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
+from llumnix.plugins import POLICIES
 from llumnix.policy.dispatch import Request
-from llumnix.policy.dispatch_state import DispatchBoard
-from llumnix.policy.dispatchers import POLICIES
+from llumnix.policy.dispatch_state import DispatchState
 
 _NODE_SIZE = 8
 _DECISIONS_PER_REPORT = 20
@@ -52,7 +52,7 @@ def _percentile(times: list[float], percent: int) -> float:
 def measure(policy: str, instances: int, decisions: int, top_k: int) -> dict[str, float]:
     """p50 and p99 in microseconds of a decision, and of taking over a view."""
     rng = Random(1)
-    board, view = DispatchBoard("me", POLICIES[policy], top_k, Random(2)), _cluster(instances)
+    board, view = DispatchState("me", POLICIES[policy], top_k, Random(2)), _cluster(instances)
     board.update_view(view)
     decided: list[float] = []
     updated: list[float] = []

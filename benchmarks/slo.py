@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from llumnix.policy.classes import PriorityClass
-from llumnix.simulator.arrivals import ArrivalProcess
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig, PolicyConfig
+from llumnix.simulator.distributions import ArrivalProcess
 from llumnix.simulator.result import Result
 from llumnix.simulator.run import simulate
 from llumnix.simulator.workload import Workload, generate

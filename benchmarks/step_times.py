@@ -23,10 +23,10 @@ from typing import Any
 
 import yaml
 from engine_streams import Engine, Stream, running
+from latency_fit import Step, errors, fit
 from neighbours import Neighbours
 
 from llumnix.latency import LatencyProfile
-from llumnix.simulator.fit import Step, errors, fit
 
 SPAN = 5  # decode steps that are timed together
 BEFORE = 20  # decode steps before a prompt comes, whose mean is the usual one

@@ -24,14 +24,12 @@ from neighbours import Neighbours
 from validation_report import NUMBERS, QUANTITIES, beside, draw, table
 
 from llumnix.latency import LatencyProfile
-from llumnix.simulator.arrivals import ArrivalProcess
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig
-from llumnix.simulator.job import SimJob
-from llumnix.simulator.lengths import PowerLaw
+from llumnix.simulator.distributions import ArrivalProcess, PowerLaw
 from llumnix.simulator.result import Story
 from llumnix.simulator.run import simulate
 from llumnix.simulator.summary import Spread, spread
-from llumnix.simulator.workload import Workload, generate
+from llumnix.simulator.workload import SimJob, Workload, generate
 
 COLUMNS = ("prompt", "output", "real_ttft", "real_tpot", "simulated_ttft", "simulated_tpot")
 

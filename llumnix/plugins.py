@@ -10,22 +10,64 @@ A package names a function in one of two entry-point groups, and its name is an 
 
 import functools
 import logging
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from math import inf, isnan
+from types import MappingProxyType
 from typing import Any
 
 from llumnix.cluster import ClusterView
+from llumnix.policy.artifact import artifact, by_artifact
 from llumnix.policy.decision_context import Terms
-from llumnix.policy.dispatch import Candidate, Policy, Request, Score
-from llumnix.policy.dispatchers import POLICIES
-from llumnix.policy.planners import PLANNERS
-from llumnix.policy.rebalance import Allowed, Pair, Planner
+from llumnix.policy.dispatch import (
+    Candidate,
+    Policy,
+    Request,
+    Score,
+    by_chance,
+    by_count,
+    by_freeness,
+    by_interference,
+    by_load,
+    by_memory,
+    by_queue,
+    by_turn,
+)
+from llumnix.policy.queues import lookahead, queues
+from llumnix.policy.rebalance import Allowed, Pair, Planner, pairs
 from llumnix.policy.select import RULES
+from llumnix.policy.slo import by_slo
 
 logger = logging.getLogger(__name__)
 
 DISPATCH, RESCHEDULING = "llumnix.dispatch", "llumnix.rescheduling"
 NONE = "none"  # the name of no rescheduling at all
+
+# A policy of dispatch is one function (`dispatch.Score`) and one line here.
+POLICIES: Mapping[str, Policy] = MappingProxyType(
+    {
+        "load": Policy(by_load, keeps=True),
+        "freeness": Policy(by_freeness, keeps=True),
+        "memory": Policy(by_memory, keeps=True),
+        "queue": Policy(by_queue, keeps=True),
+        "balanced": Policy(by_count, keeps=True),
+        "rr": Policy(by_turn, keeps=True),
+        "random": Policy(by_chance, keeps=True),
+        "slo": Policy(by_slo),
+        "interference": Policy(by_interference),
+        "artifact": Policy(by_artifact, keeps=True),
+    }
+)
+
+# A rule of rescheduling is one function (`rebalance.Planner`) and one line here.
+PLANNERS: Mapping[str, Planner] = MappingProxyType(
+    {
+        "llumnix": pairs,
+        "artifact": artifact,
+        "lookahead": lookahead,
+        "queues": queues,
+    }
+)
 
 
 def dispatch_policy(name: str) -> Policy:

@@ -23,9 +23,9 @@ from benchmarks.cluster.table import line
 from benchmarks.cluster.workload import Shape
 from llumnix.latency import LatencyProfile
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig, PolicyConfig
-from llumnix.simulator.job import SimJob
 from llumnix.simulator.result import Story
 from llumnix.simulator.run import simulate
+from llumnix.simulator.workload import SimJob
 
 # What the systems of `systems.KNOWN` decide by: dispatch and rescheduling.
 POLICIES = {
@@ -107,7 +107,7 @@ def main() -> None:
     add("--max-model-len", type=int, default=4096)
     add("--max-num-batched-tokens", type=int, default=2048)
     add("--profile", type=float, nargs=7, required=True, help="a b c d e f of latency.py, outside")
-    add("--cost", default="llama-7b-h200x2", help="of a move, a key of simulator/cost.py")
+    add("--cost", default="llama-7b-h200x2", help="of a move, a key of simulator/cluster.py")
     add("--base", default="llumnix-queue", help="whom the others are compared with")
     add("--json", type=Path)
     args = parser.parse_args()

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from benchmarks.cluster.engines import Engines
 from benchmarks.cluster.process import HOST, Part, free_ports
-from llumnix.policy.dispatchers import POLICIES
+from llumnix.plugins import POLICIES
 
 _LLUMNIX = [sys.executable, "-m", "llumnix.entrypoints.vllm.api_server"]
 _ROUTER = [sys.executable, "-m", "vllm_router.launch_router"]

@@ -5,8 +5,14 @@ from typing import NamedTuple
 
 from numpy.random import default_rng
 
-from llumnix.simulator.arrivals import ArrivalProcess
-from llumnix.simulator.lengths import OUTPUTS, PROMPTS, Fixed, Lengths, PowerLaw
+from llumnix.simulator.distributions import (
+    OUTPUTS,
+    PROMPTS,
+    ArrivalProcess,
+    Fixed,
+    Lengths,
+    PowerLaw,
+)
 from llumnix.simulator.traces import read_lengths
 from llumnix.simulator.workload import LengthsOption, Workload, generate
 

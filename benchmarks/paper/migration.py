@@ -10,7 +10,7 @@ from benchmarks.paper.numbers import exact
 from benchmarks.paper.options import ROOT, Options
 from benchmarks.paper.plots import save
 from llumnix.latency import PROFILES
-from llumnix.simulator.cost import COSTS
+from llumnix.simulator.cluster import COSTS
 
 NAME = "migration"
 MODEL = "llama-7b-a10"  # a key of PROFILES and of COSTS

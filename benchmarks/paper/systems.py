@@ -18,7 +18,7 @@ class System:
 
     label: str
     dispatch: str  # a key of policy.dispatch.POLICIES
-    rescheduling: str  # none, or a key of policy.planners.PLANNERS
+    rescheduling: str  # none, or a key of plugins.PLANNERS
     request: str = "low"  # a key of policy.select.RULES
 
     def policy(self, threshold: float, classes: tuple[PriorityClass, ...] = ()) -> PolicyConfig:

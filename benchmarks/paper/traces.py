@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from llumnix.simulator.arrivals import ArrivalProcess
 from llumnix.simulator.cluster import EngineConfig
+from llumnix.simulator.distributions import ArrivalProcess
 from llumnix.simulator.traces import FORMATS
 from llumnix.simulator.workload import Trace, Workload
 

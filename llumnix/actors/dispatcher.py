@@ -12,7 +12,7 @@ from llumnix.dataplane.placer import NoInstance, Route
 from llumnix.metrics import DISPATCH_SECONDS
 from llumnix.policy.decision_context import TERMS, Terms
 from llumnix.policy.dispatch import Policy, Request
-from llumnix.policy.dispatch_state import DispatchBoard, is_awaited, is_candidate
+from llumnix.policy.dispatch_state import DispatchState, is_awaited, is_candidate
 
 
 class DispatcherActor(Actor):
@@ -33,7 +33,7 @@ class DispatcherActor(Actor):
         """
         super().__init__()
         first = first_sequence or time.time_ns() // 1000
-        self._board = DispatchBoard(node, policy, top_k, Random(seed), first, terms)
+        self._board = DispatchState(node, policy, top_k, Random(seed), first, terms)
         self._view = ClusterView()
         self._block_size = 1
 

@@ -11,10 +11,9 @@ from pathlib import Path
 
 from llumnix.simulator import plots, record
 from llumnix.simulator.config import SimConfig, check_seeds, read_config
-from llumnix.simulator.errors import SimConfigError
 from llumnix.simulator.run import simulate
-from llumnix.simulator.summary import summarize
-from llumnix.simulator.table import table
+from llumnix.simulator.schema import SimConfigError
+from llumnix.simulator.summary import summarize, table
 
 FAILED = 1  # exit code: something could not be done
 WRONG = 2  # exit code, as argparse has it: what was given makes no sense

@@ -20,7 +20,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Census:
+class InstanceCounts:
     """The instances of the cluster, counted by node.
 
     Nodes that an operator drains, or that are about to leave, have no place: nothing is changed
@@ -57,7 +57,7 @@ class Census:
         return {node: place.draining for node, place in self.places.items() if place.draining}
 
 
-def census(view: ClusterView) -> Census:
+def count_instances(view: ClusterView) -> InstanceCounts:
     """Count the instances that a view shows."""
     places: dict[NodeId, Place] = {}
     elsewhere = 0
@@ -72,7 +72,7 @@ def census(view: ClusterView) -> Census:
         for i, info in sorted(view.instances.items())
         if info.node in places and is_candidate(view, info)
     }
-    return Census(places, serving, elsewhere)
+    return InstanceCounts(places, serving, elsewhere)
 
 
 def _place(view: ClusterView, node: NodeId) -> Place:

@@ -1,4 +1,4 @@
-"""The board a dispatcher decides from: candidates, their scores, and what is in flight to them.
+"""What a dispatcher decides from: candidates, their scores, and what is in flight to them.
 
 A report is always late by up to its period plus the way through etcd. Until a report covers it,
 what this node has sent is therefore counted in flight; else a burst would all go to the instance
@@ -57,7 +57,7 @@ class _Entry:
     pending: deque[tuple[int, int, int, int]] = field(default_factory=deque)
 
 
-class DispatchBoard:
+class DispatchState:
     """Incremental state of one dispatcher: scores are kept, and renewed only where facts change.
 
     A plain object without threads or clock; whoever owns it calls it from one thread.
@@ -72,7 +72,7 @@ class DispatchBoard:
         first_sequence: int = 1,
         terms: Terms = TERMS,
     ) -> None:
-        """A board for the dispatches of `node`.
+        """Begin with no instance, for the dispatches of `node`.
 
         `first_sequence` must be greater than any number that an earlier process of the same node
         used, else an instance that remembers the earlier ones seems to cover the new ones (the

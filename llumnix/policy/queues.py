@@ -1,15 +1,8 @@
-"""Rescheduling that empties queues first: whatever waits in vain goes where it can begin now.
+"""Rescheduling that looks at queues first: what waits in vain goes where it can begin now.
 
-A queued request has no KV cache: to move it costs a message. So where the head of a queue does not
-fit, those that wait go together to instances without a queue, in their order, as many as find room
-there. Dispatch has decided for each of them on what it knew then; this decides again on what has
-come of it.
-
-Where nobody has room for them, all instances are over-full, and what counts is whose queue is the
-longest. Half of what one lacks more than another is taken from the end of its queue. That evens
-both out, so it can't go to and fro; and nothing is done about a difference that chance makes.
-
-All else is the paper's rule (policy/rebalance): running requests leave where there is little room.
+A queued request has no KV cache: to move it costs a message. Dispatch has decided for each on what
+it knew then; this decides again on what has come of it. All else is the paper's rule
+(policy/rebalance): running requests leave where there is little room.
 """
 
 from collections.abc import Callable
@@ -18,7 +11,7 @@ from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceLoad
 from llumnix.policy.decision_context import Terms
 from llumnix.policy.dispatch_state import is_candidate
 from llumnix.policy.load import unclaimed
-from llumnix.policy.rebalance import Allowed, Pair, fit, pairs, room
+from llumnix.policy.rebalance import SPILL, Allowed, Pair, fit, pairs, room
 from llumnix.policy.select import QUEUE, TAIL
 
 # Of its blocks, that an engine may keep back from the head of its queue (a watermark).
@@ -29,10 +22,17 @@ UNEVEN_SHARE, UNEVEN_REQUESTS = 0.1, 4
 
 
 def queues(view: ClusterView, terms: Terms, allowed: Allowed) -> list[Pair]:
-    """The moves of one round (a `rebalance.Planner`)."""
-    found = from_queues(view, terms, allowed)
-    taken = {instance for pair in found for instance in pair[:2]}
-    return found + [p for p in pairs(view, terms, allowed) if taken.isdisjoint(p[:2])]
+    """The moves of one round (a `rebalance.Planner`): whole queues go where they can begin.
+
+    Where the head of a queue does not fit, those that wait go together to instances without a
+    queue, in their order, as many as find room there.
+
+    Where nobody has room for them, all instances are over-full, and what counts is whose queue is
+    the longest. Half of what one lacks more than another is taken from the end of its queue. That
+    evens both out, so it can't go to and fro; and nothing is done about a difference that chance
+    makes.
+    """
+    return _with_others(from_queues(view, terms, allowed), view, terms, allowed)
 
 
 def from_queues(view: ClusterView, terms: Terms, allowed: Allowed) -> list[Pair]:
@@ -125,3 +125,39 @@ def _is_uneven(view: ClusterView, pair: Pair) -> bool:
     return load.waiting > 1 and more > max(
         UNEVEN_SHARE * source.total_blocks, UNEVEN_REQUESTS * mean
     )
+
+
+def lookahead(view: ClusterView, terms: Terms, allowed: Allowed) -> list[Pair]:
+    """The moves of one round (a `rebalance.Planner`): what does not fit goes where it fits now.
+
+    The paper's rule moves running requests away from a full instance until the head of its queue
+    fits, and so long all others wait behind that head. So where the head is blocked, those behind
+    it go, the first come first, to instances without a queue. The head itself stays, and gets room
+    by the paper's rule: a long prompt holds up all that decode beside it, and here fewer and fewer
+    do.
+    """
+    known = open_ones(view)
+    blocked = longest_first(known, _holds_up)
+    found = to_idle_queues(
+        known, blocked, SPILL, lambda p: _has_room(view, p, terms) and allowed(p)
+    )
+    return _with_others(found, view, terms, allowed)
+
+
+def _with_others(
+    found: list[Pair], view: ClusterView, terms: Terms, allowed: Allowed
+) -> list[Pair]:
+    """The moves out of queues, and behind them the paper's, of other instances."""
+    taken = {instance for pair in found for instance in pair[:2]}
+    return found + [p for p in pairs(view, terms, allowed) if taken.isdisjoint(p[:2])]
+
+
+def _holds_up(info: InstanceInfo, load: InstanceLoad) -> bool:
+    """Whether the head of a queue does not fit, and others wait behind it."""
+    return load.waiting > 1 and load.head_blocks > info.total_blocks - load.used_blocks
+
+
+def _has_room(view: ClusterView, pair: Pair, terms: Terms) -> bool:
+    """Whether the taker can begin at once with one of those behind the head, as large as most."""
+    free = room(view, pair, terms)
+    return fit(view, pair) and free is not None and free.fits(behind(view.loads[pair.source]))

@@ -11,7 +11,7 @@ from llumnix.cluster import ClusterView
 from llumnix.policy.classes import NO_CLASSES
 from llumnix.policy.decision_context import Terms
 from llumnix.policy.rebalance import Pair, room
-from llumnix.policy.select import DRAIN_RULE, MovableRequest, choose, choose_together
+from llumnix.policy.select import DRAIN_RULE, MovableRequest, Room, choose, choose_together
 
 
 def leaving(
@@ -33,10 +33,7 @@ def leaving(
         ValueError: there is no rule of that name.
     """
     # A drain asks for room and for nothing else, also if this view does not show it yet.
-    free = room(view, pair, replace(terms, classes=NO_CLASSES) if drains else terms)
-    if free is None:
-        raise LookupError(f"the load of {pair.source} or {pair.destination} is not known")
-    free = free._replace(blocks=min(free.blocks, blocks))
+    free = _room(view, pair, replace(terms, classes=NO_CLASSES) if drains else terms, blocks)
     if drains:
         return choose(candidates, DRAIN_RULE, free._replace(floor=-inf))
     return choose(candidates, pair.rule or rule, free)
@@ -58,8 +55,12 @@ def leaving_together(
     Raises:
         LookupError: the view lacks one of both instances, or its load.
     """
+    return choose_together(candidates, pair.rule, _room(view, pair, terms, blocks), count)
+
+
+def _room(view: ClusterView, pair: Pair, terms: Terms, blocks: float) -> Room:
+    """What the destination can take, of which `blocks` at most may be used."""
     free = room(view, pair, terms)
     if free is None:
         raise LookupError(f"the load of {pair.source} or {pair.destination} is not known")
-    free = free._replace(blocks=min(free.blocks, blocks))
-    return choose_together(candidates, pair.rule, free, count)
+    return free._replace(blocks=min(free.blocks, blocks))

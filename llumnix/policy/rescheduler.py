@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from llumnix.cluster import ClusterView, InstanceId
 from llumnix.policy.decision_context import TERMS, Terms
-from llumnix.policy.moves import MovesUnderWay
-from llumnix.policy.planned import Planned
+from llumnix.policy.moves import MovesUnderWay, Planned
 from llumnix.policy.queues import is_blocked
 from llumnix.policy.rebalance import Pair, Planner, is_draining, pairs, room
 from llumnix.policy.select import TOGETHER

@@ -18,7 +18,7 @@ from math import ceil, inf
 from types import MappingProxyType
 
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, NodeId
-from llumnix.policy.capacity import Census, census
+from llumnix.policy.capacity import InstanceCounts, count_instances
 from llumnix.policy.classes import NO_CLASSES, Classes
 from llumnix.policy.load import dispatch_usage
 
@@ -124,7 +124,7 @@ def supply(
 
 def mean_freeness(view: ClusterView, classes: Classes = NO_CLASSES) -> float:
     """The mean that scaling goes by, of the instances that serve; in KV blocks a request."""
-    return supply(view, census(view).serving, classes).mean()
+    return supply(view, count_instances(view).serving, classes).mean()
 
 
 def victim(serving: Mapping[InstanceId, InstanceInfo], view: ClusterView) -> InstanceInfo | None:
@@ -161,7 +161,7 @@ class Scaler:
 
     def decide(self, view: ClusterView, now: float) -> Decision | None:
         """The change to be made now; to be asked again and again, with `now` never going back."""
-        found, timers = census(view), self._timers
+        found, timers = count_instances(view), self._timers
         if found.missing != timers.missing:
             timers.missing, timers.missing_since = found.missing, now
         have = supply(view, found.serving, self._classes)
@@ -179,7 +179,9 @@ class Scaler:
             timers.side, timers.acted = None, now
         return decision
 
-    def _side(self, found: Census, have: Supply, leaves: InstanceInfo | None) -> Action | None:
+    def _side(
+        self, found: InstanceCounts, have: Supply, leaves: InstanceInfo | None
+    ) -> Action | None:
         """What the mean asks for, if it goes on being what it is."""
         terms = self._terms
         if found.wanted < terms.minimum or (found.serving and have.mean() < terms.low):
@@ -189,7 +191,7 @@ class Scaler:
         # The requests of the one that goes stay, on the others; only its memory goes.
         return Action.REMOVE if have.mean(-leaves.total_blocks) > terms.high else None
 
-    def _raise(self, found: Census, have: Supply, now: float) -> Decision | None:
+    def _raise(self, found: InstanceCounts, have: Supply, now: float) -> Decision | None:
         """Keep what is about to go, which is there already; else start further instances."""
         if found.draining:
             room = {node: min(found.places[node].room, n) for node, n in found.draining.items()}
@@ -201,7 +203,7 @@ class Scaler:
         return self._further(Action.ADD, found, have, room)
 
     def _lower(
-        self, found: Census, have: Supply, leaves: InstanceInfo | None, now: float
+        self, found: InstanceCounts, have: Supply, leaves: InstanceInfo | None, now: float
     ) -> Decision | None:
         """Remove one instance, when no other change is under way."""
         late = any(place.up > place.wanted for place in found.places.values())
@@ -216,7 +218,7 @@ class Scaler:
         return Decision(Action.REMOVE, desired, reason, leaves.id)
 
     def _further(
-        self, action: Action, found: Census, have: Supply, room: Mapping[NodeId, float]
+        self, action: Action, found: InstanceCounts, have: Supply, room: Mapping[NodeId, float]
     ) -> Decision | None:
         """As many more as are needed, each on the node that is to have the fewest."""
         terms = self._terms
@@ -231,7 +233,7 @@ class Scaler:
             numbers[node] = desired[node] = numbers[node] + 1
         return Decision(action, desired, self._shortage(found, have)) if desired else None
 
-    def _shortage(self, found: Census, have: Supply) -> str:
+    def _shortage(self, found: InstanceCounts, have: Supply) -> str:
         terms = self._terms
         if found.wanted < terms.minimum:
             return f"{found.wanted} in the cluster are fewer than {terms.minimum}"

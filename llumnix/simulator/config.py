@@ -9,8 +9,7 @@ import orjson
 import yaml
 
 from llumnix.simulator.cluster import ClusterConfig
-from llumnix.simulator.errors import SimConfigError
-from llumnix.simulator.schema import build
+from llumnix.simulator.schema import SimConfigError, build
 from llumnix.simulator.workload import Generated, Workload, generate
 
 

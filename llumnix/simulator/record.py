@@ -30,8 +30,8 @@ import numpy as np
 import orjson
 
 from llumnix import __version__
-from llumnix.simulator.errors import SimConfigError
 from llumnix.simulator.result import Hop, Result, Sample, Story
+from llumnix.simulator.schema import SimConfigError
 from llumnix.simulator.summary import Summary
 
 FORMAT = 1

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from llumnix.cluster import InstanceId
-from llumnix.simulator.job import SimJob
+from llumnix.simulator.workload import SimJob
 
 
 class Hop(NamedTuple):

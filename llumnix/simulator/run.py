@@ -1,25 +1,24 @@
 """One simulated run: a workload, a cluster of modelled engines, and the production policies."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
 from random import Random
 
 from llumnix.cluster import kv_blocks
 from llumnix.plugins import dispatch_policy, planner
 from llumnix.policy.dispatch import Request
-from llumnix.policy.dispatch_state import DispatchBoard
+from llumnix.policy.dispatch_state import DispatchState
 from llumnix.policy.rebalance import Pair
 from llumnix.policy.rescheduler import MoveOrder, Rescheduler
 from llumnix.policy.select import TOGETHER
 from llumnix.simulator.clock import VirtualClock
-from llumnix.simulator.cluster import ClusterConfig
-from llumnix.simulator.cost import COSTS
+from llumnix.simulator.cluster import COSTS, ClusterConfig
 from llumnix.simulator.fleet import Fleet
-from llumnix.simulator.job import SimJob
+from llumnix.simulator.instance import SimInstance
 from llumnix.simulator.moves import SimMoves
 from llumnix.simulator.result import Result, Sample, Story
-from llumnix.simulator.samples import sample
+from llumnix.simulator.workload import SimJob
 
 
 def simulate(
@@ -57,7 +56,7 @@ class Simulation:
         self._terms = terms = policy.terms(config.engine.latency)
         dispatch, plan = dispatch_policy(policy.dispatch), planner(policy.rescheduling)
         self._boards = [
-            DispatchBoard(f"d{i}", dispatch, policy.top_k, Random(seed + i), 1, terms)
+            DispatchState(f"d{i}", dispatch, policy.top_k, Random(seed + i), 1, terms)
             for i in range(policy.dispatchers)
         ]
         self._turns = cycle(enumerate(self._boards))
@@ -152,3 +151,30 @@ class Simulation:
         instances = self._fleet.instances.values()
         self._samples.append(sample(self._clock.now, instances, self._moves.under_way))
         self._clock.after(self._config.sample_interval, self._sample)
+
+
+def sample(now: float, instances: Iterable[SimInstance], migrating: int) -> Sample:
+    """The cluster at one moment, with its fragmentation: what the instances hold and want."""
+    count = running = waiting = used = total = 0
+    blocked = []
+    for instance in instances:
+        engine = instance.engine
+        count += 1
+        running += engine.running
+        waiting += engine.waiting
+        used += engine.used_blocks
+        total += engine.config.total_blocks
+        if engine.head_blocks > engine.free_blocks:
+            blocked.append(engine.head_blocks)
+    fragmented = _satisfied(blocked, total - used)
+    return Sample(now, count, running, waiting, used, total, fragmented, migrating)
+
+
+def _satisfied(demands: list[int], free: int) -> int:
+    """How much of the demands all that is free would satisfy, the smallest first."""
+    satisfied = 0
+    for demand in sorted(demands):
+        if satisfied + demand > free:
+            break
+        satisfied += demand
+    return satisfied

@@ -13,7 +13,10 @@ from math import isnan, nan
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from llumnix.simulator.errors import SimConfigError
+
+class SimConfigError(ValueError):
+    """A run cannot be made from what was given; the message names the key or the file."""
+
 
 T = TypeVar("T")
 

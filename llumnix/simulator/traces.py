@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import orjson
 
-from llumnix.simulator.errors import SimConfigError
+from llumnix.simulator.schema import SimConfigError
 
 MOONCAKE_BLOCK = 512  # tokens for each of its hash_ids; the last may stand for fewer
 

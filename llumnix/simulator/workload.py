@@ -9,19 +9,31 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.random import Generator, default_rng
 
-from llumnix.simulator.arrivals import ArrivalProcess
-from llumnix.simulator.errors import SimConfigError
-from llumnix.simulator.job import SimJob
-from llumnix.simulator.lengths import (
+from llumnix.simulator.distributions import (
     OUTPUTS,
     PROMPTS,
+    ArrivalProcess,
     FileLengths,
     Fixed,
     Lengths,
     PowerLaw,
     Quantiles,
 )
+from llumnix.simulator.schema import SimConfigError
 from llumnix.simulator.traces import FORMATS, Recorded
+
+
+class SimJob(NamedTuple):
+    """One request: when it comes, and how long it is."""
+
+    number: int  # 0, 1, … in the order of arrival
+    at: float  # seconds from the beginning
+    prompt: int  # tokens
+    output: int  # tokens, at least 1
+    priority: int = 0  # vLLM's: the lower, the sooner
+    hashes: tuple[int, ...] = ()  # of the prompt's blocks, where the trace has them
+    block: int = 0  # tokens in each of these blocks
+
 
 # A name of PROMPTS or OUTPUTS, a fixed number of tokens, or a distribution.
 LengthsOption = str | int | Fixed | PowerLaw | Quantiles | FileLengths
@@ -106,7 +118,7 @@ class Generated(NamedTuple):
     too_long: int  # of them that were cut or resampled
 
 
-class _Stream(IntEnum):
+class _RandomStream(IntEnum):
     """Everything random has a stream of its own, so that a change of one leaves the others."""
 
     PROMPTS = 0
@@ -141,8 +153,8 @@ def _drawn(workload: Workload, seed: int) -> list[Recorded]:
     prompts = _lengths("prompt", workload.prompt, PROMPTS)
     outputs = _lengths("output", workload.output, OUTPUTS)
     pairs = zip(
-        prompts.draw(workload.requests, _Stream.PROMPTS.of(seed)).tolist(),
-        outputs.draw(workload.requests, _Stream.OUTPUTS.of(seed)).tolist(),
+        prompts.draw(workload.requests, _RandomStream.PROMPTS.of(seed)).tolist(),
+        outputs.draw(workload.requests, _RandomStream.OUTPUTS.of(seed)).tolist(),
         strict=True,
     )
     return [Recorded(0.0, prompt, output) for prompt, output in pairs]
@@ -184,7 +196,7 @@ def _fit(recorded: list[Recorded], workload: Workload, seed: int) -> tuple[list[
         return [_cut(one, limit) for one in recorded], too_long
     if not fits:
         raise SimConfigError(f"max_tokens is {limit}, and every request is longer")
-    others = iter(_Stream.RESAMPLING.of(seed).integers(len(fits), size=too_long).tolist())
+    others = iter(_RandomStream.RESAMPLING.of(seed).integers(len(fits), size=too_long).tolist())
     return [
         one
         if one.prompt + one.output <= limit
@@ -203,7 +215,7 @@ def _cut(one: Recorded, limit: int) -> Recorded:
 def _times(recorded: list[Recorded], workload: Workload, seed: int) -> list[float]:
     """Seconds at which they come."""
     if workload.arrivals:
-        drawn = workload.arrivals.times(len(recorded), _Stream.ARRIVALS.of(seed))
+        drawn = workload.arrivals.times(len(recorded), _RandomStream.ARRIVALS.of(seed))
         return list(drawn.tolist())
     assert workload.trace
     stretch, last = 1.0, recorded[-1].at
@@ -216,7 +228,7 @@ def _priorities(count: int, shares: Mapping[int, float], seed: int) -> list[int]
     """One for each request, independently; what the shares leave is of priority 0."""
     if not shares:
         return [0] * count
-    drawn = _Stream.PRIORITIES.of(seed).random(count)
+    drawn = _RandomStream.PRIORITIES.of(seed).random(count)
     bounds = np.cumsum(list(shares.values()))
     names = [*shares, 0]
     return [names[place] for place in np.searchsorted(bounds, drawn, side="right").tolist()]

@@ -2,8 +2,8 @@
 
 from array import array
 
-from llumnix.simulator.job import SimJob
 from llumnix.simulator.result import Hop, Result, Sample, Story
+from llumnix.simulator.workload import SimJob
 
 
 def story(

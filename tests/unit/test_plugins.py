@@ -9,10 +9,9 @@ import pytest
 
 from llumnix import plugins
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
+from llumnix.plugins import PLANNERS, POLICIES
 from llumnix.policy.decision_context import Terms
 from llumnix.policy.dispatch import Candidate, Policy, Request
-from llumnix.policy.dispatchers import POLICIES
-from llumnix.policy.planners import PLANNERS
 from llumnix.policy.rebalance import Pair
 
 Installed = Callable[..., None]

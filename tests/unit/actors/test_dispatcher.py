@@ -9,7 +9,7 @@ import pytest
 
 from llumnix.actors.dispatcher import DispatcherActor
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState, NodeInfo
-from llumnix.policy.dispatchers import POLICIES
+from llumnix.plugins import POLICIES
 
 READY, DRAINING, STARTING = InstanceState.READY, InstanceState.DRAINING, InstanceState.STARTING
 

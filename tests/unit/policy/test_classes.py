@@ -10,7 +10,7 @@ from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceSta
 from llumnix.policy.classes import Classes, PriorityClass
 from llumnix.policy.decision_context import Terms
 from llumnix.policy.dispatch import Request
-from llumnix.policy.dispatch_state import DispatchBoard
+from llumnix.policy.dispatch_state import DispatchState
 from llumnix.policy.load import freeness, virtual_usage
 from llumnix.policy.rebalance import Pair, pairs, room
 
@@ -42,7 +42,7 @@ def view(*loads: InstanceLoad, draining: str = "") -> ClusterView:
 
 
 def chosen(priority: int, *loads: InstanceLoad) -> str | None:
-    board = DispatchBoard("n", rng=Random(1), terms=TERMS)
+    board = DispatchState("n", rng=Random(1), terms=TERMS)
     board.update_view(view(*loads))
     return board.decide(Request(100, 7, priority))
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llumnix.cluster import InstanceInfo, InstanceLoad, InstanceState
+from llumnix.plugins import POLICIES
 from llumnix.policy.decision_context import TERMS
 from llumnix.policy.dispatch import Candidate, Request, choose
-from llumnix.policy.dispatchers import POLICIES
 from llumnix.policy.load import InFlight
 
 REQUEST = Request(100, 7)

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
+from llumnix.plugins import POLICIES
 from llumnix.policy.dispatch import Request
-from llumnix.policy.dispatch_state import HOPELESS, DispatchBoard, is_awaited
-from llumnix.policy.dispatchers import POLICIES
+from llumnix.policy.dispatch_state import HOPELESS, DispatchState, is_awaited
 from llumnix.policy.load import InFlight
 
 
@@ -33,13 +33,13 @@ def view(
     )
 
 
-def board(*infos: InstanceInfo, policy: str = "load", top_k: int = 1) -> DispatchBoard:
-    made = DispatchBoard("me", POLICIES[policy], top_k, Random(3))
+def board(*infos: InstanceInfo, policy: str = "load", top_k: int = 1) -> DispatchState:
+    made = DispatchState("me", POLICIES[policy], top_k, Random(3))
     made.update_view(view(*infos))
     return made
 
 
-def spread(of: DispatchBoard, requests: int) -> Mapping[str, int]:
+def spread(of: DispatchState, requests: int) -> Mapping[str, int]:
     counts: dict[str, int] = {}
     for _ in range(requests):
         chosen = of.decide(Request(blocks=10))
@@ -50,7 +50,7 @@ def spread(of: DispatchBoard, requests: int) -> Mapping[str, int]:
 
 
 def test_nobody_to_send_to() -> None:
-    assert DispatchBoard("me").decide(Request(blocks=1)) is None
+    assert DispatchState("me").decide(Request(blocks=1)) is None
     assert board(info("a")).decide(Request(blocks=1), exclude={"a"}) is None
 
 
@@ -99,7 +99,7 @@ def test_a_report_covers_what_it_counts_and_nothing_later() -> None:
 
 
 def test_sequence_numbers_grow_over_all_instances_from_the_first() -> None:
-    made = DispatchBoard("me", first_sequence=500)
+    made = DispatchState("me", first_sequence=500)
     made.update_view(view(info("a"), info("b")))
     assert [made.sent(i, 1, 1) for i in ("a", "b", "gone", "a")] == [500, 501, 502, 503]
 
@@ -168,7 +168,7 @@ def test_top_k_leaves_the_worst_alone() -> None:
 
 def test_a_senseless_top_k_is_refused() -> None:
     with pytest.raises(ValueError, match="top_k is 0"):
-        DispatchBoard("me", top_k=0)
+        DispatchState("me", top_k=0)
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 30)), max_size=30), st.data())
@@ -190,7 +190,7 @@ def test_scores_kept_are_the_scores_computed_anew(
     for instance in "abc":
         blocks_left = sum(blocks for _, blocks in sent[instance])
         assert made.in_flight(instance) == InFlight(len(sent[instance]), blocks_left, 0)
-    fresh = DispatchBoard("me")
+    fresh = DispatchState("me")
     fresh.update_view(view(*infos, loads=tuple(loads.values())))
     for instance in "abc":
         for _, blocks in sent[instance]:

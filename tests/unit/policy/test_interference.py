@@ -6,8 +6,7 @@ from llumnix.cluster import InstanceInfo, InstanceLoad, InstanceState
 from llumnix.latency import LatencyProfile
 from llumnix.policy.classes import Classes, PriorityClass
 from llumnix.policy.decision_context import Terms
-from llumnix.policy.dispatch import Candidate, Request, by_freeness
-from llumnix.policy.interference import WEIGHT, by_interference
+from llumnix.policy.dispatch import WEIGHT, Candidate, Request, by_freeness, by_interference
 from llumnix.policy.load import NOTHING, InFlight
 
 # 1 ms a token of prefill, 10 ms a step of decoding: prompts of more than 140 tokens are long.

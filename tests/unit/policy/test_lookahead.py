@@ -3,7 +3,7 @@
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
 from llumnix.policy.classes import Classes, PriorityClass
 from llumnix.policy.decision_context import Terms
-from llumnix.policy.lookahead import lookahead
+from llumnix.policy.queues import lookahead
 from llumnix.policy.rebalance import SPILL, SPILL_FLOOR, Pair, room
 from llumnix.policy.select import MovableRequest, Room, choose
 

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from llumnix.cluster import InstanceInfo, InstanceLoad, InstanceState, kv_blocks
 from llumnix.latency import LatencyProfile
+from llumnix.plugins import POLICIES
 from llumnix.policy.classes import Classes, PriorityClass
 from llumnix.policy.decision_context import Terms
 from llumnix.policy.dispatch import Candidate, Request
-from llumnix.policy.dispatchers import POLICIES
 from llumnix.policy.load import InFlight
 
 # These are kept as others have published them, to compare with.

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
 from llumnix.policy.decision_context import TERMS
-from llumnix.policy.planned import Planned
+from llumnix.policy.moves import Planned
 from llumnix.policy.queues import queues
 from llumnix.policy.rebalance import Pair
 from llumnix.policy.rescheduler import PAPER, Pace, Rescheduler

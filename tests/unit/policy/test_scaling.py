@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState, NodeInfo
-from llumnix.policy.capacity import census
+from llumnix.policy.capacity import count_instances
 from llumnix.policy.classes import Classes, PriorityClass
 from llumnix.policy.scaling import Action, Decision, Scaler, ScalingTerms, supply
 
@@ -71,11 +71,11 @@ def test_too_little_room_for_a_period_adds_where_the_fewest_are() -> None:
 def test_what_a_node_was_started_for_is_on_its_way_before_any_of_it_is_shown() -> None:
     joined = NodeInfo("c", "h:1", "", 1, max_instances=4, initial_instances=2)
     seen = replace(CROWDED, nodes={**CROWDED.nodes, "c": joined})
-    found = census(seen)
+    found = count_instances(seen)
     assert (found.wanted, found.missing) == (4, {"c": 2})
     assert after(Scaler(TERMS), seen, 0.0, 10.0, 99.0) is None
     fewer = replace(seen, desired={"c": 1})
-    assert census(fewer).wanted == 3, "what is desired counts first"
+    assert count_instances(fewer).wanted == 3, "what is desired counts first"
 
 
 def scaled_out_and_forgotten(*loads: InstanceLoad) -> ClusterView:
@@ -96,7 +96,7 @@ def test_without_a_number_one_goes_of_what_runs() -> None:
     assert found is not None
     assert (found.action, found.victim, found.desired) == (Action.REMOVE, "a-3", {"a": 3})
     draining = replace(seen, instances={**seen.instances, "a-3": info("a-3", DRAINING)})
-    assert census(draining).wanted == 3, "what drains is not to stay"
+    assert count_instances(draining).wanted == 3, "what drains is not to stay"
 
 
 def test_as_many_are_added_as_bring_the_mean_to_its_range() -> None:

@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llumnix.simulator.arrivals import ArrivalProcess
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig
 from llumnix.simulator.config import SimConfig, read_config
-from llumnix.simulator.errors import SimConfigError
-from llumnix.simulator.lengths import PowerLaw, Quantiles
+from llumnix.simulator.distributions import ArrivalProcess, PowerLaw, Quantiles
+from llumnix.simulator.schema import SimConfigError
 from llumnix.simulator.workload import generate
 
 DATA = Path(__file__).parent / "data"

@@ -6,8 +6,8 @@ import pytest
 
 from llumnix.plugins import dispatch_policy
 from llumnix.simulator.cluster import ClusterConfig, PolicyConfig
-from llumnix.simulator.job import SimJob
 from llumnix.simulator.run import simulate
+from llumnix.simulator.workload import SimJob
 
 EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "policy"
 

@@ -6,8 +6,8 @@ from llumnix.latency import LatencyProfile
 from llumnix.simulator.clock import VirtualClock
 from llumnix.simulator.cluster import EngineConfig
 from llumnix.simulator.instance import SimInstance
-from llumnix.simulator.job import SimJob
 from llumnix.simulator.result import Story
+from llumnix.simulator.workload import SimJob
 
 STEP = 1.0  # seconds
 # Twenty blocks of 16 tokens, and a second for each step of decoding.

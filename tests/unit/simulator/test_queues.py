@@ -7,8 +7,8 @@ from llumnix.policy.decision_context import TERMS
 from llumnix.policy.queues import is_blocked
 from llumnix.policy.rebalance import Pair, room
 from llumnix.policy.rescheduler import PAPER, Pace
-from llumnix.simulator.arrivals import ArrivalProcess
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig, PolicyConfig
+from llumnix.simulator.distributions import ArrivalProcess
 from llumnix.simulator.fleet import Fleet
 from llumnix.simulator.run import simulate
 from llumnix.simulator.workload import Workload, generate

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llumnix.simulator.errors import SimConfigError
 from llumnix.simulator.record import Record, encode, read, token_times, write
 from llumnix.simulator.result import Result
+from llumnix.simulator.schema import SimConfigError
 from llumnix.simulator.summary import summarize
 from tests.kit.results import result, story
 

@@ -9,13 +9,11 @@ from llumnix.latency import PROFILES, LatencyProfile
 from llumnix.policy.classes import PriorityClass
 from llumnix.policy.decision_context import Thresholds
 from llumnix.policy.scaling import ScalingTerms
-from llumnix.simulator.arrivals import ArrivalProcess
-from llumnix.simulator.cluster import ClusterConfig, EngineConfig, PolicyConfig
-from llumnix.simulator.cost import COSTS
-from llumnix.simulator.job import SimJob
+from llumnix.simulator.cluster import COSTS, ClusterConfig, EngineConfig, PolicyConfig
+from llumnix.simulator.distributions import ArrivalProcess
 from llumnix.simulator.result import Result, Story
 from llumnix.simulator.run import Simulation, simulate
-from llumnix.simulator.workload import Workload, generate
+from llumnix.simulator.workload import SimJob, Workload, generate
 
 # Three thousand tokens of KV cache, so that engines are full, and preempt, now and then.
 SMALL = EngineConfig(total_blocks=200, max_model_len=3000, max_num_batched_tokens=3000)

@@ -22,13 +22,13 @@ from llumnix.plugins import dispatch_policy, planner
 from llumnix.policy.classes import PriorityClass
 from llumnix.policy.decision_context import Thresholds
 from llumnix.policy.dispatch import Request
-from llumnix.policy.dispatch_state import DispatchBoard
+from llumnix.policy.dispatch_state import DispatchState
 from llumnix.policy.rebalance import Pair
 from llumnix.policy.rescheduler import MoveOrder, Rescheduler
 from llumnix.policy.scaling import Decision, Scaler, ScalingTerms
 from llumnix.policy.select import TOGETHER
-from llumnix.simulator.arrivals import ArrivalProcess
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig, PolicyConfig
+from llumnix.simulator.distributions import ArrivalProcess
 from llumnix.simulator.run import Simulation
 from llumnix.simulator.workload import Workload, generate
 
@@ -89,8 +89,8 @@ def record(simulated: ClusterConfig) -> Recorded:
             patch.setattr(owner, name, call)
 
         events = book.events
-        spy(DispatchBoard, "update_view", lambda _, view: events.append(Viewed(view)))
-        spy(DispatchBoard, "decide", lambda i, request: events.append(Dispatched(request, i)))
+        spy(DispatchState, "update_view", lambda _, view: events.append(Viewed(view)))
+        spy(DispatchState, "decide", lambda i, request: events.append(Dispatched(request, i)))
         spy(Rescheduler, "orders", lambda made, view, now: events.append(Rounded(made, now)))
         spy(
             Rescheduler,

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llumnix.simulator.errors import SimConfigError
-from llumnix.simulator.schema import build
+from llumnix.simulator.schema import SimConfigError, build
 
 
 class Color(StrEnum):

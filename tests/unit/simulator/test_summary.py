@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llumnix.simulator.result import Result
-from llumnix.simulator.summary import spread, summarize
-from llumnix.simulator.table import table
+from llumnix.simulator.summary import spread, summarize, table
 from tests.kit.results import result
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llumnix.simulator.errors import SimConfigError
+from llumnix.simulator.schema import SimConfigError
 from llumnix.simulator.traces import FORMATS, Recorded, read_azure, read_lengths, read_mooncake
 
 DATA = Path(__file__).parent / "data"

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llumnix.simulator.arrivals import ArrivalProcess
-from llumnix.simulator.errors import SimConfigError
+from llumnix.simulator.distributions import ArrivalProcess
+from llumnix.simulator.schema import SimConfigError
 from llumnix.simulator.workload import Trace, Workload, generate
 
 DATA = Path(__file__).parent / "data"

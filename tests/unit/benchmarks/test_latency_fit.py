@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from benchmarks.latency_fit import Step, errors, fit
 from llumnix.latency import PROFILES, LatencyProfile
-from llumnix.simulator.fit import Step, errors, fit
 
 PREFILLS = (32, 128, 512, 1024, 2048)
 DECODES = ((1, 128), (8, 1024), (8, 16_384), (64, 32_768), (128, 65_536))
