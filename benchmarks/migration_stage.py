@@ -27,19 +27,21 @@ from llumnix.control.keys import Keys, Kind
 from llumnix.dataplane.client import ClusterClient
 from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.hosted_instance import HostedInstance
-from llumnix.dataplane.peer import Peers, Self
+from llumnix.dataplane.peer import Peers, ThisNode
 from llumnix.dataplane.placer import Route
 from llumnix.engine.base import Transfer
 from llumnix.engine.vllm.arguments import engine_config, make_parser
-from llumnix.engine.vllm.instance import Patience, VllmEngine
+from llumnix.engine.vllm.instance import VllmEngine
 from llumnix.engine.vllm.kv_blocks import Rendezvous
 from llumnix.engine.vllm.launcher import start_fork_server
 from llumnix.engine.vllm.placement import place
+from llumnix.engine.vllm.watchdog import Patience
 from llumnix.migration.admission import MigrationActor
 from llumnix.migration.departures import Rules
+from llumnix.migration.messages import Move
 from llumnix.migration.record import Handshake
 from llumnix.migration.service import Migrations
-from llumnix.migration.source import Limits
+from llumnix.migration.source import MigrationLimits
 from llumnix.policy.decision_context import Terms
 
 NODE = "bench"
@@ -144,27 +146,25 @@ class Stage:
         """Move a stream live, or by one of the two ways that stop it first."""
         source, _ = self.ends(stream)
         if how == "live":
-            report = await self._migrations.command(
-                NODE, source, destination, "operator", stream.request.request_id
-            )
-            sent = {k: float(report[k]) for k in ("stages", "blocks_sent", "bytes_sent")}
-            return sent
+            step = Move(destination, "operator", stream.request.request_id)
+            moved = await self._migrations.command(NODE, source, step)
+            return {k: float(getattr(moved, k)) for k in ("stages", "blocks_sent", "bytes_sent")}
         hosted, target = self.exchange.hosted[source], self.exchange.hosted[destination]
-        tenant = hosted.find(stream.request.request_id)
-        assert tenant is not None and target.facts is not None
+        held = hosted.find(stream.request.request_id)
+        assert held is not None and target.facts is not None
         migration = f"{how}-{time.monotonic_ns()}"
         copied = 0
-        await hosted.next_output(tenant, 10.0)
+        await hosted.next_output(held, 10.0)
         if how == "copy":
-            hashes = await hosted.engine.blocks.export(migration, tenant.name)
+            hashes = await hosted.engine.blocks.export(migration, held.name)
         # From here on nothing is generated.
-        del hosted._tenants[tenant.name], hosted._names[tenant.request_id]
-        await hosted.engine.abort([tenant.name])
+        del hosted._by_name[held.name], hosted._by_id[held.request_id]
+        await hosted.engine.abort([held.name])
         if how == "copy":
             copied = await self._copy(migration, hosted, target, hashes)
-        hosted._tenants[tenant.name] = tenant
-        hosted._names[tenant.request_id] = tenant.name
-        await hosted.hand_over(tenant, destination, NODE)
+        hosted._by_name[held.name] = held
+        hosted._by_id[held.request_id] = held
+        await hosted.hand_over([held], destination, NODE)
         await stream.reach(stream.position + 1)
         await hosted.engine.blocks.drop(migration)
         await target.engine.blocks.drop(migration)
@@ -256,7 +256,7 @@ async def make_stage(
         actor = Handle(MigrationActor.start(Handshake(etcd, session, keys), 4, 0))
         arguments = {"endpoints": list(embedded.endpoints), "prefix": f"{keys.prefix}{Kind.C10D}/"}
         meet = Rendezvous("llumnix.control.c10d_store.EtcdStore", arguments, "127.0.0.1", ladder)
-        exchange = Exchange(NODE, Peers(Self(NODE, "", "bench"), "bench", lambda node: None))
+        exchange = Exchange(NODE, Peers(ThisNode(NODE, "", "bench"), "bench", lambda node: None))
         home = _Home()
         hosted = []
         for slot in range(2):
@@ -268,7 +268,7 @@ async def make_stage(
         try:
             await asyncio.gather(*(h.start(on_death=lambda reason: None) for h in hosted))
             exchange.hosted |= {h.id: h for h in hosted}
-            rules = Rules(Limits(within=30.0), "low", Terms())
+            rules = Rules(MigrationLimits(within=30.0), "low", Terms())
             view = _view(hosted)
             migrations = Migrations(exchange, actor, lambda: view, rules)
             stage = Stage(exchange, migrations, current_platform.device_name or "CPU")

@@ -211,10 +211,10 @@ class InstanceActor(Actor):
                         await asyncio.sleep(DRAIN_POLL)
             except TimeoutError:
                 if within > 0 and not drain.called_off:
-                    names = ", ".join(sorted(tenant.request_id for tenant in hosted.tenants))
+                    names = ", ".join(sorted(request.request_id for request in hosted.requests))
                     logger.warning(
                         "instance %s stops after %.0f s with %d requests: %s",
-                        *(hosted.id, within, hosted.requests, names),
+                        *(hosted.id, within, len(hosted.requests), names),
                     )
             if drain.called_off:
                 return

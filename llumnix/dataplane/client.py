@@ -9,20 +9,19 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
+from types import SimpleNamespace
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.metrics.stats import SchedulerStats
 
 from llumnix.cluster import InstanceId, NodeId
-from llumnix.dataplane.cancels import Cancels
-from llumnix.dataplane.death_wave import EXCUSED, DeathWave
-from llumnix.dataplane.exchange import Exchange
+from llumnix.dataplane.exchange import Cancels, Exchange
 from llumnix.dataplane.frames import HandOver, Lost, News
-from llumnix.dataplane.hosted_request import TRIAL_TOKENS
+from llumnix.dataplane.hosted_request import NO_RESUME, why_pinned
 from llumnix.dataplane.interruptions import Interruptions
-from llumnix.dataplane.ledger import Entry, Ledger, Verdict
-from llumnix.dataplane.placer import CRASHES, DEATHS, Dispatcher, Placer, Route
-from llumnix.dataplane.resumability import NO_RESUME, why_pinned
+from llumnix.dataplane.ledger import Acceptance, Entry, Ledger
+from llumnix.dataplane.placer import Dispatcher, Placer, Route
+from llumnix.dataplane.suspects import CRASHES, DEATHS, DeathWave
 from llumnix.dataplane.utilities import UtilityCalls
 from llumnix.dataplane.waiting import WaitLimits
 from llumnix.engine.base import EngineError
@@ -32,18 +31,12 @@ from llumnix.tasks import TaskSet
 logger = logging.getLogger(__name__)
 
 # What becomes of outputs behind which a request runs that has another owner, or none.
-_DISOWNED = (Verdict.STALE, Verdict.UNKNOWN)
+_DISOWNED = (Acceptance.STALE, Acceptance.UNKNOWN)
 
 
 # Told of a request that has to end: its id, one sentence, and the status that fits, 400 if no
 # engine can run it, 500 if it is not to be sent again, 503 if it may be.
 OnFailure = Callable[[str, str, HTTPStatus], None]
-
-
-class Resources:
-    """What AsyncLLM asks of its client's resources: no single engine's death is the end."""
-
-    engine_dead = False
 
 
 class ClusterClient(UtilityCalls):
@@ -64,9 +57,11 @@ class ClusterClient(UtilityCalls):
         for each request of the frontend, in its handler's context, in this order; `on_close`: with
         the id of each of them once it has ended, however it has."""
         super().__init__(exchange)
-        self.resources = Resources()
+        # Which AsyncLLM asks: no single engine's death is the end.
+        self.resources = SimpleNamespace(engine_dead=False)
         # One engine label for each slot of this node in vLLM's metrics, the last for other nodes.
         self.engine_ranks_managed = list(range(slots + 1))
+        self.node: NodeId = exchange.node
         self.ledger = Ledger()
         self.interruptions = interruptions or Interruptions()
         self._elsewhere = slots
@@ -87,11 +82,6 @@ class ClusterClient(UtilityCalls):
     def bind(self, on_failure: OnFailure) -> None:
         """Have the frontend that stands above this client told of requests that have to end."""
         self._on_failure.bind(on_failure)
-
-    @property
-    def node(self) -> NodeId:
-        """The node of this API server."""
-        return self._exchange.node
 
     @property
     def instances(self) -> Mapping[InstanceId, NodeId]:
@@ -162,7 +152,7 @@ class ClusterClient(UtilityCalls):
         ):
             request_id = output.request_id
             verdict = self.ledger.accept(request_id, epoch, position, output.new_token_ids)
-            if verdict is Verdict.ACCEPTED:
+            if verdict is Acceptance.ACCEPTED:
                 accepted.append(output)
                 if interrupted:
                     self.interruptions.answered(request_id, position)
@@ -170,8 +160,9 @@ class ClusterClient(UtilityCalls):
                     self._close(request_id)
             elif verdict in _DISOWNED:
                 unwanted.append((request_id, epoch))
-        if unwanted:
-            self._disown(frame.instance, unwanted)
+        if unwanted:  # an orphan is behind them: end it where it runs
+            ids, epochs = map(list, zip(*unwanted, strict=True))
+            self._tasks.spawn(self.placer.cancel(frame.instance, ids, epochs))
         if accepted or stats is not None:
             hosted = self._exchange.hosted.get(frame.instance)
             timestamp = frame.timestamp if hosted else _in_our_time(accepted, frame.timestamp)
@@ -216,7 +207,7 @@ class ClusterClient(UtilityCalls):
             self.interruptions.moved(request_id, epoch)
             self._tasks.spawn(self._resume_at(request_id, entry, route, epoch))
             return
-        self.ledger.dropped[Verdict.STALE] += 1
+        self.ledger.dropped[Acceptance.STALE] += 1
         if entry is None or entry.owner != frame.destination:  # which waits for it in vain
             self.placer.learn(frame.destination, frame.node)
             self._tasks.spawn(self.placer.cancel(frame.destination, [request_id]))
@@ -253,19 +244,11 @@ class ClusterClient(UtilityCalls):
             return
         came = self.interruptions.moves_to(request_id, epoch)
         died = lost.died and not came
-        if died and entry.deaths >= DEATHS and (lost.together or entry.gained >= TRIAL_TOKENS):
-            # It has passed a trial that took longer than others waited for it; or another API
-            # server's suspect was on trial there too, and it is tried once more.
-            entry.clear()
         if died:
-            entry.crashes += 1
-            entry.died_under.add(lost.instance)
-            if entry.excused < EXCUSED and self._wave.beside(entry.died_under):
-                entry.excused += 1
-            else:
-                entry.deaths += 1
-        reason = lost.reason
-        pinned = self._why_pinned(entry) if entry.tokens else None
+            self._wave.blame(entry, lost.instance, lost.together)
+        reason, pinned = lost.reason, None
+        if entry.tokens:
+            pinned = why_pinned(entry.request) if self._resumes else NO_RESUME
         if pinned is not None:
             self._fail(request_id, f"{reason}; the request can't go on elsewhere: {pinned}")
         elif not (lost.retry or came or entry.tokens):
@@ -285,14 +268,6 @@ class ClusterClient(UtilityCalls):
             self.interruptions.lost(request_id, anew=died)
             self.ledger.release(request_id)
             self._tasks.spawn(self._place(request_id, reason))
-
-    def _why_pinned(self, entry: Entry) -> str | None:
-        return why_pinned(entry.request) if self._resumes else NO_RESUME
-
-    def _disown(self, instance: InstanceId, unwanted: list[tuple[str, int]]) -> None:
-        """Outputs that nobody wants have an orphan behind them: end it where it runs."""
-        ids, epochs = map(list, zip(*unwanted, strict=True))
-        self._tasks.spawn(self.placer.cancel(instance, ids, epochs))
 
     def _close(self, request_id: str) -> Entry | None:
         self.interruptions.ended(request_id)

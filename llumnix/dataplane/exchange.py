@@ -41,7 +41,7 @@ CALLABLE_BY_PEERS = frozenset(
 Procedure = Callable[..., Awaitable[Any]]
 
 
-class Home(Origin, Protocol):
+class ApiServer(Origin, Protocol):
     """The API server of a node: it gets what comes for its requests, and hears of other nodes."""
 
     def node_lost(self, node: NodeId, reason: str) -> None:
@@ -60,12 +60,12 @@ class Exchange:
         self.procedures: dict[str, Procedure] = {}
         # Others than the node's API server that are told of a lost connection, and why.
         self.on_node_lost: list[Callable[[NodeId, str], None]] = []
-        self._home: Late[Home] = Late("API server")
+        self._home: Late[ApiServer] = Late("API server")
         self._peers = peers
         self._tasks = TaskSet()
         peers.bind(self)
 
-    def bind(self, home: Home) -> None:
+    def bind(self, home: ApiServer) -> None:
         """Serve the node's API server, which has to be there before anything is carried."""
         self._home.bind(home)
 
@@ -181,3 +181,33 @@ class Exchange:
             link.send(reply)
         except EngineError as error:
             link.send(Reply(frame.id, error=str(error)))
+
+
+class Cancels:
+    """Has requests ended where they run, one call for each instance and turn of the loop.
+
+    When a thousand clients leave at once, an instance gets some dozens of messages, not a thousand.
+    """
+
+    def __init__(self, cancel: Callable[[InstanceId, list[str]], Awaitable[None]]) -> None:
+        self._cancel = cancel
+        self._pending: dict[InstanceId, list[str]] = {}
+        self._next: asyncio.Task[None] | None = None  # sends what is pending
+        self._sending = TaskSet()
+
+    def add(self, requests: Iterable[tuple[InstanceId, str]]) -> asyncio.Task[None]:
+        """End requests, each at its instance; what is returned is done when that has been sent.
+
+        Others wait for it too, so nobody may cancel it.
+        """
+        for instance, request_id in requests:
+            self._pending.setdefault(instance, []).append(request_id)
+        if self._next is None:
+            self._next = self._sending.spawn(self._send(), name="cancels")
+        return self._next
+
+    async def _send(self) -> None:
+        pending, self._pending = self._pending, {}
+        self._next = None
+        for instance, request_ids in pending.items():
+            await self._cancel(instance, request_ids)

@@ -1,15 +1,34 @@
-"""A request as the instance that runs it knows it, and the API server it came from."""
+"""A request as the instance that runs it knows it, and the order in which its engine runs it.
+
+An engine says after each step how many requests it runs, and not which. That follows from how
+vLLM's schedulers admit and preempt; what `Order` says is one step old at most.
+"""
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.metrics.stats import SchedulerStats
 
-from llumnix.cluster import NodeId
-from llumnix.dataplane.frames import News
+from llumnix.cluster import NodeId, kv_blocks
+from llumnix.dataplane.frames import News, Submit
 
+# For engines with a scheduler or a worker extension of the operator's own.
+NO_RESUME = "its engine has no way to begin with outputs"
 TRIAL_TOKENS = 3  # that clear a suspect
+
+
+def why_pinned(request: EngineCoreRequest) -> str | None:
+    """What keeps a request from going on elsewhere once it has outputs; None if nothing does."""
+    if request.sampling_params is None:
+        return "a pooling request has no tokens to go on from"
+    if request.prompt_token_ids is None or request.prompt_embeds is not None:
+        return "its prompt has no token ids"
+    if request.resumable:
+        return "its input is still being streamed"
+    return None
 
 
 class Origin(Protocol):
@@ -24,7 +43,7 @@ class Origin(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class Tenant:
+class HostedRequest:
     """One request of an instance, in one epoch."""
 
     request_id: str
@@ -40,9 +59,29 @@ class Tenant:
     brought: int  # outputs that it came with
     suspect: bool = False  # it may be what has killed its engines
     started: bool = False
-    leaving: bool = False  # a migration of it is under way
+    moving: bool = False  # a migration of it is under way
     preemptions: int = 0  # here
     watcher: asyncio.Future[None] | None = None  # done at its next output, or its end
+
+    @classmethod
+    def of(cls, name: str, origin: Origin, frame: Submit, block_size: int) -> "HostedRequest":
+        """The request of a frame, which the engine will know by this name."""
+        request, generated = frame.request, len(frame.generated)
+        prompt = len(request.prompt_token_ids or ())
+        return cls(
+            request_id=request.request_id,
+            name=name,
+            origin=origin,
+            epoch=frame.epoch,
+            prompt=prompt,
+            position=generated,
+            brought=generated,
+            suspect=frame.suspect,
+            blocks=kv_blocks(prompt + generated, block_size),
+            priority=request.priority,
+            arrived=request.arrival_time,
+            pinned=why_pinned(request),
+        )
 
     @property
     def resumed(self) -> bool:
@@ -73,3 +112,56 @@ class Tenant:
         watcher, self.watcher = self.watcher, None
         if watcher is not None and not watcher.done():
             watcher.set_result(None)
+
+
+class Order:
+    """The requests of one engine: its batch, and its queue."""
+
+    def __init__(self, by_priority: bool = False) -> None:
+        """`by_priority`: whether the engine's queue goes by priority first."""
+        self._by_priority = by_priority
+        self.queue: list[HostedRequest] = []  # in the order in which they are to run
+        self._batch: dict[
+            str, HostedRequest
+        ] = {}  # by name, in the order in which they were admitted
+
+    def add(self, request: HostedRequest) -> None:
+        """It has come. One that brought outputs goes before all that are queued already."""
+        self._wait(request, first=request.resumed)
+
+    def remove(self, request: HostedRequest) -> None:
+        """It has ended, or gone."""
+        if self._batch.pop(request.name, None) is None:
+            self.queue.remove(request)
+
+    def clear(self) -> None:
+        """All are gone."""
+        self.queue, self._batch = [], {}
+
+    def step(self, running: int, answered: Iterable[HostedRequest]) -> None:
+        """A step has ended: so many run, among them those that have got something and go on."""
+        for request in answered:
+            if request.name not in self._batch:
+                self.queue.remove(request)
+                self._batch[request.name] = request
+        while len(self._batch) > running:
+            preempted = self._batch.pop(self._least())
+            self._wait(preempted, first=True)
+        while len(self._batch) < running and self.queue:
+            admitted = self.queue.pop(0)
+            self._batch[admitted.name] = admitted
+
+    def _least(self) -> str:
+        """Who is preempted: the last admitted, or by priority the least urgent."""
+        if self._by_priority:
+            return max(self._batch, key=lambda name: self._batch[name].urgency())
+        return next(reversed(self._batch))
+
+    def _wait(self, request: HostedRequest, first: bool) -> None:
+        if self._by_priority:
+            self.queue.append(request)
+            self.queue.sort(key=HostedRequest.urgency)
+        elif first:
+            self.queue.insert(0, request)
+        else:
+            self.queue.append(request)

@@ -8,7 +8,7 @@ from llumnix.metrics import FAILOVER_SECONDS, MIGRATION_GAP_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
-class _Move:
+class _HandedOver:
     """A request that was handed over to a new owner, which has not answered yet."""
 
     began: float  # monotonic
@@ -27,7 +27,7 @@ class Interruptions:
         `on_failover`: with those from the loss of an owner to the next token."""
         self._on_gap = on_gap
         self._on_failover = on_failover
-        self._moving: dict[str, _Move] = {}
+        self._moving: dict[str, _HandedOver] = {}
         self._homeless: dict[str, float] = {}  # since when (monotonic) it has lost its owner
 
     @property
@@ -39,7 +39,7 @@ class Interruptions:
         """Its owner has handed it over, to one that has it in this epoch."""
         former = self._moving.get(request_id)
         began = former.began if former else time.monotonic()
-        self._moving[request_id] = _Move(began, epoch)
+        self._moving[request_id] = _HandedOver(began, epoch)
 
     def lost(self, request_id: str, anew: bool) -> None:
         """It has no owner; `anew`: since this moment, even if it had none before."""

@@ -13,7 +13,7 @@ from typing import Any
 from llumnix.cluster import InstanceId
 
 
-class Verdict(StrEnum):
+class Acceptance(StrEnum):
     """What became of an output that was offered to the ledger."""
 
     ACCEPTED = "accepted"
@@ -58,7 +58,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
-        self.dropped: Counter[Verdict] = Counter()
+        self.dropped: Counter[Acceptance] = Counter()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -107,20 +107,20 @@ class Ledger:
         entry.epoch += 1
         return entry
 
-    def accept(self, request_id: str, epoch: int, position: int, tokens: list[int]) -> Verdict:
+    def accept(self, request_id: str, epoch: int, position: int, tokens: list[int]) -> Acceptance:
         """Offer an output whose first token stands at `position`; take it, or count why not."""
         entry = self._entries.get(request_id)
         if entry is None:
-            verdict = Verdict.UNKNOWN
+            verdict = Acceptance.UNKNOWN
         elif entry.epoch != epoch:
-            verdict = Verdict.STALE
+            verdict = Acceptance.STALE
         elif position < len(entry.tokens):
-            verdict = Verdict.REPEATED
+            verdict = Acceptance.REPEATED
         elif position > len(entry.tokens):
-            verdict = Verdict.GAP
+            verdict = Acceptance.GAP
         else:
             entry.tokens += tokens
-            return Verdict.ACCEPTED
+            return Acceptance.ACCEPTED
         self.dropped[verdict] += 1
         return verdict
 

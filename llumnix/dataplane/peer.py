@@ -40,7 +40,7 @@ AGAIN = 60.0  # seconds until the same one is given again
 
 
 @dataclass(frozen=True, slots=True)
-class Self:
+class ThisNode:
     """What the other nodes are told of this one; `life` is new with each start of its process."""
 
     node: NodeId
@@ -67,7 +67,7 @@ class Peers:
 
     def __init__(
         self,
-        me: Self,
+        me: ThisNode,
         token: str,
         address_of: Callable[[NodeId], str | None],
         ssl: Any = None,

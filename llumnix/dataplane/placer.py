@@ -19,14 +19,12 @@ from llumnix.dataplane.frames import Cancel, Submit
 from llumnix.dataplane.hosted_request import TRIAL_TOKENS
 from llumnix.dataplane.interruptions import Interruptions
 from llumnix.dataplane.ledger import Entry, Ledger
-from llumnix.dataplane.suspects import Suspects
+from llumnix.dataplane.suspects import DEATHS, Suspects
 from llumnix.dataplane.waiting import WaitingRoom, WaitLimits
 from llumnix.engine.base import EngineDead, EngineError
 
 logger = logging.getLogger(__name__)
 
-DEATHS = 2  # of its engines that a request may survive: it may be what kills them
-CRASHES = 8  # of its engines in all, however often it was found innocent in between
 TRIAL_SECONDS = 10.0  # that others wait for one suspect at most
 POLL_SECONDS = 0.02  # between looks at a request on trial
 

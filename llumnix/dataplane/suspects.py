@@ -1,14 +1,25 @@
-"""Instances that had better not be tried for a moment: they have just refused or lost a request.
+"""Who may be to blame: instances that have just failed, and requests under which engines died.
 
-The registry learns of a dead instance a little later, and not at all while etcd is silent.
+An instance that has refused or lost a request had better not be tried for a moment: the registry
+learns of a dead one a little later, and not at all while etcd is silent. And engines that die
+together say nothing of a request: none that ran on one of them alone has done that.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 
 from llumnix.cluster import InstanceId
+from llumnix.dataplane.hosted_request import TRIAL_TOKENS
+from llumnix.dataplane.ledger import Entry
 
 SUSPECT_SECONDS = 3.0  # about as long as a node that does not answer is waited for
+
+DEATHS = 2  # of its engines that a request may survive: it may be what kills them
+CRASHES = 8  # of its engines in all, however often it was found innocent in between
+# In which deaths are taken for one event, of a machine or of whoever killed them.
+WAVE_SECONDS = 1.0
+# Deaths that a request is excused of so: two that kill engines would excuse each other for ever.
+EXCUSED = 2
 
 
 class Suspects:
@@ -33,3 +44,36 @@ class Suspects:
         """They have shown that they are well."""
         for instance in instances:
             self._until.pop(instance, None)
+
+
+class DeathWave:
+    """The deaths of engines that an API server has heard of lately."""
+
+    def __init__(self) -> None:
+        self._died: dict[InstanceId, float] = {}
+
+    def add(self, instance: InstanceId) -> None:
+        """Its engine has died just now."""
+        now = time.monotonic()
+        self._died = {i: at for i, at in self._died.items() if now - at <= WAVE_SECONDS}
+        self._died[instance] = now
+
+    def blame(self, entry: Entry, instance: InstanceId, together: bool) -> None:
+        """Count an engine's death against a request, of which it may yet be innocent.
+
+        `together`: other suspects were on trial there, too.
+        """
+        if entry.deaths >= DEATHS and (together or entry.gained >= TRIAL_TOKENS):
+            # It has passed a trial that took longer than others waited for it; or another API
+            # server's suspect was on trial there too, and it is tried once more.
+            entry.clear()
+        entry.crashes += 1
+        entry.died_under.add(instance)
+        if entry.excused < EXCUSED and self._others_died(entry.died_under):
+            entry.excused += 1
+        else:
+            entry.deaths += 1
+
+    def _others_died(self, known: Set[InstanceId]) -> bool:
+        now = time.monotonic()
+        return any(now - at <= WAVE_SECONDS for i, at in self._died.items() if i not in known)

@@ -1,6 +1,7 @@
 """What vLLM's frontend asks of its engine beside requests: it goes to all instances."""
 
 import asyncio
+import hashlib
 import inspect
 import logging
 import time
@@ -8,12 +9,12 @@ from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+import msgspec
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.core_client import AsyncMPClient, EngineCoreClient
 
 from llumnix.cluster import InstanceId, NodeId
 from llumnix.dataplane.exchange import Exchange
-from llumnix.dataplane.lora_ids import Adapters
 from llumnix.engine.base import EngineError
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,31 @@ PATIENT = {"pause_scheduler", "sleep", "wake_up"}
 BLOCKS_HELD = "Failed to reset KV cache"
 HELD_SECONDS = 15.0  # for which that may be so
 POLL = 0.1  # seconds between tries
+
+
+LARGEST = 2**31 - 1  # that vLLM's model runners keep
+
+
+class Adapters:
+    """The LoRA adapters of one frontend, under the numbers that all engines know them by.
+
+    vLLM's frontend counts its own adapters from 1. An engine that has an adapter of a number does
+    not look at its name: so one node's requests would run with another node's adapter.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, int] = {}  # the frontend's → the cluster's
+
+    def shared(self, adapter: LoRARequest) -> LoRARequest:
+        """The adapter under its number in the cluster, which its name and its path make up."""
+        told = f"{adapter.lora_name}\0{adapter.lora_path}".encode()
+        number = int.from_bytes(hashlib.sha256(told).digest()[:8], "big") % LARGEST + 1
+        self._numbers[adapter.lora_int_id] = number
+        return msgspec.structs.replace(adapter, lora_int_id=number)
+
+    def number(self, own: int) -> int:
+        """The number in the cluster of one that the frontend has loaded; else the same."""
+        return self._numbers.get(own, own)
 
 
 class UtilityCalls(EngineCoreClient):

@@ -35,9 +35,8 @@ TRIES, PAUSE = 10, 0.1  # and the seconds between them: in one an actor that has
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A migration that was admitted at its source."""
+    """A migration that was admitted."""
 
-    migration: str
     request: str
     source: InstanceId
     destination: InstanceId
@@ -71,30 +70,20 @@ class MigrationActor(Actor):
         self._blocks_limit = blocks_limit  # KV blocks of these together; 0: any number
         self._books = books if books is not None else Books()
 
-    def propose(
-        self,
-        migration: str,
-        request: str,
-        epoch: int,
-        source: InstanceId,
-        destination: InstanceId,
-        blocks: int,
-        reason: str,
-    ) -> None:
+    def propose(self, record: MigrationRecord, blocks: int) -> None:
         """Admit a departure and write its record. Raises MigrationError to refuse.
 
         Whatever the answer is, or if none comes, `ended` is to be called in the end.
         """
-        self._admit(self._books.leaving, source, lambda plan: plan.source, blocks, "leave")
-        record = MigrationRecord(
-            request, source, destination, epoch, reason=reason, migration=migration
-        )
-        self._books.leaving[migration] = Plan(migration, request, source, destination, blocks)
+        leaving = [plan for plan in self._books.leaving.values() if plan.source == record.source]
+        self._admit(leaving, blocks, f"leave instance {record.source}")
+        plan = Plan(record.request, record.source, record.destination, blocks)
+        self._books.leaving[record.migration] = plan
         try:
             self._ask_etcd(lambda: self._handshake.propose(record))
         except MigrationError as error:
             if isinstance(error.__cause__, EtcdOutcomeUnknown):
-                self._books.doubtful.add(migration)
+                self._books.doubtful.add(record.migration)
             raise
 
     def accept(self, migration: str, request: str, instance: InstanceId, blocks: int) -> None:
@@ -102,13 +91,14 @@ class MigrationActor(Actor):
 
         Whatever the answer is, or if none comes, `departed` is to be called in the end.
         """
-        self._admit(self._books.coming, instance, lambda plan: plan.destination, blocks, "come to")
+        coming = [plan for plan in self._books.coming.values() if plan.destination == instance]
+        self._admit(coming, blocks, f"come to instance {instance}")
         record = self._ask_etcd(
             lambda: self._handshake.advance(
                 request, migration, MigrationState.PROPOSED, MigrationState.ACCEPTED
             )
         )
-        plan = Plan(migration, request, record.source, record.destination, blocks)
+        plan = Plan(request, record.source, record.destination, blocks)
         self._books.coming[migration] = plan
 
     def advance(self, migration: str, state: MigrationState) -> None:
@@ -166,22 +156,12 @@ class MigrationActor(Actor):
         """How many migrations are under way from and to this node's instances."""
         return Counter(out=len(self._books.leaving)) + Counter({"in": len(self._books.coming)})
 
-    def _admit(
-        self,
-        table: dict[str, Plan],
-        instance: InstanceId,
-        side: Callable[[Plan], InstanceId],
-        blocks: int,
-        verb: str,
-    ) -> None:
-        plans = [plan for plan in table.values() if side(plan) == instance]
+    def _admit(self, plans: list[Plan], blocks: int, move: str) -> None:
         if len(plans) >= self._requests_limit:
-            sentence = f"{len(plans)} requests {verb} instance {instance} already"
-            raise MigrationError(sentence, FailureKind.NO_ROOM)
+            raise MigrationError(f"{len(plans)} requests {move} already", FailureKind.NO_ROOM)
         total = sum(plan.blocks for plan in plans) + blocks
         if plans and 0 < self._blocks_limit < total:
-            sentence = f"{total} KV blocks would {verb} instance {instance} at once"
-            raise MigrationError(sentence, FailureKind.NO_ROOM)
+            raise MigrationError(f"{total} KV blocks would {move} at once", FailureKind.NO_ROOM)
 
     def _ask_etcd(self, ask: Callable[[], T]) -> T:
         try:

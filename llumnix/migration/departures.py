@@ -7,9 +7,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from pykka import ActorDeadError
 
@@ -18,22 +17,20 @@ from llumnix.actors.base import Handle
 from llumnix.cluster import ClusterView, InstanceId, InstanceState, kv_blocks
 from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.hosted_instance import HostedInstance
-from llumnix.dataplane.hosted_request import Tenant
+from llumnix.dataplane.hosted_request import HostedRequest
 from llumnix.engine.base import EngineDead, EngineError
 from llumnix.migration.admission import MigrationActor
-from llumnix.migration.candidates import candidates
 from llumnix.migration.errors import Ended, FailureKind, MigrationError, kind_of
 from llumnix.migration.messages import Move, Moved, MovedTogether, MoveWaiting, serve
-from llumnix.migration.source import Departure, Limits
+from llumnix.migration.source import Departure, MigrationLimits
 from llumnix.migration.transfer_groups import Groups
-from llumnix.migration.waiting_requests import move_waiting
 from llumnix.policy.decision_context import Terms
 from llumnix.policy.rebalance import Pair
-from llumnix.policy.request_choice import leaving
+from llumnix.policy.request_choice import leaving, leaving_together
+from llumnix.policy.select import MovableRequest
+from llumnix.tasks import TaskSet
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 TIDY_FIRST, TIDY_LONGEST = 0.5, 8.0  # seconds until a record is removed again, doubling
 SETTLE_SECONDS = 1.0  # that a move which was made waits for its record to go
@@ -43,7 +40,7 @@ SETTLE_SECONDS = 1.0  # that a move which was made waits for its record to go
 class Rules:
     """How this node's migrations are chosen and done."""
 
-    limits: Limits
+    limits: MigrationLimits
     rule: str  # a key of policy.select.RULES
     terms: Terms
 
@@ -66,39 +63,42 @@ class Departures:
         self._view = view
         self._rules = rules
         self._at = at  # told of each step before it is taken; tests stop a migration there
-        self._under_way: set[asyncio.Task[Any]] = set()
+        self._under_way = TaskSet()
         self._stops = False
         serve(exchange, Move, self.move)
         serve(exchange, MoveWaiting, self.move_waiting)
 
-    def stop(self) -> None:
-        """Begin nothing more."""
-        self._stops = True
-
     async def close(self) -> None:
-        """End what is under way; the requests stay where they are."""
+        """Begin nothing more, and end what is under way; the requests stay where they are."""
         self._stops = True
-        while self._under_way:  # a migration that ends leaves its record to be removed
-            for task in self._under_way:
-                task.cancel()
-            await asyncio.gather(*self._under_way, return_exceptions=True)
+        await self._under_way.close()
 
     async def move(self, source: InstanceId, step: Move) -> Moved:
         """Move a request away from an instance of this node. Raises MigrationError."""
         hosted = self._source(source, step.epoch)
         if step.request:
-            tenant = hosted.find(step.request)
-            if tenant is None:
+            request = hosted.find(step.request)
+            if request is None:
                 raise Ended(f"request {step.request} is not at instance {source}")
         else:
-            pair = Pair(source, step.destination, step.rule)
-            tenant = self._choose(hosted, pair, step.reason == "drain", step.blocks)
-        self._check(hosted, tenant, step.destination)
-        tenant.leaving = True  # at once: the next move that is commanded chooses another
-        migration = uuid.uuid4().hex
-        departure = self._departure(migration, hosted, tenant, step)
-        departing = self._spawn(self._depart(departure, migration, hosted, tenant, step))
-        departing.add_done_callback(lambda _: setattr(tenant, "leaving", False))
+            request = choose(hosted, step, self._view(), self._rules.terms, self._rules.rule)
+        self._check(hosted, request, step.destination)
+        request.moving = True  # at once: the next move that is commanded chooses another
+        node = self._view().instances[step.destination].node
+        departure = Departure(
+            uuid.uuid4().hex,
+            hosted,
+            request,
+            step,
+            node,
+            self._exchange,
+            self._actor,
+            self._groups,
+            self._rules.limits,
+            self._at,
+        )
+        departing = self._under_way.own(self._depart(departure))
+        departing.add_done_callback(lambda _: setattr(request, "moving", False))
         try:
             return await departing
         except asyncio.CancelledError:
@@ -107,12 +107,26 @@ class Departures:
             raise MigrationError(f"node {self._exchange.node} stops") from None
 
     async def move_waiting(self, source: InstanceId, step: MoveWaiting) -> MovedTogether:
-        """Move requests that wait at an instance of this node, all in one go."""
-        hosted = self._source(source, step.epoch)
+        """Move requests that wait at an instance of this node, all in one go.
+
+        They have no KV cache, so nothing is copied, and no record is kept in etcd: each is handed
+        over as it stands, and its API server gives it to the destination in a new epoch, as it
+        would after a failure. Nothing is awaited between the choice and the hand-over, so whoever
+        has begun is none of them.
+        """
+        hosted, view = self._source(source, step.epoch), self._view()
         self._check_way(hosted, step.destination)
-        pair = Pair(source, step.destination, step.rule)
-        terms, room = self._rules.terms, (step.count, step.blocks)
-        return await move_waiting(hosted, pair, step.reason, self._view(), terms, *room)
+        blocks = choose_waiting(hosted, step, view, self._rules.terms)
+        requests = [found for i in blocks if (found := hosted.find(i)) is not None]
+        node = view.instances[step.destination].node
+        gone = await hosted.hand_over(requests, step.destination, node)
+        metrics.MIGRATIONS.labels(step.reason, "moved", "0").inc(len(gone))
+        logger.info(
+            "%d requests that waited moved from %s to %s (%s)",
+            *(len(gone), source, step.destination, step.reason),
+        )
+        moved_blocks = sum(blocks[request.request_id] for request in gone)
+        return MovedTogether("moved", source, step.destination, len(gone), moved_blocks)
 
     def _source(self, source: InstanceId, epoch: int) -> HostedInstance:
         """The instance that is to give something away, if that may be asked of it."""
@@ -129,31 +143,34 @@ class Departures:
             raise EngineDead(f"instance {source} is not on node {self._exchange.node}")
         return hosted
 
-    def _choose(self, hosted: HostedInstance, pair: Pair, drains: bool, blocks: float) -> Tenant:
-        view, terms, rule = self._view(), self._rules.terms, self._rules.rule
-        try:
-            chosen = leaving(pair, candidates(hosted), view, terms, rule, drains, blocks)
-        except (LookupError, ValueError) as error:  # a rule may be another version's
-            raise MigrationError(str(error)) from None
-        tenant = hosted.find(chosen.request) if chosen is not None else None
-        if tenant is None:
-            sentence = f"no request of {hosted.id} would fit {pair.destination}"
-            raise MigrationError(sentence, FailureKind.NO_ROOM)
-        return tenant
+    def _check(
+        self, hosted: HostedInstance, request: HostedRequest, destination: InstanceId
+    ) -> None:
+        if destination == hosted.id:
+            raise MigrationError(f"request {request.request_id} is at {destination} already")
+        self._check_way(hosted, destination)
+        if request.moving:
+            raise MigrationError(f"request {request.request_id} is moving already")
+        if request.stuck is not None:
+            raise MigrationError(f"request {request.request_id} can't move: {request.stuck}")
 
-    async def _depart(
-        self,
-        departure: Departure,
-        migration: str,
-        hosted: HostedInstance,
-        tenant: Tenant,
-        step: Move,
-    ) -> Moved:
+    def _check_way(self, hosted: HostedInstance, destination: InstanceId) -> None:
+        info = self._view().instances.get(destination)
+        if info is None:
+            raise MigrationError(f"there is no instance {destination}")
+        if info.state is InstanceState.DRAINING:
+            raise MigrationError(f"instance {destination} is about to stop")
+        if hosted.facts is None or not hosted.facts.resumes:
+            raise MigrationError(f"instance {hosted.id} has a scheduler of its own")
+
+    async def _depart(self, departure: Departure) -> Moved:
         """One migration from its proposal to its end, counted."""
         began = time.monotonic()
         outcome, failure = "aborted", "it was called off"
+        source, destination = departure.source.id, departure.step.destination
+        request_id, reason = departure.request.request_id, departure.step.reason
         try:
-            await self._propose(departure, hosted, tenant, step)
+            await departure.propose()
             await departure.run()
             outcome, failure = "moved", ""
         except Ended as error:
@@ -164,61 +181,28 @@ class Departures:
             raise MigrationError(failure, kind_of(error)) from error
         finally:
             seconds = time.monotonic() - began
-            _count(departure, step.reason, outcome, seconds)
+            _count(departure, outcome, seconds)
             if failure:
-                logger.info("request %s stays at %s: %s", tenant.request_id, hosted.id, failure)
+                logger.info("request %s stays at %s: %s", request_id, source, failure)
             # It hears of the end before anything else of this request is proposed.
-            told = self._actor.ask(MigrationActor.ended, migration, failure or None)
-            tidying = self._spawn(self._tidy(told, migration, failure or None))
+            told = self._actor.ask(MigrationActor.ended, departure.migration, failure or None)
+            tidying = self._under_way.own(self._tidy(told, departure.migration, failure or None))
         await asyncio.wait([tidying], timeout=SETTLE_SECONDS)
         logger.info(
             "request %s moved from %s to %s in %.0f ms (%s)",
-            *(tenant.request_id, hosted.id, step.destination, seconds * 1e3, step.reason),
+            *(request_id, source, destination, seconds * 1e3, reason),
         )
         progress = departure.progress
         return Moved(
-            request=tenant.request_id,
-            source=hosted.id,
-            destination=step.destination,
+            request=request_id,
+            source=source,
+            destination=destination,
             outcome=outcome,
             seconds=round(seconds, 4),
             stages=progress.stages,
             blocks_sent=progress.blocks_sent,
             blocks_skipped=progress.blocks_skipped,
             bytes_sent=progress.bytes_sent,
-        )
-
-    def _departure(
-        self, migration: str, hosted: HostedInstance, tenant: Tenant, step: Move
-    ) -> Departure:
-        return Departure(
-            migration,
-            hosted,
-            tenant,
-            step.destination,
-            self._view().instances[step.destination].node,
-            self._exchange,
-            self._actor,
-            self._groups,
-            self._rules.limits,
-            self._at,
-            drains=step.reason == "drain",
-        )
-
-    async def _propose(
-        self, departure: Departure, hosted: HostedInstance, tenant: Tenant, step: Move
-    ) -> None:
-        """Have the migration admitted and recorded."""
-        await self._at("propose")
-        await self._actor.ask(
-            MigrationActor.propose,
-            departure.migration,
-            tenant.request_id,
-            tenant.epoch,
-            hosted.id,
-            step.destination,
-            kv_blocks(tenant.tokens, departure.block_size),
-            step.reason,
         )
 
     async def _tidy(self, told: Awaitable[bool], migration: str, failure: str | None) -> None:
@@ -237,36 +221,71 @@ class Departures:
             pause = min(2 * pause, TIDY_LONGEST)
             told = self._actor.ask(MigrationActor.ended, migration, failure)
 
-    def _spawn(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
-        task = asyncio.get_running_loop().create_task(work)
-        self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
-        return task
 
-    def _check(self, hosted: HostedInstance, tenant: Tenant, destination: InstanceId) -> None:
-        if destination == hosted.id:
-            raise MigrationError(f"request {tenant.request_id} is at {destination} already")
-        self._check_way(hosted, destination)
-        if tenant.leaving:
-            raise MigrationError(f"request {tenant.request_id} is moving already")
-        if tenant.stuck is not None:
-            raise MigrationError(f"request {tenant.request_id} can't move: {tenant.stuck}")
-
-    def _check_way(self, hosted: HostedInstance, destination: InstanceId) -> None:
-        info = self._view().instances.get(destination)
-        if info is None:
-            raise MigrationError(f"there is no instance {destination}")
-        if info.state is InstanceState.DRAINING:
-            raise MigrationError(f"instance {destination} is about to stop")
-        if hosted.facts is None or not hosted.facts.resumes:
-            raise MigrationError(f"instance {hosted.id} has a scheduler of its own")
-
-
-def _count(departure: Departure, reason: str, outcome: str, seconds: float) -> None:
+def _count(departure: Departure, outcome: str, seconds: float) -> None:
     progress = departure.progress
-    metrics.MIGRATIONS.labels(reason, outcome, str(progress.stages)).inc()
+    metrics.MIGRATIONS.labels(departure.step.reason, outcome, str(progress.stages)).inc()
     metrics.MIGRATION_SECONDS.observe(seconds)
     metrics.MIGRATION_BLOCKS.labels("sent").inc(progress.blocks_sent)
     metrics.MIGRATION_BLOCKS.labels("skipped").inc(progress.blocks_skipped)
     metrics.MIGRATION_BYTES.labels("sent").inc(progress.bytes_sent)
     metrics.MIGRATION_BYTES.labels("skipped").inc(progress.bytes_skipped)
+
+
+def candidates(hosted: HostedInstance) -> list[MovableRequest]:
+    """Those that may move away from it, in the order in which they came."""
+    size = hosted.facts.block_size if hosted.facts else 1
+    queue = hosted.order.queue
+    inside = frozenset(request.request_id for request in queue)
+    waiting = frozenset(request.request_id for request in queue if not request.started)
+    head = queue[0].request_id if queue else None  # which may be one that was preempted
+    return [
+        MovableRequest(
+            request=request.request_id,
+            priority=request.priority,
+            tokens=request.tokens,
+            blocks=kv_blocks(request.tokens, size),
+            running=request.request_id not in waiting,
+            order=order,
+            generated=request.position,
+            head=request.request_id == head,
+            queued=request.request_id in inside,
+        )
+        for order, request in enumerate(hosted.requests)
+        if request.stuck is None and not request.moving
+    ]
+
+
+def choose(
+    hosted: HostedInstance, step: Move, view: ClusterView, terms: Terms, rule: str
+) -> HostedRequest:
+    """The request that goes, by the step's rule or else by `rule`. Raises MigrationError."""
+    pair = Pair(hosted.id, step.destination, step.rule)
+    drains = step.reason == "drain"
+    try:
+        chosen = leaving(pair, candidates(hosted), view, terms, rule, drains, step.blocks)
+    except (LookupError, ValueError) as error:  # a rule may be another version's
+        raise MigrationError(str(error)) from None
+    request = hosted.find(chosen.request) if chosen is not None else None
+    if request is None:
+        raise _no_room(pair)
+    return request
+
+
+def choose_waiting(
+    hosted: HostedInstance, step: MoveWaiting, view: ClusterView, terms: Terms
+) -> dict[str, int]:
+    """Those that wait and find room there: their ids and KV blocks. Raises MigrationError."""
+    pair = Pair(hosted.id, step.destination, step.rule)
+    try:
+        chosen = leaving_together(pair, candidates(hosted), view, terms, step.count, step.blocks)
+    except LookupError as error:
+        raise MigrationError(str(error)) from None
+    if not chosen:
+        raise _no_room(pair)
+    return {one.request: one.blocks for one in chosen}
+
+
+def _no_room(pair: Pair) -> MigrationError:
+    sentence = f"no request of {pair.source} would fit {pair.destination}"
+    return MigrationError(sentence, FailureKind.NO_ROOM)

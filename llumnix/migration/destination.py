@@ -9,7 +9,7 @@ from llumnix.actors.base import Handle
 from llumnix.cluster import InstanceId, NodeId
 from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.hosted_instance import HostedInstance
-from llumnix.dataplane.hosted_request import Tenant
+from llumnix.dataplane.hosted_request import HostedRequest
 from llumnix.engine.base import EngineDead, EngineError, Transfer
 from llumnix.migration.admission import MigrationActor, accept_arrival, end_arrival
 from llumnix.migration.messages import (
@@ -39,7 +39,7 @@ class Arrival:
     hosted: HostedInstance
     request_id: str
     source: NodeId
-    coming: asyncio.Future[Tenant | None]  # the request once it is here, None if it won't be
+    coming: asyncio.Future[HostedRequest | None]  # the request once it is here, None if it won't be
     timer: asyncio.TimerHandle | None = None  # runs from when it is accepted
     receiving: asyncio.Task[int] | None = None
     ended: bool = False
@@ -198,11 +198,11 @@ class Arrivals:
         """Wait until the request has come and computed something, or it is too late for that."""
         try:
             async with asyncio.timeout(FIRST_OUTPUT):
-                tenant = await arrival.coming
-                if tenant is not None and not tenant.started:
-                    await arrival.hosted.next_output(tenant, FIRST_OUTPUT)
+                request = await arrival.coming
+                if request is not None and not request.started:
+                    await arrival.hosted.next_output(request, FIRST_OUTPUT)
             # One that ended before may still be on its way into the engine.
-            arrival.begun = tenant is None or tenant.started
+            arrival.begun = request is None or request.started
         except TimeoutError:
             logger.info("request %s did not begin at %s", arrival.request_id, arrival.hosted.id)
 

@@ -189,13 +189,13 @@ class End(Step[Done], frozen=True):
 # ---- from one instance to another before anything moves ----
 
 
-class Life(msgspec.Struct, frozen=True):
+class EngineLife(msgspec.Struct, frozen=True):
     """Which engine an instance has."""
 
     life: str
 
 
-class AskLife(Step[Life], frozen=True):
+class AskLife(Step[EngineLife], frozen=True):
     """Say which engine you have now: another one after a restart."""
 
 

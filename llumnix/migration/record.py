@@ -199,13 +199,13 @@ class Handshake:
             return replace(record, state=to)
         return None
 
-    def _find(self, request: str, migration: str) -> "_Entry | None":
+    def _find(self, request: str, migration: str) -> "_Found | None":
         kv = self._etcd.get(self._keys.migration(request))
         return _entry(kv, migration)
 
     def _swap(
-        self, was: "_Entry", record: MigrationRecord
-    ) -> tuple[MigrationRecord | None, "_Entry | None"]:
+        self, was: "_Found", record: MigrationRecord
+    ) -> tuple[MigrationRecord | None, "_Found | None"]:
         """Writes `record` in place of what was found; returns it, or None and what is there now."""
         kv, value = was.kv, orjson.dumps(record)
         (ours, now), repeated = _insist(
@@ -216,7 +216,7 @@ class Handshake:
         return None, _entry(now, record.migration)
 
 
-class _Entry(NamedTuple):
+class _Found(NamedTuple):
     """A record, and the key that it was read from."""
 
     kv: KeyValue
@@ -241,12 +241,12 @@ def _insist(write: Callable[[], T]) -> tuple[T, bool]:
             raise unknown from None
 
 
-def _entry(kv: KeyValue | None, migration: str) -> _Entry | None:
+def _entry(kv: KeyValue | None, migration: str) -> _Found | None:
     """None also for the record of another migration."""
     if kv is None:
         return None
     record = _decode(kv)
-    return _Entry(kv, record) if record.migration == migration else None
+    return _Found(kv, record) if record.migration == migration else None
 
 
 def _decode(kv: KeyValue) -> MigrationRecord:

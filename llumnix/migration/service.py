@@ -7,7 +7,6 @@ admits and records it.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from math import inf
 from typing import Any
 
 import msgspec
@@ -21,19 +20,18 @@ from llumnix.migration.admission import MigrationActor
 from llumnix.migration.departures import Departures, Rules
 from llumnix.migration.destination import Arrivals
 from llumnix.migration.errors import BLAMELESS, MigrationError, kind_of
-from llumnix.migration.meetings import Meetings
 from llumnix.migration.messages import (
     Listed,
     ListedRequest,
     ListRequests,
     Move,
-    Moved,
-    MovedTogether,
     MoveWaiting,
+    R,
+    Step,
     ask,
     serve,
 )
-from llumnix.migration.transfer_groups import Groups
+from llumnix.migration.transfer_groups import Groups, Meetings
 from llumnix.policy.select import TOGETHER
 
 logger = logging.getLogger(__name__)
@@ -74,9 +72,8 @@ class Migrations:
     async def close(self) -> None:
         """End what is under way, and begin nothing more; the requests stay where they are."""
         self._stops = True
-        self._departures.stop()
-        await self._meetings.close()
         await self._departures.close()
+        await self._meetings.close()
         await self._arrivals.close()
 
     async def _reached(self, step: str) -> None:
@@ -115,51 +112,29 @@ class Migrations:
         if len(found) != 1:
             many = f"{len(found)} requests have ids with" if found else "there is no request"
             raise LookupError(f"{many} {request_id}")
-        return await self.command(
-            found[0]["node"], found[0]["instance"], destination, "operator", found[0]["id"]
-        )
+        step = Move(destination, "operator", found[0]["id"])
+        made = await self.command(found[0]["node"], found[0]["instance"], step)
+        report: dict[str, Any] = msgspec.to_builtins(made)
+        return report
 
     async def carry_out(self, command: MoveCommand) -> Outcome:
         """Have a source move what this node commands as the leader."""
-        what = command.reason, "", command.epoch, command.rule, command.count, command.blocks
-        step = _step(command.destination, *what)
+        node, source, blocks = command.source_node, command.source, command.blocks
+        what = command.destination, command.reason
         try:
-            made = await self._command(command.source_node, command.source, step)
+            if command.rule in TOGETHER:
+                many = MoveWaiting(*what, command.epoch, command.rule, command.count, blocks)
+                made = await self.command(node, source, many)
+                return Outcome(requests=made.requests, blocks=made.blocks)
+            one = Move(*what, epoch=command.epoch, rule=command.rule, blocks=blocks)
+            await self.command(node, source, one)
+            return Outcome()
         except EngineError as error:
             return Outcome(str(error), kind_of(error) in BLAMELESS)
-        if isinstance(made, MovedTogether):
-            return Outcome(requests=made.requests, blocks=made.blocks)
-        return Outcome()
 
-    async def command(
-        self,
-        node: NodeId,
-        source: InstanceId,
-        destination: InstanceId,
-        reason: str,
-        request_id: str = "",
-        epoch: int = 0,
-        rule: str = "",
-        count: int = 1,
-        blocks: float = inf,
-    ) -> dict[str, Any]:
-        """Have a source move a request, if none is named one that it chooses by `rule`.
-
-        By some rules it moves `count` requests at once, at most, which wait and have no KV cache.
-        They get no more than `blocks` KV blocks at the destination.
-
-        Raises MigrationError. `epoch` is the leader's, 0 if it is no leader who asks.
-        """
-        step = _step(destination, reason, request_id, epoch, rule, count, blocks)
-        made: dict[str, Any] = msgspec.to_builtins(await self._command(node, source, step))
-        return made
-
-    async def _command(
-        self, node: NodeId, source: InstanceId, step: Move | MoveWaiting
-    ) -> Moved | MovedTogether:
+    async def command(self, node: NodeId, source: InstanceId, step: Step[R]) -> R:
+        """Have a source move one request, or several that wait. Raises MigrationError."""
         try:
-            if isinstance(step, Move):  # each by itself, so that the answer's type is known
-                return await ask(self._exchange, node, source, step, MIGRATE_SECONDS)
             return await ask(self._exchange, node, source, step, MIGRATE_SECONDS)
         except TimeoutError as error:
             raise MigrationError(f"node {node} did not say what became of the move") from error
@@ -169,31 +144,16 @@ class Migrations:
         return Listed(
             [
                 ListedRequest(
-                    id=tenant.request_id,
+                    id=request.request_id,
                     instance=hosted.id,
                     node=self._exchange.node,
-                    state="running" if tenant.started else "waiting",
-                    tokens=tenant.tokens,
-                    generated=tenant.position,
-                    priority=tenant.priority,
-                    stuck=tenant.stuck,
+                    state="running" if request.started else "waiting",
+                    tokens=request.tokens,
+                    generated=request.position,
+                    priority=request.priority,
+                    stuck=request.stuck,
                 )
                 for hosted in self._exchange.hosted.values()
-                for tenant in hosted.tenants
+                for request in hosted.requests
             ]
         )
-
-
-def _step(
-    destination: InstanceId,
-    reason: str,
-    request_id: str,
-    epoch: int,
-    rule: str,
-    count: int,
-    blocks: float,
-) -> Move | MoveWaiting:
-    """What the source is told: by some rules requests that wait move together."""
-    if rule in TOGETHER:
-        return MoveWaiting(destination, reason, epoch, rule, count, blocks)
-    return Move(destination, reason, request_id, epoch, rule, blocks)

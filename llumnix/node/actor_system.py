@@ -15,7 +15,7 @@ from llumnix.migration.admission import Books, MigrationActor
 from llumnix.migration.departures import Rules
 from llumnix.migration.record import MigrationRecord
 from llumnix.migration.service import Migrations
-from llumnix.migration.source import Limits
+from llumnix.migration.source import MigrationLimits
 from llumnix.node.control_plane import ControlPlane
 from llumnix.node.options import Policies, no_pairs
 from llumnix.policy.scaling import ScalingTerms
@@ -138,7 +138,7 @@ class Acting:
 
     def _rules(self) -> Rules:
         config = self._config
-        limits = Limits(
+        limits = MigrationLimits(
             config.migration_max_stages,
             config.migration_last_stage_max_blocks,
             config.migration_tail_tokens,

@@ -14,10 +14,10 @@ from llumnix.engine.sim.config import ModelConfig
 from llumnix.engine.sim.instance import SimEngine
 from llumnix.engine.vllm import scheduler
 from llumnix.engine.vllm.carrier import LADDER
-from llumnix.engine.vllm.instance import Patience, VllmEngine
+from llumnix.engine.vllm.instance import VllmEngine
 from llumnix.engine.vllm.kv_blocks import Rendezvous
-from llumnix.engine.vllm.machine_load import Machine
 from llumnix.engine.vllm.placement import place
+from llumnix.engine.vllm.watchdog import Machine, Patience
 from llumnix.latency import PROFILES
 
 MakeEngine = Callable[[InstanceId, int], Engine]

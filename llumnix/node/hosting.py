@@ -45,7 +45,7 @@ class Hosting:
     def requests(self, instance: InstanceId) -> int:
         """How many requests an instance has."""
         hosted = self._hosted.get(instance)
-        return hosted.requests if hosted else 0
+        return len(hosted.requests) if hosted else 0
 
     def announce(self, info: InstanceInfo) -> None:
         """Make an instance known; called on the supervisor's thread.

@@ -11,7 +11,7 @@ from llumnix.cluster import ClusterView, InstanceId, NodeId
 from llumnix.dataplane.client import ClusterClient
 from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.hosted_instance import HostedInstance
-from llumnix.dataplane.peer import PATH, Peers, Self
+from llumnix.dataplane.peer import PATH, Peers, ThisNode
 from llumnix.dataplane.waiting import WaitLimits
 from llumnix.engine.base import EngineError, EngineFacts
 from llumnix.node.actor_system import Acting
@@ -63,7 +63,7 @@ class RequestPath:
         self._acting = acting
         self._standing = standing
         self.dispatching = Dispatching(control.view, lambda: acting.dispatch)
-        me = Self(config.node, config.advertise_address, __version__)
+        me = ThisNode(config.node, config.advertise_address, __version__)
         ssl = Listener.client_ssl(options.arguments)
         self.peers = Peers(me, control.token, self._address_of, ssl)
         self.exchange = Exchange(config.node, self.peers)
@@ -125,13 +125,13 @@ class RequestPath:
     @property
     def busy(self) -> int:
         """How much still runs here, for own clients or for other nodes."""
-        hosted = sum(h.requests for h in self.exchange.hosted.values())
+        hosted = sum(len(h.requests) for h in self.exchange.hosted.values())
         return self.gateway.running + len(self.client.ledger) + hosted
 
     @property
     def names(self) -> list[str]:
         """The requests of this node's clients, and those that its instances run for others."""
-        here = {t.request_id for h in self.exchange.hosted.values() for t in h.tenants}
+        here = {r.request_id for h in self.exchange.hosted.values() for r in h.requests}
         return sorted(here | set(self.client.ledger))
 
     def _address_of(self, node: NodeId) -> str | None:

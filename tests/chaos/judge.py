@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llumnix.engine.sim.stream import stream_seed, token_at
+from llumnix.engine.sim.request import stream_seed, token_at
 
 NEAR = 64  # positions around its own at which a token that is not the right one is looked for
 

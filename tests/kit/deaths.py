@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llumnix.engine.base import EngineEvents
-from llumnix.engine.vllm.instance import Patience, VllmEngine
+from llumnix.engine.vllm.instance import VllmEngine
 from llumnix.engine.vllm.kv_blocks import Rendezvous
 from llumnix.engine.vllm.launcher import Placement
+from llumnix.engine.vllm.watchdog import Patience
 from tests.kit.etcd import EtcdCluster
 from tests.kit.node import Node, Nodes, descendants
 from tests.kit.wait import eventually

@@ -3,7 +3,7 @@
 import asyncio
 
 from llumnix.control.keys import Kind
-from llumnix.dataplane.ledger import Verdict
+from llumnix.dataplane.ledger import Acceptance
 from llumnix.migration.admission import MigrationActor
 from tests.kit.loop import soon
 from tests.kit.migrating import Cluster
@@ -22,7 +22,7 @@ async def check_invariants(cluster: Cluster) -> None:
         moves = await site.actor.ask(MigrationActor.under_way)
         assert not moves, "a migration is still in the books"
         dropped = site.node.client.ledger.dropped
-        assert not dropped[Verdict.REPEATED] and not dropped[Verdict.GAP], dropped
+        assert not dropped[Acceptance.REPEATED] and not dropped[Acceptance.GAP], dropped
         for name, stream in site.node.streams.items():
             right = cluster.answers[name]
             assert stream.tokens == right[: len(stream.tokens)], f"{name} has wrong tokens"
@@ -63,11 +63,11 @@ def _owners(cluster: Cluster, node: str) -> list[str]:
         if entry is None or here != [entry.owner]:
             found.append(f"request {request} is at {here}, its owner is {entry and entry.owner}")
             continue
-        tenant = cluster.hosted(here[0]).find(request)
-        assert tenant is not None
-        if tenant.epoch != entry.epoch:
-            found.append(f"request {request} runs in epoch {tenant.epoch} of {entry.epoch}")
-        if tenant.leaving:
+        held = cluster.hosted(here[0]).find(request)
+        assert held is not None
+        if held.epoch != entry.epoch:
+            found.append(f"request {request} runs in epoch {held.epoch} of {entry.epoch}")
+        if held.moving:
             found.append(f"request {request} is leaving")
     return found
 
@@ -83,11 +83,11 @@ def _books(cluster: Cluster, instance: str) -> list[str]:
         found.append(f"{instance} expects {list(hosted._expected.values())}")
     # The last step of a request is computed before its output leaves the engine.
     running = set(engine.model._known)
-    if not running <= {tenant.name for tenant in hosted.tenants}:
-        found.append(f"{instance} runs {running}, but is asked for {hosted._tenants.keys()}")
+    if not running <= {held.name for held in hosted.requests}:
+        found.append(f"{instance} runs {running}, but is asked for {hosted._by_name.keys()}")
     if not running and engine.model.free_blocks != engine.model.config.total_blocks:
         found.append(f"{instance} is idle with {engine.model.free_blocks} free blocks")
-    for tenant in hosted.tenants:
-        if not any(tenant.request_id in s.node.client.ledger for s in cluster.sites.values()):
-            found.append(f"{instance} runs {tenant.request_id}, which nobody wants")
+    for held in hosted.requests:
+        if not any(held.request_id in s.node.client.ledger for s in cluster.sites.values()):
+            found.append(f"{instance} runs {held.request_id}, which nobody wants")
     return found

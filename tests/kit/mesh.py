@@ -19,7 +19,7 @@ from llumnix.dataplane.client import ClusterClient
 from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.hosted_instance import HostedInstance
 from llumnix.dataplane.interruptions import Interruptions
-from llumnix.dataplane.peer import PATH, Peers, Self
+from llumnix.dataplane.peer import PATH, Peers, ThisNode
 from llumnix.dataplane.placer import NoInstance, Route
 from llumnix.dataplane.waiting import WaitLimits
 from llumnix.engine.sim.config import ModelConfig
@@ -84,7 +84,7 @@ class MeshNode:
         self._mesh = mesh
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
-        self.me = Self(name, self.address, "test")
+        self.me = ThisNode(name, self.address, "test")
         self.peers = Peers(self.me, mesh.token, mesh.addresses.get)
         self.exchange = Exchange(name, self.peers)
         self.target: str | None = None  # the instance that every request is sent to
@@ -167,7 +167,7 @@ class MeshNode:
             engine = hosted.engine
             if isinstance(engine, SimEngine):
                 engine.model.check()
-                if engine.model.has_work and hosted._dead is None:
+                if engine.model.has_work and hosted.gone is None:
                     return False
             if hosted.requests:
                 return False

@@ -19,9 +19,10 @@ from llumnix.engine.sim.config import ModelConfig
 from llumnix.engine.sim.instance import SimEngine
 from llumnix.migration.admission import MigrationActor
 from llumnix.migration.departures import Rules
+from llumnix.migration.messages import Move
 from llumnix.migration.record import Handshake
 from llumnix.migration.service import Migrations
-from llumnix.migration.source import Limits
+from llumnix.migration.source import MigrationLimits
 from llumnix.policy.decision_context import Terms
 from tests.kit.loop import soon
 from tests.kit.mesh import SMALL, MeshNode, Stream, mesh
@@ -108,7 +109,7 @@ class Cluster:
         self,
         controls: dict[str, Control],
         keys: Keys,
-        limits: Limits,
+        limits: MigrationLimits,
         requests_limit: int,
         blocks_limit: int,
     ) -> None:
@@ -192,10 +193,10 @@ class Cluster:
     async def _moved(self, asks: str, node: str, source: str, destination: str, name: str) -> str:
         try:
             migrations = self.sites[asks].migrations
-            report = await migrations.command(node, source, destination, "operator", name)
+            moved = await migrations.command(node, source, Move(destination, "operator", name))
         except EngineError as error:
             return str(error)
-        return str(report["outcome"])
+        return moved.outcome
 
     async def at(self, step: str) -> None:
         for stop in self.stops:
@@ -257,13 +258,13 @@ class Cluster:
 async def cluster(
     controls: dict[str, Control],
     keys: Keys,
-    limits: Limits | None = None,
+    limits: MigrationLimits | None = None,
     requests_limit: int = 4,
     blocks_limit: int = 0,
     handshake: type[Handshake] = Handshake,
 ) -> AsyncIterator[Cluster]:
     """A node for each control; at the end of the test nothing may be left of its requests."""
-    limits = limits or Limits(within=5.0)
+    limits = limits or MigrationLimits(within=5.0)
     whole = Cluster(controls, keys, limits, requests_limit, blocks_limit)
     async with mesh(*controls) as nodes:
         try:

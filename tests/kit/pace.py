@@ -3,7 +3,7 @@
 import asyncio
 
 from llumnix.dataplane.hosted_instance import HostedInstance
-from llumnix.dataplane.hosted_request import Tenant
+from llumnix.dataplane.hosted_request import HostedRequest
 from tests.kit.loop import soon
 from tests.kit.mesh import Gate
 
@@ -43,11 +43,11 @@ class Pace(Gate):
         """Step while a migration waits for an output of this instance."""
         wait = hosted.next_output
 
-        async def next_output(tenant: Tenant, within: float) -> None:
+        async def next_output(held: HostedRequest, within: float) -> None:
             self._wanted += 1
             self._changed.set()
             try:
-                await wait(tenant, within)
+                await wait(held, within)
             finally:
                 self._wanted -= 1
 

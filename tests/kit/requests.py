@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from llumnix.engine.sim.stream import stream_seed, token_at
+from llumnix.engine.sim.request import stream_seed, token_at
 
 VOCABULARY, END = 32_000, 2  # of ModelConfig, unless a test says otherwise
 

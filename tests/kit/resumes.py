@@ -16,9 +16,10 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from llumnix.engine.base import EngineEvents
 from llumnix.engine.vllm import scheduler
-from llumnix.engine.vllm.instance import Patience, VllmEngine
+from llumnix.engine.vllm.instance import VllmEngine
 from llumnix.engine.vllm.kv_blocks import Rendezvous
 from llumnix.engine.vllm.placement import place
+from llumnix.engine.vllm.watchdog import Patience
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ import torch
 
 from llumnix.engine.vllm.kv_blocks import Rendezvous, VllmBlocks
 from llumnix.engine.vllm.migration_utility import migration as utility
-from llumnix.engine.vllm.transfer import TransferExtension, _Lane
+from llumnix.engine.vllm.transfer import TransferExtension, _TransferLane
 
 BLOCKS, HEADS, SIZE, HEAD = 24, 2, 16, 8
 LAYERS = 3
@@ -28,7 +28,7 @@ class Worker(TransferExtension):
         )
 
     @property
-    def lanes(self) -> list[_Lane]:
+    def lanes(self) -> list[_TransferLane]:
         return list(self._llumnix_all().values())
 
     def abort_all(self) -> None:
@@ -36,7 +36,7 @@ class Worker(TransferExtension):
             self.llumnix_abort(pair)
 
 
-class Depot:
+class Holds:
     """Holds the blocks that a test names."""
 
     def __init__(self, blocks: list[int]) -> None:
@@ -62,12 +62,12 @@ class Instance:
         shape: tuple[int, ...] = (BLOCKS, HEADS, SIZE, 2 * HEAD),
     ) -> None:
         self.workers = [Worker(rank, 100 * seed + rank, shape) for rank in range(ranks)]
-        self.depot = Depot(blocks)
+        self.block_holds = Holds(blocks)
         self.calls: list[str] = []
         self.held: set[str] = set()  # operations that never reach the engine
         executor = SimpleNamespace(collective_rpc=self._rpc)
         self._core = SimpleNamespace(
-            scheduler=SimpleNamespace(depot=self.depot), model_executor=executor
+            scheduler=SimpleNamespace(block_holds=self.block_holds), model_executor=executor
         )
         self.blocks = VllmBlocks(self._call, ranks, rendezvous)
 

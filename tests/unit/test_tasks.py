@@ -64,3 +64,39 @@ async def test_a_failure_is_logged_and_ends_nothing_else(caplog: pytest.LogCaptu
     assert "a bug" in caplog.text and not other.done()
     await tasks.close()
     assert other.cancelled() and len(caplog.messages) == 1, "who is cancelled has not failed"
+
+
+@on_loop
+async def test_who_waits_for_a_task_hears_of_its_failure_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tasks = TaskSet()
+
+    async def fail() -> int:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        await tasks.own(fail())
+    assert not tasks and not caplog.records
+
+
+@on_loop
+async def test_what_a_task_begins_at_its_end_is_ended_too() -> None:
+    tasks, ended = TaskSet(), asyncio.Event()
+
+    async def end() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            tasks.spawn(end())
+
+    tasks.spawn(work())
+    await asyncio.sleep(0)
+    await tasks.close()
+    assert not tasks and ended.is_set()

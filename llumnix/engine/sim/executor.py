@@ -26,8 +26,9 @@ from vllm.v1.executor.abstract import Executor
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from llumnix.engine.sim.stream import stream_seed, token_at
-from llumnix.engine.vllm.transfer import Ended, Job
+from llumnix.engine.sim.batch import Work
+from llumnix.engine.sim.request import stream_seed, token_at
+from llumnix.engine.vllm.transfer import Job, TransferEnd
 from llumnix.latency import PROFILES
 
 PROFILE_VARIABLE = "LLUMNIX_SIM_PROFILE"
@@ -41,7 +42,7 @@ _NOTHING_TO_DO = frozenset(
 
 
 @dataclass(slots=True)
-class _Stream:
+class _TokenStream:
     seed: int
     prompt: int  # tokens
     avoid: frozenset[int]  # the ends of sequence, which this device never generates
@@ -72,7 +73,7 @@ class ModelledExecutor(Executor):
         self._vocab_size = self.model_config.get_vocab_size()
         ends = getattr(self.model_config.hf_text_config, "eos_token_id", None)
         self._ends = frozenset({ends} if isinstance(ends, int) else ends or ())
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, _TokenStream] = {}
 
     def get_kv_cache_specs(self) -> list[dict[str, KVCacheSpec]]:
         """One full-attention layer like the others for each layer of the model."""
@@ -173,7 +174,9 @@ class ModelledExecutor(Executor):
     def _end_transfer(self, blocks: list[int], job: Any) -> None:
         """Tell the node that all blocks have moved, of which there is nothing but their number."""
         job = msgspec.convert(job, Job)
-        message = msgspec.msgpack.encode(Ended(job.id, 0, len(blocks) * self._block_bytes, 0.0))
+        message = msgspec.msgpack.encode(
+            TransferEnd(job.id, 0, len(blocks) * self._block_bytes, 0.0)
+        )
         with (
             contextlib.suppress(OSError),  # the node is gone, and this process soon too
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel,
@@ -187,30 +190,25 @@ class ModelledExecutor(Executor):
             self._streams[new.req_id] = self._open(new)
         if not step.total_num_scheduled_tokens:
             return EMPTY_MODEL_RUNNER_OUTPUT
-        prefill = squares = batch = context = 0
+        work = Work()
         requests: list[str] = []
         sampled: list[list[int]] = []
         for item in self._scheduled(step):
-            if item.new == 1:
-                batch += 1
-                context += item.computed + 1
-            else:
-                prefill += item.new
-                squares += (2 * item.computed + item.new) * item.new
+            work.add(item.computed, item.new)
             requests.append(item.request)
             sampled.append(self._sample(item))
-        time.sleep(self._profile.step_seconds(prefill, batch, context, squares))
+        time.sleep(work.seconds(self._profile))
         index = {request: n for n, request in enumerate(requests)}
         return ModelRunnerOutput(requests, index, sampled)
 
-    def _open(self, new: NewRequestData) -> _Stream:
+    def _open(self, new: NewRequestData) -> _TokenStream:
         prompt = new.prompt_token_ids
         if prompt is None:
             raise ValueError(f"request {new.req_id} has no token ids, which the stream is made of")
         ends = self._ends
         if new.sampling_params and new.sampling_params.eos_token_id is not None:
             ends |= {new.sampling_params.eos_token_id}
-        return _Stream(stream_seed(prompt), len(prompt), ends)
+        return _TokenStream(stream_seed(prompt), len(prompt), ends)
 
     def _scheduled(self, step: SchedulerOutput) -> Iterator[_Scheduled]:
         for new in step.scheduled_new_reqs:

@@ -17,11 +17,16 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
-from llumnix.engine.sim.batch import Batch
+from llumnix.engine.sim.batch import Batch, Sequence
 from llumnix.engine.sim.config import ModelConfig
-from llumnix.engine.sim.queue import Sequence
-from llumnix.engine.sim.request import FinishReason, Output, SimRequest, StepResult
-from llumnix.engine.sim.stream import stream_seed, token_at
+from llumnix.engine.sim.request import (
+    FinishReason,
+    Output,
+    SimRequest,
+    StepResult,
+    stream_seed,
+    token_at,
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -165,9 +170,7 @@ class ModelledEngine:
     def step(self) -> StepResult:
         """Schedule, compute and sample once; does nothing when there is no work."""
         work = self._batch.schedule()
-        seconds = self.config.profile.step_seconds(
-            work.prefill, work.batch, work.context, work.squares
-        )
+        seconds = work.seconds(self.config.profile)
         computed = work.prefill + work.batch
         return StepResult(seconds, self._compute(), work.preempted, computed)
 

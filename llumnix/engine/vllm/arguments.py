@@ -26,7 +26,6 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from llumnix import config
 from llumnix.engine.vllm import scheduler
 from llumnix.engine.vllm.compat import client_errors, server_symbol
-from llumnix.engine.vllm.ignored_options import check_ignored
 
 logger = logging.getLogger(__name__)
 
@@ -193,6 +192,42 @@ def _sentence(error: Exception) -> str:
 def _name(location: Sequence[Any]) -> str:
     """The option that pydantic means, as it stands on the command line."""
     return f"--{str(location[-1]).replace('_', '-')}: " if location else ""
+
+
+# Options of vLLM's own server that would do nothing here, and that somebody would count on; the
+# value that is harmless, and what to do instead.
+_MISLEADING = {
+    "api_server_count": (1, "each node is one API server: start more nodes"),
+    "headless": (False, "a node always has its API server"),
+    "grpc": (False, "a node speaks HTTP alone"),
+    "grpc_port": (None, "a node speaks HTTP alone"),
+    "enable_ssl_refresh": (False, "restart the nodes one after the other for a new certificate"),
+    "data_parallel_size": (1, "it belongs to vLLM's own scale-out; use --initial-instances"),
+    "data_parallel_multi_port_external_lb": (False, "it belongs to vLLM's own scale-out"),
+    "data_parallel_external_lb": (False, "it belongs to vLLM's own scale-out"),
+    "data_parallel_hybrid_lb": (False, "it belongs to vLLM's own scale-out"),
+}
+
+# Those that change nothing that anybody relies on.
+_HARMLESS = (
+    *("uvicorn_log_level", "disable_access_log_for_endpoints"),
+    *("data_parallel_supervisor_port", "dp_supervisor_probe_interval_s"),
+    *("dp_supervisor_probe_timeout_s", "dp_supervisor_probe_failure_threshold"),
+)
+
+
+def check_ignored(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Say what of the command line has no effect. Raises ConfigError where that would mislead."""
+    for name, (harmless, instead) in _MISLEADING.items():
+        if getattr(arguments, name, None) not in (None, harmless):
+            raise config.ConfigError(f"{_option(name)} does nothing here: {instead}")
+    for name in _HARMLESS:
+        if getattr(arguments, name, None) != parser.get_default(name):
+            logger.warning("%s does nothing here: the server is not vLLM's", _option(name))
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def show(parser: NodeArgumentParser, arguments: argparse.Namespace) -> str:

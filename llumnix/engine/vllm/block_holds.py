@@ -18,26 +18,26 @@ from vllm.v1.request import Request
 from llumnix.engine.base import LEND_SECONDS
 
 
-class DepotError(Exception):
+class HoldError(Exception):
     """What was asked can't be done; the message is one sentence."""
 
     kind = ""  # which of the errors below it is, for another process
 
 
-class RequestGone(DepotError):
+class RequestGone(HoldError):
     """The request has ended."""
 
     kind = "ended"
 
 
-class NoFreeBlocks(DepotError):
+class NoFreeBlocks(HoldError):
     """There are too few free KV blocks."""
 
     kind = "no room"
 
 
 @dataclass(slots=True)
-class _Held:
+class _HeldBlocks:
     hashes: list[bytes] = field(default_factory=list)  # of all blocks from the first on
     blocks: list[KVCacheBlock] = field(default_factory=list)
     cached: int = 0  # how many of them are in the prefix cache
@@ -56,14 +56,14 @@ class _Loan:
     workers: Any  # the executor
 
 
-class BlockDepot:
+class BlockHolds:
     """The KV blocks that an engine holds for migrations, outgoing and incoming ones."""
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self._manager = scheduler.kv_cache_manager
         self._pool = self._manager.block_pool
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, _HeldBlocks] = {}
         self._loans: dict[str, _Loan] = {}  # by the request's id
 
     @property
@@ -88,14 +88,14 @@ class BlockDepot:
     def export(self, migration: str, request_id: str) -> tuple[list[bytes], int]:
         """Hold all full blocks of a request; their hashes, and the bytes of each in a worker.
 
-        Raises DepotError if the request is not here any more.
+        Raises HoldError if the request is not here any more.
         """
         request = self._scheduler.requests.get(request_id)
         if request is None:
             raise RequestGone(f"request {request_id} has ended")
         if self.why_not is not None:
             return [], self.block_bytes
-        held = self._held.setdefault(migration, _Held())
+        held = self._held.setdefault(migration, _HeldBlocks())
         size = self._scheduler.block_size
         full = min(request.num_computed_tokens // size, len(request.block_hashes))
         blocks = list(self._manager.get_blocks(request_id).blocks[0][:full])  # () if it waits
@@ -105,9 +105,9 @@ class BlockDepot:
         kept = held.tail[: len(fresh)]  # which were lent, and are full by now
         gone = held.blocks and not blocks
         if gone or blocks[: len(held.blocks)] != held.blocks[:full]:
-            raise DepotError(f"request {request_id} was preempted")
+            raise HoldError(f"request {request_id} was preempted")
         if kept != fresh[: len(kept)]:
-            raise DepotError(f"request {request_id} was preempted")
+            raise HoldError(f"request {request_id} was preempted")
         del held.tail[: len(kept)]
         self._pool.touch(fresh[len(kept) :])
         held.blocks += fresh
@@ -117,11 +117,11 @@ class BlockDepot:
     def reserve(self, migration: str, hashes: list[bytes]) -> int:
         """Hold room for further blocks with these hashes; how many of them are here already.
 
-        Raises DepotError if there is no room.
+        Raises HoldError if there is no room.
         """
         if self.why_not is not None:
-            raise DepotError(f"no KV blocks can be taken: {self.why_not}")
-        held = self._held.setdefault(migration, _Held())
+            raise HoldError(f"no KV blocks can be taken: {self.why_not}")
+        held = self._held.setdefault(migration, _HeldBlocks())
         present: list[KVCacheBlock] = []
         if held.cached == len(held.blocks):  # only an unbroken prefix is of use
             for block_hash in hashes:
@@ -145,20 +145,20 @@ class BlockDepot:
         return len(present)
 
     def ids(self, migration: str, first: int, count: int) -> list[int]:
-        """The ids of a migration's blocks from `first` on. Raises DepotError if it has fewer."""
+        """The ids of a migration's blocks from `first` on. Raises HoldError if it has fewer."""
         held = self._held.get(migration)
         if held is None or first + count > len(held.blocks):
-            raise DepotError(f"the blocks of migration {migration} are not held any more")
+            raise HoldError(f"the blocks of migration {migration} are not held any more")
         return [block.block_id for block in held.blocks[first : first + count]]
 
     def store(self, migration: str) -> None:
         """Put the blocks that have arrived into the prefix cache; they stay held.
 
-        Raises DepotError if the migration was dropped meanwhile.
+        Raises HoldError if the migration was dropped meanwhile.
         """
         held = self._held.get(migration)
         if held is None:
-            raise DepotError(f"the blocks of migration {migration} are not held any more")
+            raise HoldError(f"the blocks of migration {migration} are not held any more")
         request = SimpleNamespace(block_hashes=held.hashes)
         size = self._scheduler.block_size
         self._pool.cache_full_blocks(request, held.blocks, held.cached, len(held.blocks), size, 0)
@@ -167,18 +167,16 @@ class BlockDepot:
     def lend(self, migration: str, request_id: str) -> list[int]:
         """Hold also the request's blocks behind those that were exported; the ids of these.
 
-        The last of them is being filled. Raises DepotError if the request is not here any more.
+        The last of them is being filled. Raises HoldError if the request is not here any more.
         """
         held = self._held.get(migration)
         if held is None or request_id not in self._scheduler.requests:
             raise RequestGone(f"request {request_id} has ended")
         blocks = list(self._manager.get_blocks(request_id).blocks[0])
         if blocks[: len(held.blocks)] != held.blocks:
-            raise DepotError(f"request {request_id} was preempted")
+            raise HoldError(f"request {request_id} was preempted")
         if self.why_not is not None or any(block.is_null for block in blocks):
-            raise DepotError(
-                "not all blocks of the request are there"
-            )  # a sliding window's are not
+            raise HoldError("not all blocks of the request are there")  # a sliding window's are not
         tail = blocks[len(held.blocks) :]
         self._pool.touch(tail[len(held.tail) :])
         held.tail = tail
@@ -195,16 +193,16 @@ class BlockDepot:
     ) -> None:
         """Hold room for blocks that the request will need besides, and copy them when it comes.
 
-        Raises DepotError if there is no room, or the other instance's memory can't be read.
+        Raises HoldError if there is no room, or the other instance's memory can't be read.
         """
         if self._scheduler.num_spec_tokens:
-            raise DepotError("a draft model wants to see the last tokens itself")
+            raise HoldError("a draft model wants to see the last tokens itself")
         if not all(workers.collective_rpc("llumnix_reads", args=(pair, group))):
-            raise DepotError("the other instance's memory can't be read")
-        held = self._held.setdefault(migration, _Held())
+            raise HoldError("the other instance's memory can't be read")
+        held = self._held.setdefault(migration, _HeldBlocks())
         more = len(theirs) - len(held.tail)
         if more > self._pool.get_num_free_blocks():
-            raise DepotError(f"{more} KV blocks are needed for what is lent")
+            raise HoldError(f"{more} KV blocks are needed for what is lent")
         if more > 0:
             held.tail += self._pool.get_new_blocks(more)
         until = time.monotonic() + LEND_SECONDS

@@ -67,7 +67,7 @@ class Carrier(ABC):
         """Release everything."""
 
 
-class Self(msgspec.Struct):
+class WorkerPlace(msgspec.Struct):
     """What a worker says of itself when it meets another one."""
 
     host: str  # names the machine, not the container
@@ -78,16 +78,16 @@ class Self(msgspec.Struct):
     key: bytes = b""  # that the receiver shows there
 
 
-def identify(memory: KvMemory, ladder: list[str]) -> Self:
+def identify(memory: KvMemory, ladder: list[str]) -> WorkerPlace:
     """This worker, as far as it matters to a carrier."""
     host = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     device = "cpu"
     if memory.device.type == "cuda":
         device = str(torch.cuda.get_device_properties(memory.device).uuid)
-    return Self(host, device, ladder)
+    return WorkerPlace(host, device, ladder)
 
 
-def ways(me: Self, other: Self, rank: int) -> list[str]:
+def ways(me: WorkerPlace, other: WorkerPlace, rank: int) -> list[str]:
     """The ways that both can go, the best first, for the worker of this rank."""
     sender, receiver = (me, other) if rank == SENDER else (other, me)
     found = []
@@ -102,13 +102,13 @@ def ways(me: Self, other: Self, rank: int) -> list[str]:
     return found
 
 
-def exchange(store: Any, rank: int, me: Self, seconds: float) -> Self:
+def exchange(store: Any, rank: int, me: WorkerPlace, seconds: float) -> WorkerPlace:
     """Tell the other worker who this is, and hear who it is. Raises Absent."""
     other = f"self/{1 - rank}"
     try:
         store.set(f"self/{rank}", msgspec.msgpack.encode(me))
         store.wait([other], timedelta(seconds=seconds))
-        found = msgspec.msgpack.decode(store.get(other), type=Self)
+        found = msgspec.msgpack.decode(store.get(other), type=WorkerPlace)
         if not ways(me, found, rank):
             # Both end here, but not before the other has read what this one said: that it says, or
             # its own has gone by then.

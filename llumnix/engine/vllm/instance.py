@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,11 +26,9 @@ from llumnix.engine.base import EngineDead, EngineError, EngineEvents, EngineFac
 from llumnix.engine.vllm import scheduler
 from llumnix.engine.vllm.kv_blocks import Rendezvous, VllmBlocks
 from llumnix.engine.vllm.launcher import EngineProcess, Placement
-from llumnix.engine.vllm.machine_load import Machine
-from llumnix.engine.vllm.process_activity import Activity, activity
 from llumnix.engine.vllm.resume import with_generated
 from llumnix.engine.vllm.socket_folder import scratch
-from llumnix.engine.vllm.watchdog import Watchdog
+from llumnix.engine.vllm.watchdog import Machine, Patience, Watchdog, activity
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +36,6 @@ T = TypeVar("T")
 
 BASE_PATH = "VLLM_RPC_BASE_PATH"
 CLOSE_SECONDS = 10.0  # for the threads behind closed sockets to end
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long an engine may take; all in seconds."""
-
-    start: float = 600.0  # to come up
-    hang: float = 3.0  # to say or do anything at all
-    step: float = 300.0  # for one step
 
 
 class _Client(AsyncMPClient):
@@ -91,7 +80,7 @@ class VllmEngine:
         rendezvous: Rendezvous,
         machine: Machine | None = None,  # what it shares with the other engines of its node
     ) -> None:
-        self._id = instance
+        self.id = instance
         # The client writes what the engine found out (blocks, lengths) into its configuration.
         self._config = copy.deepcopy(config)
         self._patience = patience
@@ -105,18 +94,17 @@ class VllmEngine:
         self.blocks = VllmBlocks(self.call, workers, rendezvous)
         self._client: _Client | None = None
         self._watchdog = Watchdog(
-            *(instance, self._ping, self._activity, self._hangs, patience.hang, patience.step),
+            instance,
+            lambda: self.call("is_sleeping"),  # answered as soon as no step is under way
+            lambda: activity(self._process.pid or 0),
+            lambda finding: self._die(f"instance {instance} hangs: {finding}"),
+            patience,
             machine or Machine(),
         )
         self._events: EngineEvents | None = None  # from when it is up until it has died
         self._watching: int | None = None
         self._ended: asyncio.Future[None] | None = None  # done when the process is, or stopped
         self._stopping = False
-
-    @property
-    def id(self) -> InstanceId:
-        """The instance that this engine serves."""
-        return self._id
 
     @property
     def pid(self) -> int | None:
@@ -133,14 +121,11 @@ class VllmEngine:
                 self._events = events
                 self._watchdog.start()
                 return facts
-        except TimeoutError as error:
+        except BaseException as error:
             await self.stop(0.0)
-            raise EngineError(
-                f"instance {self._id} did not start in {self._patience.start:.0f} s; "
-                f"its log is {self._process.log_file}"
-            ) from error
-        except BaseException:
-            await self.stop(0.0)
+            if isinstance(error, TimeoutError):
+                within = f"{self._patience.start:.0f} s; its log is {self._process.log_file}"
+                raise EngineError(f"instance {self.id} did not start in {within}") from error
             raise
 
     async def add(self, request: EngineCoreRequest, generated: Sequence[int] = ()) -> None:
@@ -148,7 +133,7 @@ class VllmEngine:
         try:
             await self._require().add_request_async(with_generated(request, generated))
         except (EngineDeadError, zmq.ZMQError) as error:
-            raise EngineDead(f"instance {self._id} is dead") from error
+            raise EngineDead(f"instance {self.id} is dead") from error
         except (TypeError, ValueError, OverflowError, msgspec.MsgspecError) as error:
             raise EngineError(f"the request can't be sent to an engine: {error}") from error
 
@@ -160,24 +145,29 @@ class VllmEngine:
     async def call(self, method: str, *args: Any) -> Any:
         """Call a utility method of the engine core. Raises EngineError."""
         try:
-            return await self._or_dead(self._require().call_utility_async(method, *args))
+            return await self._answer(self._require().call_utility_async(method, *args))
         except EngineError:
             raise
         except EngineDeadError as error:
-            raise EngineDead(f"instance {self._id} is dead") from error
+            raise EngineDead(f"instance {self.id} is dead") from error
         except Exception as error:  # vLLM raises a bare Exception with the engine's message
             raise EngineError(str(error)) from error
 
-    async def _or_dead(self, work: Awaitable[T]) -> T:
-        """Wait for an answer, which never comes from a process that has ended meanwhile."""
+    async def _answer(self, work: Awaitable[T], starts: bool = False) -> T:
+        """Wait for an answer, which never comes from a process that has ended meanwhile.
+
+        Raises EngineDead, or EngineError that says why it has not come up if it `starts`.
+        """
         task = asyncio.ensure_future(work)
         either: set[asyncio.Future[Any]] = {task}
         if self._ended is not None:
             either.add(self._ended)
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if starts:
+                self._check_running()
             if not task.done():
-                raise EngineDead(f"instance {self._id} is dead")
+                raise EngineDead(f"instance {self.id} is dead")
             return task.result()
         finally:
             task.cancel()
@@ -195,19 +185,16 @@ class VllmEngine:
         self.blocks.close()
         await asyncio.to_thread(self._process.stop, timeout)
         if client is not None:
-            await self._closed(client)
+            try:
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await asyncio.to_thread(client.end)
+            except TimeoutError:
+                logger.error("the sockets of instance %s could not be closed", self.id)
         self._sockets.cleanup()
-
-    async def _closed(self, client: _Client) -> None:
-        try:
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await asyncio.to_thread(client.end)
-        except TimeoutError:
-            logger.error("the sockets of instance %s could not be closed", self._id)
 
     def _require(self) -> _Client:
         if self._client is None:
-            raise EngineDead(f"instance {self._id} is not running")
+            raise EngineDead(f"instance {self.id} is not running")
         return self._client
 
     def _address(self, name: str) -> str:
@@ -229,39 +216,24 @@ class VllmEngine:
                 log_stats=True,
             )
             self._watch()
-            while not await self._greet(socket):
-                pass
+            status = ""
+            while status != "READY":
+                identity, payload = await self._answer(socket.recv_multipart(), starts=True)
+                status = msgspec.msgpack.decode(payload)["status"]
+                if status == "HELLO":
+                    ours = [self._address("input")], [self._address("output")]
+                    addresses = EngineZmqAddresses(*ours)
+                    reply = EngineHandshakeMetadata(addresses=addresses, parallel_config={})
+                    await socket.send_multipart((identity, msgspec.msgpack.encode(reply)))
         finally:
             socket.close(linger=0)
             context.term()
 
-    async def _greet(self, socket: zmq.asyncio.Socket) -> bool:
-        """Answer one message of the starting engine; True once it is ready."""
-        identity, payload = await self._while_it_runs(socket.recv_multipart())
-        status = msgspec.msgpack.decode(payload)["status"]
-        if status == "HELLO":
-            addresses = EngineZmqAddresses([self._address("input")], [self._address("output")])
-            reply = EngineHandshakeMetadata(addresses=addresses, parallel_config={})
-            await socket.send_multipart((identity, msgspec.msgpack.encode(reply)))
-        return bool(status == "READY")
-
-    async def _while_it_runs(self, work: Awaitable[T]) -> T:
-        """Wait for something of the start. Raises EngineError if the process ends before."""
-        assert self._ended is not None
-        task = asyncio.ensure_future(work)
-        either: set[asyncio.Future[Any]] = {task, self._ended}
-        try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            self._check_running()
-            return task.result()
-        finally:
-            task.cancel()
-
     def _check_running(self) -> None:
         if self._stopping:
-            raise EngineError(f"instance {self._id} was stopped while it started")
+            raise EngineError(f"instance {self.id} was stopped while it started")
         if not self._process.alive:
-            raise EngineError(f"instance {self._id} did not start: {self._process.failure()}")
+            raise EngineError(f"instance {self.id} did not start: {self._process.failure()}")
 
     async def _connect(self) -> EngineFacts:
         # The constructor waits for the engine's first message without yielding to the loop: one
@@ -279,9 +251,9 @@ class VllmEngine:
             },
         )
         self._client.on_outputs = self._on_outputs
-        tasks = await self._while_it_runs(self._client.get_supported_tasks_async())
+        tasks = await self._answer(self._client.get_supported_tasks_async(), starts=True)
         if "generate" in tasks:
-            await self._while_it_runs(self._client.call_utility_async("compile_ahead"))
+            await self._answer(self._client.call_utility_async("compile_ahead"), starts=True)
         cache = self._config.cache_config
         return EngineFacts(
             total_blocks=cache.num_gpu_blocks or 0,
@@ -298,20 +270,9 @@ class VllmEngine:
         try:
             self._events.outputs(outputs)
         except Exception as error:  # else vLLM's task ends, and the instance is mute for ever
-            logger.exception("the outputs of instance %s could not be handled", self._id)
+            logger.exception("the outputs of instance %s could not be handled", self.id)
             text = f"{type(error).__name__}: {error}"
-            self._die(f"instance {self._id} died: its outputs could not be handled: {text}")
-
-    async def _ping(self) -> None:
-        # Answered by the loop that runs the steps, as soon as none is under way.
-        with contextlib.suppress(EngineError):
-            await self.call("is_sleeping")
-
-    def _activity(self) -> Activity:
-        return activity(self._process.pid or 0)
-
-    def _hangs(self, finding: str) -> None:
-        self._die(f"instance {self._id} hangs: {finding}")
+            self._die(f"instance {self.id} died: its outputs could not be handled: {text}")
 
     def _die(self, reason: str) -> None:
         """Report the death of an engine that was up, once."""
@@ -332,7 +293,7 @@ class VllmEngine:
             if not ended.done():
                 ended.set_result(None)
             if self._events is not None:
-                self._die(f"instance {self._id} died: {self._process.failure()}")
+                self._die(f"instance {self.id} died: {self._process.failure()}")
 
         asyncio.get_running_loop().add_reader(self._watching, on_end)
 

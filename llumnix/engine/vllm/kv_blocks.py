@@ -1,4 +1,4 @@
-"""The KV blocks of a vLLM engine: its depot by utility calls, its workers' transfers by notices."""
+"""The KV blocks of a vLLM engine: its holds by utility calls, its workers' transfers by notices."""
 
 import asyncio
 import logging
@@ -13,7 +13,7 @@ import msgspec
 
 from llumnix.engine.base import EngineError, NoRoom, RequestEnded, SetupFailed, Transfer
 from llumnix.engine.vllm.carrier import LADDER
-from llumnix.engine.vllm.transfer import Ended, Job
+from llumnix.engine.vllm.transfer import Job, TransferEnd
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ GRACE = 1.0  # seconds beyond a transfer's own deadline until it is given up wit
 
 Call = Callable[..., Awaitable[Any]]
 
-# By the kind of a DepotError.
+# By the kind of a HoldError.
 REFUSALS: dict[str, type[EngineError]] = {"ended": RequestEnded, "no room": NoRoom}
 
 
@@ -181,7 +181,7 @@ class VllmBlocks:
                 message = self._socket.recv(4096)
             except BlockingIOError:
                 return
-            notice = msgspec.msgpack.decode(message, type=Ended)
+            notice = msgspec.msgpack.decode(message, type=TransferEnd)
             self.cpu_seconds += notice.cpu
             pending = self._pending.get(notice.id)
             if pending is None:

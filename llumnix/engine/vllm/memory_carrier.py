@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import torch
 
-from llumnix.engine.vllm.carrier import Absent, Carrier, Self, SetupError, Touching
+from llumnix.engine.vllm.carrier import Absent, Carrier, SetupError, Touching, WorkerPlace
 from llumnix.engine.vllm.kv_memory import KvMemory
 from llumnix.engine.vllm.peer_memory import NotReadable, PeerMemory, export
 
@@ -26,10 +26,10 @@ _MOST_BYTES = 1 << 24  # of a message
 _COPIED, _READABLE, _UNREADABLE, _WELCOME, _KEPT = (bytes([n]) for n in range(1, 6))
 
 
-class Offer:
+class MemoryOffer:
     """A sender's memory, until the receiver has come for it."""
 
-    def __init__(self, memory: KvMemory, address: str, me: Self) -> None:
+    def __init__(self, memory: KvMemory, address: str, me: WorkerPlace) -> None:
         """Add to `me` how to reach this memory; nothing is added where it can't be exported."""
         self._listener: socket.socket | None = None
         self._key = secrets.token_bytes(_KEY_BYTES)
@@ -39,8 +39,8 @@ class Offer:
         me.memory, me.key = exported, self._key
         me.address = (address, self._listener.getsockname()[1])
 
-    def accept(self, deadline: float) -> "Lender | None":
-        """Wait for the receiver; None if it can't read this memory. Raises Absent."""
+    def accept(self, deadline: float) -> "Lender":
+        """Wait for the receiver. Raises Absent, and NotReadable if it can't read this memory."""
         assert self._listener is not None
         try:
             while True:  # whoever does not know the key is not the one
@@ -52,7 +52,9 @@ class Offer:
                         channel.settimeout(_left(deadline))
                         readable = _take(channel, 1) == _READABLE
                         channel.sendall(_WELCOME)
-                        return Lender(channel) if readable else None
+                        if not readable:
+                            raise NotReadable("the other worker can't read this KV cache")
+                        return Lender(channel)
                 except OSError:
                     pass
                 channel.close()
@@ -110,7 +112,7 @@ class Reader(Carrier):
 
     kind = "memory"
 
-    def __init__(self, memory: KvMemory, sender: Self, deadline: float) -> None:
+    def __init__(self, memory: KvMemory, sender: WorkerPlace, deadline: float) -> None:
         """Connect to a sender.
 
         Raises Absent, SetupError, and NotReadable if both know that they are to go another way.

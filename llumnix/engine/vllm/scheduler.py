@@ -8,25 +8,25 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from llumnix.engine.vllm.block_holds import BlockDepot
+from llumnix.engine.vllm.block_holds import BlockHolds
 from llumnix.engine.vllm.resume import put_in_place
 
 
 class _Moving:
-    """What both schedulers get; see `resume` and `depot`."""
+    """What both schedulers get; see `resume` and `block_holds`."""
 
     requests: dict[str, Request]
-    depot: BlockDepot
+    block_holds: BlockHolds
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.depot = BlockDepot(self)
+        self.block_holds = BlockHolds(self)
         self._adopted: set[str] = set()  # of those that wait, who holds blocks already
 
     def add_request(self, request: Request) -> None:
         """Queue a request; one that brought outputs is resumed, before those that are new."""
         put_in_place(request, self.structured_output_manager)  # type: ignore[attr-defined]
-        if request.num_output_tokens and self.depot.adopt(request):
+        if request.num_output_tokens and self.block_holds.adopt(request):
             self._adopted.add(request.request_id)
         super().add_request(request)  # type: ignore[misc]
         if request.num_output_tokens and request in self.waiting:  # type: ignore[attr-defined]
@@ -59,7 +59,7 @@ class _Moving:
         for request in waiting[1:]:
             if request.request_id in self._adopted:
                 self._adopted.discard(request.request_id)
-                self.depot.disown(request)
+                self.block_holds.disown(request)
 
 
 class MovingScheduler(_Moving, Scheduler):

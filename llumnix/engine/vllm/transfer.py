@@ -25,17 +25,15 @@ from llumnix.engine.vllm.carrier import (
     RECEIVER,
     SENDER,
     Carrier,
-    Self,
     SetupError,
     exchange,
     identify,
     ways,
 )
-from llumnix.engine.vllm.group_carrier import Staged, StagingPool
+from llumnix.engine.vllm.group_carrier import Staged, StagingPool, TransferGroup
 from llumnix.engine.vllm.kv_memory import KvMemory
-from llumnix.engine.vllm.memory_carrier import Offer, Reader
+from llumnix.engine.vllm.memory_carrier import MemoryOffer, Reader
 from llumnix.engine.vllm.peer_memory import NotReadable
-from llumnix.engine.vllm.transfer_group import TransferGroup
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +53,11 @@ class Job(msgspec.Struct, array_like=True):
     notify: str  # path of the datagram socket that learns of the end
     store: tuple[str, dict[str, Any]]  # the rendezvous: qualified name, keyword arguments
     address: str  # of this machine, for the other worker
-    ladder: list[str] = msgspec.field(
-        default_factory=lambda: list(LADDER)
-    )  # the ways for blocks that may be taken
+    # The ways for blocks that may be taken.
+    ladder: list[str] = msgspec.field(default_factory=lambda: list(LADDER))
 
 
-class Ended(msgspec.Struct, array_like=True):
+class TransferEnd(msgspec.Struct, array_like=True):
     """What a worker tells the node when a job has ended."""
 
     id: str
@@ -80,7 +77,7 @@ class _Order:
     ready: Any  # CUDA event behind which the blocks' contents are complete, None on a CPU
 
 
-class _Lane(threading.Thread):
+class _TransferLane(threading.Thread):
     """One direction of one pair of instances: its jobs, one after the other, over one carrier."""
 
     def __init__(self, pair: str, rank: int, memory: KvMemory, pool: StagingPool) -> None:
@@ -89,23 +86,18 @@ class _Lane(threading.Thread):
         self._rank = rank  # of this worker within its instance: rank i talks to rank i
         self.memory = memory
         self._pool = pool
-        self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
+        self.orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
         self.carrier: Carrier | None = None
         self.name_of_carrier = ""
-        self._store: Any = None  # of a group that uses it as long as it lives, as NCCL does
         self._stream: Any = None
         self._aborted = False
         self._touching = threading.Lock()  # while blocks are read or written
-
-    def put(self, order: _Order) -> None:
-        """Have a job done."""
-        self._orders.put(order)
 
     def abort(self) -> None:
         """End this lane, from another thread: no block is read for sending or written from now."""
         self._aborted = True
         with self._touching:
-            self._orders.put(None)
+            self.orders.put(None)
         if (carrier := self.carrier) is not None:
             carrier.abort()
         if (stream := self._stream) is not None:
@@ -120,7 +112,7 @@ class _Lane(threading.Thread):
         idle = 0.0
         while not self._aborted and idle < IDLE_SECONDS:
             try:
-                order = self._orders.get(timeout=LOOK_SECONDS)
+                order = self.orders.get(timeout=LOOK_SECONDS)
             except queue.Empty:
                 idle += LOOK_SECONDS
                 if self.carrier is not None and self.carrier.gone:
@@ -147,7 +139,7 @@ class _Lane(threading.Thread):
             error = f"{type(failure).__name__}: {text}"
         kind = self.carrier.kind if self.carrier is not None else ""
         cpu = time.thread_time() - began
-        self._tell(order, Ended(order.job.id, self._rank, size, cpu, error, setup, kind))
+        self._tell(order, TransferEnd(order.job.id, self._rank, size, cpu, error, setup, kind))
 
     def _pass(self, carrier: Carrier, order: _Order, deadline: float) -> None:
         if order.ready is not None:
@@ -190,17 +182,19 @@ class _Lane(threading.Thread):
         store: Any = resolve_obj_by_qualname(factory)(
             **(options | {"prefix": prefix, "timeout": seconds})
         )
-        keep, offer = False, None
+        kept, offer = None, None
         try:
             me = identify(self.memory, job.ladder)
-            offer = Offer(self.memory, job.address, me) if sends else None
+            offer = MemoryOffer(self.memory, job.address, me) if sends else None
             rank = SENDER if sends else RECEIVER
             other = exchange(store, rank, me, seconds)
             kinds = ways(me, other, rank)
             until = time.monotonic() + seconds
             if kinds[:1] == ["memory"]:
-                if (carrier := self._by_memory(offer, other, until)) is not None:
-                    return carrier
+                try:
+                    return offer.accept(until) if offer else Reader(self.memory, other, until)
+                except NotReadable as error:  # which both know then
+                    logger.info("%s: %s", self._pair, error)
                 kinds = kinds[1:]
             if not kinds:
                 raise SetupError("the two workers have no way for KV blocks in common")
@@ -208,35 +202,20 @@ class _Lane(threading.Thread):
             device = torch.device("cpu") if kind == "host" else self.memory.device
             group = TransferGroup(sends, device)
             group.open(store, job.address, seconds)
-            keep = device.type == "cuda"
-            return Staged(kind, self.memory, group, self._pool)
+            kept = store if group.keeps_store else None
+            return Staged(kind, self.memory, group, self._pool, kept)
         finally:
             if offer is not None:
                 offer.close()
-            if keep:
-                self._store = store
-            else:  # both have met, or never will: no keys are left behind
+            if kept is None:  # both have met, or never will: no keys are left behind
                 store.close()
-
-    def _by_memory(self, offer: Offer | None, other: Self, until: float) -> Carrier | None:
-        """The way through memory; None if both know that it is none."""
-        if offer is not None:
-            return offer.accept(until)
-        try:
-            return Reader(self.memory, other, until)
-        except NotReadable as error:
-            logger.info("%s: %s", self._pair, error)
-            return None
 
     def _leave(self) -> None:
         carrier, self.carrier = self.carrier, None
         if carrier is not None:
             carrier.close()
-        store, self._store = self._store, None
-        if store is not None:
-            store.close()
 
-    def _tell(self, order: _Order, ended: Ended) -> None:
+    def _tell(self, order: _Order, ended: TransferEnd) -> None:
         with (
             contextlib.suppress(OSError),  # the node is gone, and this process soon too
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel,
@@ -247,7 +226,7 @@ class _Lane(threading.Thread):
 class TransferExtension:
     """What every worker of an instance can do besides; vLLM mixes it into its worker class."""
 
-    _llumnix_lanes: dict[str, _Lane]
+    _llumnix_lanes: dict[str, _TransferLane]
     _llumnix_memory: tuple[KvMemory, StagingPool]
 
     def llumnix_send(self, blocks: list[int], job: Any) -> None:
@@ -287,7 +266,7 @@ class TransferExtension:
         carrier = lane.carrier if lane is not None and lane.name_of_carrier == group else None
         return carrier if isinstance(carrier, Reader) and not carrier.aborted else None
 
-    def _llumnix_all(self) -> dict[str, _Lane]:
+    def _llumnix_all(self) -> dict[str, _TransferLane]:
         if not hasattr(self, "_llumnix_lanes"):
             self._llumnix_lanes = {}
         return self._llumnix_lanes
@@ -307,10 +286,10 @@ class TransferExtension:
         lane = lanes.get(job.pair)
         if lane is None or not lane.is_alive():
             memory, pool = self._llumnix_kv()
-            lane = _Lane(job.pair, self.rank, memory, pool)  # type: ignore[attr-defined]
+            lane = _TransferLane(job.pair, self.rank, memory, pool)  # type: ignore[attr-defined]
             lanes[job.pair] = lane
             lane.start()
         ready = None
         if lane.memory.device.type == "cuda":
             ready = torch.cuda.current_stream().record_event()
-        lane.put(_Order(job, sends, blocks, ready))
+        lane.orders.put(_Order(job, sends, blocks, ready))

@@ -13,7 +13,7 @@ from llumnix.control.keys import Keys
 from llumnix.engine.base import EngineError
 from llumnix.engine.sim.instance import SimEngine
 from llumnix.migration.record import Handshake, MigrationRecord, MigrationState
-from llumnix.migration.source import Limits
+from llumnix.migration.source import MigrationLimits
 from tests.kit.loop import on_loop
 from tests.kit.migrating import LAYOUTS, NEAR_AND_FAR, STEPS, THERE, TYPICAL, Control, before
 from tests.kit.requests import answer
@@ -152,7 +152,7 @@ async def test_the_destination_cannot_resume(
 
 # ---- what takes too long ----
 
-HASTY = Limits(within=0.5)
+HASTY = MigrationLimits(within=0.5)
 
 
 @pytest.mark.parametrize("step", [step for step in STEPS if step in THERE - {"resume"}])

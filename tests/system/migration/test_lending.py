@@ -87,11 +87,11 @@ async def test_a_request_that_was_preempted_since_stays(
     """It computes in another block now than in the one that was lent."""
     async with scene(controls, keys, FAR) as s:
         source, destination = _lending(s)
-        tenant = s.cluster.hosted(s.source).find(NAME)
-        assert tenant is not None
+        held = s.cluster.hosted(s.source).find(NAME)
+        assert held is not None
 
         def preempt() -> None:
-            tenant.preemptions += 1
+            held.preemptions += 1
 
         source.when_lent = preempt  # type: ignore[method-assign]
         outcome = await s.cluster.move(NAME, s.source, s.destination)

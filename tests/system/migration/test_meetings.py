@@ -6,8 +6,8 @@ import pytest
 
 from llumnix.control.keys import Keys
 from llumnix.engine.base import EngineError, SetupFailed, Transfer
-from llumnix.migration import meetings as module
 from llumnix.migration import source as at_source
+from llumnix.migration import transfer_groups as module
 from tests.kit.loop import on_loop, soon
 from tests.kit.migrating import LAYOUTS, Control
 from tests.kit.scene import NAME, Scene, scene

@@ -5,7 +5,7 @@ import secrets
 import pytest
 
 from llumnix.control.keys import Keys
-from llumnix.migration.source import Limits
+from llumnix.migration.source import MigrationLimits
 from tests.kit.chaos import Chaos
 from tests.kit.loop import on_loop
 from tests.kit.migrating import Control, cluster
@@ -19,7 +19,7 @@ ROUNDS = 4  # at most: on a machine that is busy otherwise, many moves are given
 async def test_whatever_happens(controls: dict[str, Control], keys: Keys, seed: int | str) -> None:
     number = seed if isinstance(seed, int) else secrets.randbelow(2**32)
     print(f"the seed is {number}")
-    limits = Limits(max_stages=2, last_stage_max_blocks=1, within=1.0)
+    limits = MigrationLimits(max_stages=2, last_stage_max_blocks=1, within=1.0)
     async with cluster(controls, keys, limits=limits, requests_limit=3) as whole:
         for node in "aabbcc":
             await whole.host(node)

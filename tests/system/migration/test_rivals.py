@@ -7,8 +7,9 @@ import pytest
 from llumnix import metrics
 from llumnix.control.keys import Keys
 from llumnix.engine.base import EngineError
+from llumnix.migration.messages import Move
 from llumnix.migration.record import MigrationRecord
-from llumnix.migration.source import Limits
+from llumnix.migration.source import MigrationLimits
 from tests.kit.invariants import check_invariants
 from tests.kit.loop import on_loop, soon
 from tests.kit.mesh import Stream
@@ -98,7 +99,7 @@ async def _many(whole: Cluster, count: int) -> list[Stream]:
         for n in range(count)
     ]
     source = whole.order[0]
-    await soon(lambda: whole.hosted(source).requests == count and whole.paces[source].waiting)
+    await soon(lambda: len(whole.hosted(source).requests) == count and whole.paces[source].waiting)
     while not all(stream.tokens for stream in streams):
         await whole.paces[source].step()
         await asyncio.sleep(0.01)  # for its outputs to arrive, before the next one
@@ -193,7 +194,7 @@ async def test_a_request_that_is_larger_than_the_limit_moves_alone(
 async def test_too_much_is_left_after_the_last_stage(
     controls: dict[str, Control], keys: Keys, where: str
 ) -> None:
-    limits = Limits(max_stages=1, last_stage_max_blocks=0)
+    limits = MigrationLimits(max_stages=1, last_stage_max_blocks=0)
     async with scene(controls, keys, LAYOUTS[where], limits=limits) as s:
         await s.begin("stage 1")
         await s.let(20)
@@ -210,12 +211,12 @@ async def test_it_takes_no_more_stages_than_it_may(
     controls: dict[str, Control], keys: Keys, stages: int
 ) -> None:
     """Whatever the request generates meanwhile; and no more than it needs."""
-    limits = Limits(max_stages=stages, last_stage_max_blocks=4)
+    limits = MigrationLimits(max_stages=stages, last_stage_max_blocks=4)
     async with scene(controls, keys, LAYOUTS["API server elsewhere"], limits=limits) as s:
         site = s.cluster.sites["a"].migrations
-        report = await site.command("a", s.source, s.destination, "operator", NAME)
-        assert report["stages"] == min(stages, 2)
-        assert report["blocks_sent"] == report["stages"] + 1
+        report = await site.command("a", s.source, Move(s.destination, "operator", NAME))
+        assert report.stages == min(stages, 2)
+        assert report.blocks_sent == report.stages + 1
         await s.is_at(s.destination)
         await s.ends_well()
 
@@ -233,11 +234,11 @@ async def test_a_deposed_leader_is_refused_and_counted(
         for asks in ("a", "b", "c"):
             command = s.cluster.sites[asks].migrations.command
             with pytest.raises(EngineError, match="epoch 7 is over: node a leads in epoch 8"):
-                await command("a", s.source, s.destination, "balance", epoch=7)
+                await command("a", s.source, Move(s.destination, "balance", epoch=7))
         assert metrics.MIGRATION_CONFLICTS._value.get() == counted + 3
         await s.is_at(s.source)
-        report = await command("a", s.source, s.destination, "drain", epoch=8)
-        assert report["outcome"] == "moved" and report["request"] == NAME
+        report = await command("a", s.source, Move(s.destination, "drain", epoch=8))
+        assert report.outcome == "moved" and report.request == NAME
         await s.is_at(s.destination)
         await s.ends_well()
 

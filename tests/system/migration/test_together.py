@@ -9,6 +9,7 @@ from llumnix.control.keys import Keys
 from llumnix.engine.base import EngineError
 from llumnix.migration.admission import MigrationActor
 from llumnix.migration.errors import BLAMELESS, kind_of
+from llumnix.migration.messages import MoveWaiting
 from tests.kit.invariants import check_invariants
 from tests.kit.loop import on_loop, soon
 from tests.kit.migrating import Cluster, Control, cluster
@@ -31,9 +32,8 @@ async def crowd(whole: Cluster, home: str = "b") -> tuple[str, str, dict[str, An
 def ask(
     whole: Cluster, source: str, destination: str, count: int, blocks: int, epoch: int = 0
 ) -> Any:
-    return whole.sites["b"].migrations.command(
-        "a", source, destination, "balance", "", epoch, "queue", count, blocks
-    )
+    step = MoveWaiting(destination, "balance", epoch, "queue", count, blocks)
+    return whole.sites["b"].migrations.command("a", source, step)
 
 
 @pytest.mark.parametrize("home", ["a", "b", "c"])
@@ -46,7 +46,7 @@ async def test_those_that_wait_go_at_once(
         waiting = [t.request_id for t in whole.hosted(source).order.queue]
         report = await ask(whole, source, destination, 9, 19)
         going = [name for name in NAMES if name in waiting][:3]
-        assert report["requests"] == len(going) and report["blocks"] == 3 * len(going)
+        assert report.requests == len(going) and report.blocks == 3 * len(going)
         await soon(lambda: all(whole.where(n) == [destination] for n in going))
         assert whole.where(NAMES[-1]) == [source], (
             "three more leave each 3 blocks to grow there, four do not"

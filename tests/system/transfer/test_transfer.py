@@ -67,7 +67,7 @@ def test_blocks_arrive_as_they_left(
             sizes = await _pass(source, destination, job(count=3))
             assert sizes == [3 * ranks * BLOCK_BYTES] * 2
             await _pass(source, destination, job(first=3, count=2))
-            assert destination.depot.stored == ["m", "m"]
+            assert destination.block_holds.stored == ["m", "m"]
             for rank in range(ranks):
                 left, came = source.content(rank, LEAVING), destination.content(rank, COMING)
                 assert all(map(torch.equal, left, came))
@@ -176,7 +176,7 @@ async def test_a_worker_that_fails_is_told_with_its_reason(
 ) -> None:
     with _two(tmp_path, rendezvous) as (source, destination):
         await _pass(source, destination, job(count=1))  # the group stands, whatever that takes
-        source.depot.blocks = [BLOCKS + 5]  # there is no such block
+        source.block_holds.blocks = [BLOCKS + 5]  # there is no such block
         receiving = asyncio.ensure_future(destination.blocks.receive("m", job(count=1, within=1.0)))
         with pytest.raises(EngineError, match=r"a transfer failed: \w+Error: index out of range"):
             await source.blocks.send("m", job(count=1, within=1.0))

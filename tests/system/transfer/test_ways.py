@@ -12,7 +12,7 @@ import torch
 
 from llumnix.engine.base import SetupFailed, Transfer
 from llumnix.engine.vllm import memory_carrier, peer_memory
-from llumnix.engine.vllm.carrier import LADDER, RECEIVER, SENDER, Self, ways
+from llumnix.engine.vllm.carrier import LADDER, RECEIVER, SENDER, WorkerPlace, ways
 from llumnix.engine.vllm.kv_blocks import Rendezvous
 from llumnix.engine.vllm.kv_memory import KvMemory
 from tests.kit.etcd import EtcdCluster
@@ -130,13 +130,13 @@ async def test_a_stranger_at_the_door_gets_nothing(
 
 def test_two_processes_on_one_gpu_never_take_nccl() -> None:
     here = {"host": "h", "ladder": list(LADDER)}
-    one = Self(device="gpu-1", memory={"handles": []}, **here)
-    beside = Self(device="gpu-1", **here)
+    one = WorkerPlace(device="gpu-1", memory={"handles": []}, **here)
+    beside = WorkerPlace(device="gpu-1", **here)
     assert ways(one, beside, SENDER) == ways(beside, one, RECEIVER) == ["memory", "host"]
-    assert ways(one, Self(device="gpu-2", **here), SENDER) == ["memory", "group", "host"]
-    far = Self(host="other", device="gpu-2", ladder=list(LADDER))
+    assert ways(one, WorkerPlace(device="gpu-2", **here), SENDER) == ["memory", "group", "host"]
+    far = WorkerPlace(host="other", device="gpu-2", ladder=list(LADDER))
     assert ways(one, far, SENDER) == ["group", "host"]
-    assert not ways(one, Self(host="other", device="gpu-2", ladder=["memory"]), SENDER)
+    assert not ways(one, WorkerPlace(host="other", device="gpu-2", ladder=["memory"]), SENDER)
 
 
 @pytest.mark.parametrize(

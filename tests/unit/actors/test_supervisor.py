@@ -217,12 +217,12 @@ def test_an_instance_whose_actor_has_died_counts_as_stopped(node: Supervisor) ->
 def test_a_report_on_its_way_does_not_undo_a_drain(node: Supervisor) -> None:
     node.wants(2, "a-0", "a-1")
     hosted = node.hosted["a-1"]
-    hosted._tenants["r"] = hosted._names["r"] = object()  # type: ignore[assignment]
+    hosted._by_name["r"] = object()  # type: ignore[assignment]
     node.proxy.tell(NodeActor.want, 1)
     node.proxy.tell(NodeActor.changed, 1, Report("a-1", Life.READY, FACTS))
     lives = {r.instance: r.life for r in node.proxy.ask(NodeActor.reports).get(timeout=5.0)}
     assert lives["a-1"] is Life.DRAINING
-    hosted._tenants.clear()
+    hosted._by_name.clear()
     eventually(lambda: set(node.announced) == {"a-0"})
 
 
@@ -285,7 +285,7 @@ def test_one_that_drains_is_kept_before_another_is_started(
     caplog.set_level("INFO")
     node.wants(2, "a-0", "a-1")
     hosted = node.hosted["a-1"]
-    hosted._tenants["r"] = hosted._names["r"] = object()  # type: ignore[assignment]
+    hosted._by_name["r"] = object()  # type: ignore[assignment]
     node.proxy.tell(NodeActor.want, 1)
     eventually(lambda: node.ready() == {"a-0"})
     node.proxy.tell(NodeActor.want, 3)
@@ -295,7 +295,7 @@ def test_one_that_drains_is_kept_before_another_is_started(
     for number in (1, 3, 1, 3, 1):  # whatever happens in between, the last word counts
         node.proxy.tell(NodeActor.want, number)
     eventually(lambda: {i.state for i in node.announced.values()} >= {InstanceState.DRAINING})
-    hosted._tenants.clear()
+    hosted._by_name.clear()
     eventually(lambda: set(node.announced) == node.ready() == {"a-0"})
 
 

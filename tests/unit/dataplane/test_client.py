@@ -15,11 +15,10 @@ from vllm.v1.engine import (
 )
 
 from llumnix.dataplane.client import ClusterClient
-from llumnix.dataplane.death_wave import EXCUSED
 from llumnix.dataplane.frames import Cancel, Lost, Outputs, Submit
-from llumnix.dataplane.hosted_request import TRIAL_TOKENS
-from llumnix.dataplane.placer import DEATHS, Route
-from llumnix.dataplane.resumability import NO_RESUME
+from llumnix.dataplane.hosted_request import NO_RESUME, TRIAL_TOKENS
+from llumnix.dataplane.placer import Route
+from llumnix.dataplane.suspects import DEATHS, EXCUSED
 from llumnix.engine.base import EngineDead
 from tests.kit.loop import on_loop, soon
 from tests.kit.requests import core_request

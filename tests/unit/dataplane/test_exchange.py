@@ -12,7 +12,7 @@ from vllm.lora.request import LoRARequest
 
 from llumnix.dataplane import utilities
 from llumnix.dataplane.frames import Lost, Outputs
-from llumnix.dataplane.ledger import Verdict
+from llumnix.dataplane.ledger import Acceptance
 from llumnix.dataplane.placer import Route
 from llumnix.dataplane.utilities import BLOCKS_HELD
 from llumnix.engine.base import EngineError
@@ -85,9 +85,9 @@ async def test_a_cancellation_in_the_queue() -> None:
         await soon(lambda: gate.waiting)
         for n in range(5):
             await a.ask(f"r{n}", [1] * 300, 10)
-        await soon(lambda: b.hosted[instance].requests == 6)
+        await soon(lambda: len(b.hosted[instance].requests) == 6)
         await a.client.abort_requests_async([f"r{n}" for n in range(5)])
-        await soon(lambda: b.hosted[instance].requests == 1, within=1)
+        await soon(lambda: len(b.hosted[instance].requests) == 1, within=1)
         gate.open()
 
 
@@ -154,7 +154,7 @@ async def test_outputs_of_a_former_owner_are_dropped() -> None:
         a.client.deliver(Lost(first, [1], ["r1"], "it was cut off"))
         await soon(lambda: stream.ended)
         gate.let(1)
-        await soon(lambda: a.client.ledger.dropped[Verdict.UNKNOWN] == 1)
+        await soon(lambda: a.client.ledger.dropped[Acceptance.UNKNOWN] == 1)
         await soon(lambda: not b.hosted[first].requests)  # the orphan is ended where it runs
         gate.open()
         assert stream.tokens == answer(PROMPT, 8)
@@ -177,7 +177,7 @@ async def test_a_frame_that_comes_twice_counts_once() -> None:
         a.exchange.bind(Twice())
         assert await a.answered("r1", PROMPT) == answer(PROMPT, 8)
         dropped = a.client.ledger.dropped
-        assert dropped[Verdict.REPEATED] + dropped[Verdict.UNKNOWN] == 8
+        assert dropped[Acceptance.REPEATED] + dropped[Acceptance.UNKNOWN] == 8
 
 
 @on_loop
@@ -207,7 +207,7 @@ async def _two_requests(a: MeshNode, b: MeshNode) -> tuple[Any, Any, Gate, str, 
     gate.let(1)
     await soon(lambda: begun.tokens)
     fresh = await a.ask("fresh", [4, 5])
-    await soon(lambda: b.hosted[first].requests == 2)
+    await soon(lambda: len(b.hosted[first].requests) == 2)
     return begun, fresh, gate, first, second
 
 
@@ -247,11 +247,11 @@ async def test_the_node_that_asked_is_gone() -> None:
         first = await b.host(clock=gate.clock())
         await a.ask("r1", [1] * 100, 100)
         own = await b.ask("own", PROMPT, 8)
-        await soon(lambda: b.hosted[first].requests == 2)
+        await soon(lambda: len(b.hosted[first].requests) == 2)
         a.target = None  # nowhere to go on
         for link in list(a.peers._links.values()):
             await link.close()
-        await soon(lambda: b.hosted[first].requests == 1, within=1)
+        await soon(lambda: len(b.hosted[first].requests) == 1, within=1)
         gate.open()
         await soon(lambda: own.ended)
         assert own.tokens == answer(PROMPT, 8)

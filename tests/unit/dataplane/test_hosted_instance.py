@@ -17,11 +17,10 @@ from vllm.v1.metrics.stats import SchedulerStats
 from llumnix.cluster import kv_blocks
 from llumnix.dataplane.frames import Lost, Outputs, Submit
 from llumnix.dataplane.hosted_instance import HostedInstance
-from llumnix.dataplane.hosted_request import TRIAL_TOKENS
-from llumnix.dataplane.resumability import NO_RESUME
+from llumnix.dataplane.hosted_request import NO_RESUME, TRIAL_TOKENS
 from llumnix.engine.base import EngineError, EngineEvents, EngineFacts
 from llumnix.engine.sim.instance import SimEngine
-from llumnix.migration.candidates import candidates
+from llumnix.migration.departures import candidates
 from tests.kit.engines import IdleEngine
 from tests.kit.loop import on_loop, soon
 from tests.kit.mesh import SMALL, Gate
@@ -109,7 +108,7 @@ async def test_a_step_is_one_frame_for_each_origin() -> None:
         ):
             tokens = answer(prompt, 4)
             assert origin.got(name) == [(epoch, n, [tokens[n]]) for n in range(4)]
-        assert hosted.instance.requests == 0
+        assert len(hosted.instance.requests) == 0
 
 
 @on_loop
@@ -143,7 +142,7 @@ async def test_what_was_preempted_asks_for_room_again_and_before_all_others() ->
     async with Hosted() as hosted:
         for n in range(3):  # 21 blocks each, of 64, and then one more
             await hosted.instance.submit(hosted.home, submit(f"r{n}", [n] * 330, 100))
-        while not any(tenant.started for tenant in hosted.instance.order.queue):
+        while not any(held.started for held in hosted.instance.order.queue):
             await hosted.steps(1)
         await hosted.instance.submit(hosted.away, submit("r3", [3] * 20))
         preempted, fresh = hosted.instance.order.queue
@@ -214,7 +213,7 @@ async def test_what_cannot_run_is_given_back() -> None:
         assert (early.request_ids, early.retry) == (["early"], True)
         assert (long.request_ids, long.retry) == (["long"], False)
         assert "512" in long.reason
-        assert hosted.instance.requests == 0
+        assert len(hosted.instance.requests) == 0
         hosted.engine.model.check()
 
 
@@ -231,7 +230,7 @@ async def test_a_death_is_told_to_each_origin_once() -> None:
         ]
         assert [(f.request_ids, f.epochs) for f in hosted.away.lost] == [(["r2"], [4])]
         assert reasons == ["instance a-0 died: out of memory"]
-        assert hosted.instance.requests == 0
+        assert len(hosted.instance.requests) == 0
         await hosted.instance.submit(hosted.away, submit("r3", [3]))
         assert hosted.away.lost[-1].request_ids == ["r3"]
         assert hosted.away.lost[-1].reason == reasons[0]
@@ -244,7 +243,7 @@ async def test_evicting_one_origin_leaves_the_others() -> None:
         await hosted.instance.submit(hosted.away, submit("r2", [2] * 100))
         await hosted.steps(1)
         await hosted.instance.evict(hosted.away)
-        assert hosted.instance.requests == 1
+        assert len(hosted.instance.requests) == 1
         assert list(hosted.engine.model.held()) == ["r1"]
         await hosted.steps(3)
         assert [p for _, p, _ in hosted.home.got("r1")] == [0, 1, 2, 3]
@@ -271,7 +270,7 @@ async def test_a_request_that_comes_again_in_a_newer_epoch_starts_over() -> None
         await hosted.steps(2)
         await hosted.instance.submit(anew, submit("r1", [1, 2], epoch=2))
         await hosted.instance.evict(hosted.away)
-        assert anew.lost == [] and hosted.instance.requests == 1
+        assert anew.lost == [] and len(hosted.instance.requests) == 1
         hosted.gate.open()
         await soon(lambda: not hosted.instance.requests)
         tokens = answer([1, 2], 4)
@@ -310,7 +309,7 @@ async def test_an_engine_that_cannot_resume_is_given_nothing_that_has_begun() ->
         await hosted.instance.submit(hosted.home, Submit("a-0", 2, 1, request, [11]))
         (lost,) = hosted.home.lost
         assert lost.request_ids == ["r1"] and lost.retry and NO_RESUME in lost.reason
-        assert hosted.instance.requests == 0
+        assert len(hosted.instance.requests) == 0
 
 
 @pytest.mark.parametrize("steps", [0, TRIAL_TOKENS])
@@ -358,17 +357,17 @@ async def test_a_request_that_has_moved_here_was_queued_elsewhere(
 
 
 @on_loop
-async def test_a_refused_request_leaves_no_tenant() -> None:
+async def test_a_refused_request_leaves_nothing() -> None:
     home = Recorder("a")
     hosted = HostedInstance(RefusingEngine(), 0, home, on_load=lambda: None)
     await hosted.start(on_death=lambda reason: None)
     await hosted.submit(home, submit("r1", [1]))
-    assert hosted.requests == 0
+    assert len(hosted.requests) == 0
     assert [(f.reason, f.retry) for f in home.lost] == [("not today", False)]
 
 
 @on_loop
-async def test_a_request_that_cannot_be_sent_leaves_no_tenant(
+async def test_a_request_that_cannot_be_sent_leaves_nothing(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever an engine raises, its origin gets an answer."""
@@ -381,7 +380,7 @@ async def test_a_request_that_cannot_be_sent_leaves_no_tenant(
     hosted = HostedInstance(RefusingEngine(), 0, home, on_load=lambda: None)
     await hosted.start(on_death=lambda reason: None)
     await hosted.submit(home, submit("r1", [1]))
-    assert hosted.requests == 0
+    assert len(hosted.requests) == 0
     assert [(f.request_ids, f.retry) for f in home.lost] == [(["r1"], False)]
     assert "surrogates not allowed" in home.lost[0].reason
     assert "instance a-0 cannot take request 'r1'" in caplog.messages
@@ -398,7 +397,7 @@ async def test_a_stop_gives_back_what_still_runs() -> None:
         assert [f.request_ids for f in hosted.away.lost] == [["r2"], ["late"]]
         for lost in hosted.home.lost + hosted.away.lost:
             assert (lost.reason, lost.retry) == ("instance a-0 has stopped", True)
-        assert hosted.instance.requests == 0
+        assert len(hosted.instance.requests) == 0
 
 
 @on_loop
@@ -424,7 +423,7 @@ async def test_a_cancellation_while_the_engine_takes_the_request() -> None:
     await hosted.cancel(["r1"])
     adding.set()
     await submitting
-    assert engine.requests == [] and hosted.requests == 0 and home.frames == []
+    assert engine.requests == [] and len(hosted.requests) == 0 and home.frames == []
 
 
 @pytest.mark.parametrize("tokens, blocks", [(15, 1), (16, 2), (1, 1)])

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from llumnix.dataplane.ledger import Ledger, Verdict
+from llumnix.dataplane.ledger import Acceptance, Ledger
 
 INSTANCES = st.sampled_from(["a-0", "a-1", "b-0"])
 TOKENS = 6  # enough for duplicates, gaps and overlaps of every kind
@@ -32,7 +32,7 @@ class LedgerMachine(RuleBasedStateMachine):
         super().__init__()
         self.ledger = Ledger()
         self.streams: dict[str, Stream] = {}
-        self.dropped: Counter[Verdict] = Counter()
+        self.dropped: Counter[Acceptance] = Counter()
         self.names = 0
 
     @rule(target=requests)
@@ -72,15 +72,15 @@ class LedgerMachine(RuleBasedStateMachine):
         # Each epoch generates other tokens, so that a stale one would be seen in the stream.
         tokens = [1000 * epoch + position + n for n in range(count)]
         if stream is None:
-            expected = Verdict.UNKNOWN
+            expected = Acceptance.UNKNOWN
         elif back:
-            expected = Verdict.STALE
+            expected = Acceptance.STALE
         elif position == len(stream.seen):
-            expected = Verdict.ACCEPTED
+            expected = Acceptance.ACCEPTED
             stream.seen += list(enumerate(tokens, start=position))
         else:
-            expected = Verdict.REPEATED if position < len(stream.seen) else Verdict.GAP
-        if expected is not Verdict.ACCEPTED:
+            expected = Acceptance.REPEATED if position < len(stream.seen) else Acceptance.GAP
+        if expected is not Acceptance.ACCEPTED:
             self.dropped[expected] += 1
         assert self.ledger.accept(name, epoch, position, tokens) is expected
 

@@ -13,10 +13,10 @@ from vllm.v1.engine import EngineCoreRequest
 
 from llumnix.dataplane.frames import HandOver, Lost
 from llumnix.dataplane.hosted_instance import HostedInstance
-from llumnix.dataplane.hosted_request import TRIAL_TOKENS
-from llumnix.dataplane.ledger import Verdict
-from llumnix.dataplane.placer import DEATHS, NoInstance, Route
-from llumnix.dataplane.resumability import why_pinned
+from llumnix.dataplane.hosted_request import TRIAL_TOKENS, why_pinned
+from llumnix.dataplane.ledger import Acceptance
+from llumnix.dataplane.placer import NoInstance, Route
+from llumnix.dataplane.suspects import DEATHS
 from llumnix.engine.base import EngineError
 from llumnix.engine.sim.instance import SimEngine
 from tests.kit.loop import on_loop, soon
@@ -91,7 +91,7 @@ def test_a_stream_survives_deaths_at_any_token(deaths: int, how: str) -> None:
             last = places.order[deaths]
             await soon(lambda: places.gates[last].waiting)
             hosted = (a if last in a.hosted else b).hosted[last]
-            assert [tenant.priority for tenant in hosted.tenants] == [-5]
+            assert [held.priority for held in hosted.requests] == [-5]
             await _ended(places, stream)
 
     check()
@@ -125,8 +125,8 @@ async def test_a_request_lost_before_any_token_begins_elsewhere() -> None:
         await soon(lambda: places.gates[first].waiting)
         places.engine(first).die("instance b-0 died: killed")
         await soon(lambda: a.hosted[second].requests)
-        (tenant,) = a.hosted[second].tenants
-        assert (tenant.epoch, tenant.position) == (3, 0)
+        (held,) = a.hosted[second].requests
+        assert (held.epoch, held.position) == (3, 0)
         await _ended(places, stream)
 
 
@@ -142,7 +142,7 @@ async def test_a_stale_owners_outputs_are_dropped() -> None:
         a.client.deliver(Lost(first, [1], ["r1"], "it was cut off", died=True))
         await soon(lambda: a.hosted[second].requests)
         places.gates[first].let(1)
-        await soon(lambda: a.client.ledger.dropped[Verdict.STALE] == 1)
+        await soon(lambda: a.client.ledger.dropped[Acceptance.STALE] == 1)
         assert stream.tokens == answer(PROMPT, 5)
         await soon(lambda: not b.hosted[first].requests)  # the orphan is ended where it runs
         await _ended(places, stream)
@@ -246,10 +246,10 @@ async def _handed(a: MeshNode, b: MeshNode, places: Places, destination: str) ->
     source = places.order[0]
     stream = await a.ask("r1", PROMPT, TOKENS, priority=-5)
     await places.let(source, stream, 5)
-    tenant = b.hosted[source].find("r1")
-    assert tenant is not None
+    held = b.hosted[source].find("r1")
+    assert held is not None
     node = a._mesh.instances[destination]
-    assert await b.hosted[source].hand_over(tenant, destination, node)
+    assert await b.hosted[source].hand_over([held], destination, node)
     assert not places.engine(source).model.has_work
     return stream
 
@@ -270,9 +270,9 @@ async def test_a_hand_over() -> None:
         gaps = a.gaps
         stream = await _handed(a, b, places, there)
         await soon(lambda: gate.waiting)
-        (tenant,) = c.hosted[there].tenants
-        assert (tenant.request_id, tenant.epoch, tenant.position) == ("r1", 2, 5)
-        assert tenant.priority == -5
+        (held,) = c.hosted[there].requests
+        assert (held.request_id, held.epoch, held.position) == ("r1", 2, 5)
+        assert held.priority == -5
         assert not gaps
         gate.open()
         await _ended(places, stream)
@@ -317,9 +317,9 @@ async def test_a_waiting_request_that_is_refused_where_it_moves_goes_back() -> N
         gaps = a.gaps
         stream = await a.ask("r1", PROMPT, TOKENS)
         await soon(lambda: places.gates[source].waiting)
-        tenant = b.hosted[source].find("r1")
-        assert tenant is not None
-        await b.hosted[source].hand_over(tenant, there, "c")
+        held = b.hosted[source].find("r1")
+        assert held is not None
+        await b.hosted[source].hand_over([held], there, "c")
         await soon(lambda: b.hosted[source].requests)
         assert _deaths(a) == 0
         await _ended(places, stream)
@@ -365,14 +365,14 @@ async def test_a_cancellation_that_crosses_a_hand_over() -> None:
         stream = await a.ask("r1", PROMPT, TOKENS)
         source = places.order[0]
         await places.let(source, stream, 5)
-        tenant = b.hosted[source].find("r1")
-        assert tenant is not None
-        await b.hosted[source].hand_over(tenant, there, "c")
+        held = b.hosted[source].find("r1")
+        assert held is not None
+        await b.hosted[source].hand_over([held], there, "c")
         await reached.wait()
         await a.client.abort_requests_async(["r1"])
         frozen.set()
         assert await asyncio.wait_for(coming, 2.0) is None, "the destination waits no longer"
-        assert a.client.ledger.dropped[Verdict.STALE] == 1
+        assert a.client.ledger.dropped[Acceptance.STALE] == 1
         assert not b.hosted[source].requests and not c.hosted[there].requests
         assert stream.tokens == answer(PROMPT, 5)
 

@@ -20,14 +20,14 @@ class Records:
         self.removed.append(migration)
 
 
-def record(migration: str) -> MigrationRecord:
-    return MigrationRecord("r", "a-0", "b-0", 1, migration=migration)
+def record(migration: str, request: str = "r") -> MigrationRecord:
+    return MigrationRecord(request, "a-0", "b-0", 1, migration=migration)
 
 
 def test_only_a_record_of_no_migration_is_swept_away() -> None:
     records, books = Records(), Books()
     actor: Any = MigrationActor.start(records, 4, 0, books).proxy()
-    actor.propose("m1", "r", 1, "a-0", "b-0", 3, "operator").get(timeout=5)
+    actor.propose(record("m1"), 3).get(timeout=5)
     actor.sweep(record("m1")).get(timeout=5)
     assert records.removed == []
     actor.sweep(record("m0")).get(timeout=5)  # which has ended long ago
@@ -37,11 +37,11 @@ def test_only_a_record_of_no_migration_is_swept_away() -> None:
 def test_a_successor_has_the_books() -> None:
     records, books = Records(), Books()
     first: Any = MigrationActor.start(records, 1, 0, books).proxy()
-    first.propose("m1", "r", 1, "a-0", "b-0", 3, "operator").get(timeout=5)
+    first.propose(record("m1"), 3).get(timeout=5)
     first.actor_ref.stop()
     second: Any = MigrationActor.start(records, 1, 0, books).proxy()
     try:
-        second.propose("m2", "q", 1, "a-0", "b-0", 3, "operator").get(timeout=5)
+        second.propose(record("m2", "q"), 3).get(timeout=5)
     except MigrationError as error:
         assert str(error) == "1 requests leave instance a-0 already"
     else:

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from llumnix.engine.sim.config import ModelConfig
 from llumnix.engine.sim.model import ModelledEngine
-from llumnix.engine.sim.request import FinishReason, SimRequest, StepResult
-from llumnix.engine.sim.stream import stream_seed, token_at
+from llumnix.engine.sim.request import FinishReason, SimRequest, StepResult, stream_seed, token_at
 from llumnix.latency import PROFILES, LatencyProfile
 
 ROOMY = ModelConfig(total_blocks=1000, block_size=4, max_model_len=200, vocab_size=97)

@@ -11,27 +11,27 @@ from llumnix.engine.base import EngineError, Transfer
 from llumnix.engine.sim.executor import ModelledExecutor
 from llumnix.engine.vllm.kv_blocks import Rendezvous, VllmBlocks
 from llumnix.engine.vllm.migration_utility import migration as utility
-from tests.kit.workers import Depot
+from tests.kit.workers import Holds
 
 LAYERS, PAGE = 3, 512  # bytes of a block in a layer
 TRANSFER = Transfer(pair="a-0>b-0", group="g", first=1, count=2, within=5.0)
 
 
-def _core(depot: Depot) -> Any:
+def _core(holds: Holds) -> Any:
     """As much of an engine core as a migration needs, over a real modelled device."""
     executor = object.__new__(ModelledExecutor)
     spec = SimpleNamespace(page_size_bytes=PAGE)
     group = SimpleNamespace(layer_names=["layer"] * LAYERS, kv_cache_spec=spec)
     configs: Any = [SimpleNamespace(kv_cache_groups=[group])]
     executor.initialize_from_config(configs)
-    return SimpleNamespace(scheduler=SimpleNamespace(depot=depot), model_executor=executor)
+    return SimpleNamespace(scheduler=SimpleNamespace(block_holds=holds), model_executor=executor)
 
 
 @pytest.mark.parametrize("operation", ["send", "receive"])
 def test_a_transfer_ends_at_once(tmp_path: Path, operation: str) -> None:
     """With as many bytes as real blocks have; what has arrived is stored."""
-    depot = Depot([7, 8, 9])
-    core = _core(depot)
+    holds = Holds([7, 8, 9])
+    core = _core(holds)
 
     async def call(method: str, name: str, arguments: list[Any]) -> Any:
         return utility(core, name, arguments)
@@ -45,12 +45,12 @@ def test_a_transfer_ends_at_once(tmp_path: Path, operation: str) -> None:
             blocks.close()
 
     asyncio.run(move())
-    assert depot.stored == (["m"] if operation == "receive" else [])
+    assert holds.stored == (["m"] if operation == "receive" else [])
 
 
 def test_a_transfer_is_cut_off(tmp_path: Path) -> None:
     """One of which nobody hears the end, as its notice is lost."""
-    core, aborted = _core(Depot([7, 8, 9])), []
+    core, aborted = _core(Holds([7, 8, 9])), []
 
     async def call(method: str, name: str, arguments: list[Any]) -> Any:
         if name == "abort":

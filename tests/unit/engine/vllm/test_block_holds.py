@@ -11,14 +11,14 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
-from llumnix.engine.vllm.block_holds import BlockDepot, DepotError
+from llumnix.engine.vllm.block_holds import BlockHolds, HoldError
 
 SIZE, TOTAL = 4, 20
 SPEC = FullAttentionSpec(block_size=SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32)
 
 
 class Scheduler:
-    """What a depot needs of vLLM's scheduler, around its real block manager."""
+    """What a holds needs of vLLM's scheduler, around its real block manager."""
 
     def __init__(self, blocks: int = TOTAL, groups: int = 1, caching: bool = True) -> None:
         names = [[f"layer.{n}.{group}" for n in range(2)] for group in range(groups)]
@@ -32,7 +32,7 @@ class Scheduler:
         self.requests: dict[str, Request] = {}
         self.running: list[Request] = []
         self.num_spec_tokens = 0
-        self.depot = BlockDepot(self)
+        self.block_holds = BlockHolds(self)
         init_none_hash(sha256)
 
     def run(self, name: str, tokens: list[int], computed: int | None = None) -> int:
@@ -64,7 +64,7 @@ class Scheduler:
 
     @property
     def free(self) -> int:
-        return int(self.depot.books()["free"])
+        return int(self.block_holds.books()["free"])
 
 
 def prompt(seed: int, count: int) -> list[int]:
@@ -74,54 +74,54 @@ def prompt(seed: int, count: int) -> list[int]:
 def test_a_request_is_exported_block_by_block_as_it_grows() -> None:
     scheduler = Scheduler()
     scheduler.run("r", prompt(1, 10))
-    first, size = scheduler.depot.export("m", "r")
+    first, size = scheduler.block_holds.export("m", "r")
     assert len(first) == 2, "full blocks only"
     assert size == 2 * SPEC.page_size_bytes
     scheduler.grow("r", [7, 8, 9])
-    second, _ = scheduler.depot.export("m", "r")
+    second, _ = scheduler.block_holds.export("m", "r")
     assert second[:2] == first and len(second) == 3
     held = scheduler.kv_cache_manager.get_blocks("r").get_block_ids()[0][:3]
-    assert scheduler.depot.ids("m", 0, 3) == held
-    assert scheduler.depot.ids("m", 1, 2) == held[1:]
+    assert scheduler.block_holds.ids("m", 0, 3) == held
+    assert scheduler.block_holds.ids("m", 1, 2) == held[1:]
 
 
 def test_blocks_stay_held_when_their_request_ends() -> None:
     scheduler = Scheduler()
     scheduler.run("r", prompt(1, 12))
-    scheduler.depot.export("m", "r")
-    held = scheduler.depot.ids("m", 0, 3)
+    scheduler.block_holds.export("m", "r")
+    held = scheduler.block_holds.ids("m", 0, 3)
     scheduler.end("r")
     assert scheduler.free == TOTAL - 3
     for n in range(3):  # others take all that there is
         scheduler.run(f"other{n}", prompt(2 + n, 20))
         taken = scheduler.kv_cache_manager.get_blocks(f"other{n}").get_block_ids()[0]
         assert not set(taken) & set(held)
-    scheduler.depot.drop("m")
+    scheduler.block_holds.drop("m")
     for n in range(3):
         scheduler.end(f"other{n}")
     assert scheduler.free == TOTAL
-    assert scheduler.depot.books()["held"] == scheduler.depot.books()["migrations"] == 0
+    assert scheduler.block_holds.books()["held"] == scheduler.block_holds.books()["migrations"] == 0
 
 
 def test_only_what_is_computed_leaves() -> None:
     """A request in its prefill has blocks for tokens whose KV is not there yet."""
     scheduler = Scheduler()
     scheduler.run("r", prompt(1, 16), computed=6)
-    hashes, _ = scheduler.depot.export("m", "r")
+    hashes, _ = scheduler.block_holds.export("m", "r")
     assert len(hashes) == 1
 
 
 def test_what_arrived_is_found_as_a_prefix() -> None:
     source, destination = Scheduler(), Scheduler()
     source.run("r", prompt(1, 18))
-    hashes, _ = source.depot.export("m", "r")
-    assert destination.depot.reserve("m", hashes) == 0
+    hashes, _ = source.block_holds.export("m", "r")
+    assert destination.block_holds.reserve("m", hashes) == 0
     assert destination.free == TOTAL - 4
-    destination.depot.store("m")
+    destination.block_holds.store("m")
     assert destination.run("r", prompt(1, 18)) == 16
-    arrived = destination.depot.ids("m", 0, 4)
+    arrived = destination.block_holds.ids("m", 0, 4)
     assert destination.kv_cache_manager.get_blocks("r").get_block_ids()[0][:4] == arrived
-    destination.depot.drop("m")
+    destination.block_holds.drop("m")
     destination.end("r")
     assert destination.free == TOTAL
 
@@ -131,27 +131,27 @@ def test_blocks_that_are_there_already_are_not_sent_again() -> None:
     source.run("r", prompt(1, 18))
     destination.run("cousin", [*prompt(1, 8), 5, 5, 5, 5])
     destination.end("cousin")
-    hashes, _ = source.depot.export("m", "r")
-    assert destination.depot.reserve("m", hashes) == 2
+    hashes, _ = source.block_holds.export("m", "r")
+    assert destination.block_holds.reserve("m", hashes) == 2
     free = destination.free
     assert free == TOTAL - 4
     # They can't be evicted meanwhile.
     destination.run("other", prompt(9, 4 * free))
     destination.end("other")
-    destination.depot.store("m")
+    destination.block_holds.store("m")
     assert destination.run("r", prompt(1, 18)) == 16
 
 
 def test_a_later_stage_asks_for_an_unbroken_prefix_only() -> None:
     source, destination = Scheduler(), Scheduler()
     source.run("r", prompt(1, 9))
-    first, _ = source.depot.export("m", "r")
-    assert destination.depot.reserve("m", first) == 0
+    first, _ = source.block_holds.export("m", "r")
+    assert destination.block_holds.reserve("m", first) == 0
     source.grow("r", [1, 2, 3, 4])
-    second, _ = source.depot.export("m", "r")
+    second, _ = source.block_holds.export("m", "r")
     # The first stage has not arrived: what is behind it would hang in the air.
-    assert destination.depot.reserve("m", second[2:]) == 0
-    destination.depot.store("m")
+    assert destination.block_holds.reserve("m", second[2:]) == 0
+    destination.block_holds.store("m")
     tokens = list(source.requests["r"].all_token_ids)
     assert destination.run("r", tokens) == 12
 
@@ -160,43 +160,47 @@ def test_no_room_is_a_refusal_that_leaves_nothing() -> None:
     source, destination = Scheduler(), Scheduler(blocks=8)
     source.run("r", prompt(1, 24))
     destination.run("other", prompt(2, 8))
-    hashes, _ = source.depot.export("m", "r")
-    with pytest.raises(DepotError, match="6 KV blocks are needed and 5 are free"):
-        destination.depot.reserve("m", hashes)  # one is left for the request that runs
-    assert destination.depot.books()["held"] == destination.depot.books()["migrations"] == 0
+    hashes, _ = source.block_holds.export("m", "r")
+    with pytest.raises(HoldError, match="6 KV blocks are needed and 5 are free"):
+        destination.block_holds.reserve("m", hashes)  # one is left for the request that runs
+    assert (
+        destination.block_holds.books()["held"]
+        == destination.block_holds.books()["migrations"]
+        == 0
+    )
     assert destination.free == 6
 
 
 def test_a_request_that_was_preempted_is_not_sent_on() -> None:
     scheduler = Scheduler()
     scheduler.run("r", prompt(1, 10))
-    scheduler.depot.export("m", "r")
+    scheduler.block_holds.export("m", "r")
     request = scheduler.requests["r"]
     scheduler.kv_cache_manager.free(request)
     request.num_computed_tokens = 0
-    with pytest.raises(DepotError, match="preempted"):
-        scheduler.depot.export("m", "r")
-    scheduler.depot.drop("m")
+    with pytest.raises(HoldError, match="preempted"):
+        scheduler.block_holds.export("m", "r")
+    scheduler.block_holds.drop("m")
     assert scheduler.free == TOTAL
 
 
 def test_a_request_that_is_not_here() -> None:
     scheduler = Scheduler()
-    with pytest.raises(DepotError, match="request r has ended"):
-        scheduler.depot.export("m", "r")
-    with pytest.raises(DepotError, match="not held any more"):
-        scheduler.depot.ids("m", 0, 1)
-    with pytest.raises(DepotError, match="not held any more"):
-        scheduler.depot.store("m")
-    scheduler.depot.drop("m")
+    with pytest.raises(HoldError, match="request r has ended"):
+        scheduler.block_holds.export("m", "r")
+    with pytest.raises(HoldError, match="not held any more"):
+        scheduler.block_holds.ids("m", 0, 1)
+    with pytest.raises(HoldError, match="not held any more"):
+        scheduler.block_holds.store("m")
+    scheduler.block_holds.drop("m")
 
 
 def test_without_prefix_caching_no_block_moves() -> None:
     scheduler = Scheduler(caching=False)
     scheduler.run("r", prompt(1, 10))
-    assert scheduler.depot.export("m", "r")[0] == []
-    with pytest.raises(DepotError, match="prefix caching is off"):
-        scheduler.depot.reserve("m", [b"x"])
+    assert scheduler.block_holds.export("m", "r")[0] == []
+    with pytest.raises(HoldError, match="prefix caching is off"):
+        scheduler.block_holds.reserve("m", [b"x"])
 
 
 # ---- what is lent
@@ -224,12 +228,12 @@ def _moved(
     source, destination = Scheduler(), Scheduler()
     source.run("r", prompt(1, 10))
     source.requests["r"].append_output_token_ids(7)
-    hashes, _ = source.depot.export("m", "r")
-    destination.depot.reserve("m", hashes)
-    destination.depot.store("m")
+    hashes, _ = source.block_holds.export("m", "r")
+    destination.block_holds.reserve("m", hashes)
+    destination.block_holds.store("m")
     source.grow("r", list(range(100, 100 + lent_at)))
-    theirs = source.depot.lend("m", "r")
-    destination.depot.expect("m", "r", "p", "g", theirs, workers)
+    theirs = source.block_holds.lend("m", "r")
+    destination.block_holds.expect("m", "r", "p", "g", theirs, workers)
     source.grow("r", list(range(200, 200 + generated)))
     tokens = list(source.requests["r"]._all_token_ids)
     params: Any = SamplingParams(max_tokens=64)
@@ -237,7 +241,7 @@ def _moved(
     request = Request("r~2", tokens[:10], params, None, block_hasher=hasher)
     request.append_output_token_ids(tokens[10:])
     destination.requests["r~2"] = request
-    return source, destination, request, destination.depot.adopt(request)
+    return source, destination, request, destination.block_holds.adopt(request)
 
 
 def test_a_request_comes_with_all_of_its_blocks() -> None:
@@ -253,10 +257,10 @@ def test_a_request_comes_with_all_of_its_blocks() -> None:
     assert mine == [blocks[2].block_id]
     # As the scheduler does with one whose blocks a connector has loaded.
     assert destination.kv_cache_manager.allocate_slots(request, 1) is not None
-    destination.depot.drop("m")
+    destination.block_holds.drop("m")
     destination.kv_cache_manager.free(request)
     assert destination.free == TOTAL
-    source.depot.drop("m")
+    source.block_holds.drop("m")
     source.end("r")
     assert source.free == TOTAL
 
@@ -265,7 +269,7 @@ def test_a_lent_block_that_is_full_meanwhile_enters_the_prefix_cache() -> None:
     _, destination, request, adopted = _moved(2, Workers())  # 13 tokens: three blocks are full
     assert adopted
     destination.kv_cache_manager.free(request)
-    destination.depot.drop("m")
+    destination.block_holds.drop("m")
     assert destination.run("again", list(request._all_token_ids)) == 12
 
 
@@ -275,7 +279,7 @@ def test_a_block_that_was_begun_after_the_loan_is_computed_anew() -> None:
     assert not adopted
     assert request.num_computed_tokens == 0
     assert not workers.pulled
-    destination.depot.drop("m")
+    destination.block_holds.drop("m")
     assert destination.free == TOTAL
 
 
@@ -284,12 +288,12 @@ def test_a_worker_that_can_not_read_leaves_all_to_be_computed(workers: Workers) 
     _, destination, request, adopted = _moved(1, workers)
     assert not adopted
     assert request.num_computed_tokens == 0
-    destination.depot.drop("m")
+    destination.block_holds.drop("m")
     assert destination.free == TOTAL
 
 
 def test_nothing_is_lent_where_it_can_not_be_read() -> None:
-    with pytest.raises(DepotError, match="can't be read"):
+    with pytest.raises(HoldError, match="can't be read"):
         _moved(1, Workers(reads=False))
 
 
@@ -304,8 +308,8 @@ def test_a_loan_is_over_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_export_behind_a_loan_holds_no_block_twice() -> None:
     source, _, _, _ = _moved(3, Workers())
-    source.depot.export("m", "r")
-    source.depot.drop("m")
+    source.block_holds.export("m", "r")
+    source.block_holds.drop("m")
     source.end("r")
     assert source.free == TOTAL
 
@@ -314,12 +318,12 @@ def test_blocks_outside_a_sliding_window_are_not_lent() -> None:
     source = Scheduler()
     source.run("r", prompt(1, 10))
     blocks = source.kv_cache_manager.coordinator.single_type_managers[0].req_to_blocks["r"]
-    source.depot.export("m", "r")
-    source.depot.drop("m")
+    source.block_holds.export("m", "r")
+    source.block_holds.drop("m")
     held, blocks[0] = blocks[0], source.kv_cache_manager.block_pool.null_block
-    assert source.depot.export("m", "r")[0] == []
-    with pytest.raises(DepotError, match="not all blocks"):
-        source.depot.lend("m", "r")
+    assert source.block_holds.export("m", "r")[0] == []
+    with pytest.raises(HoldError, match="not all blocks"):
+        source.block_holds.lend("m", "r")
     blocks[0] = held
 
 
@@ -327,6 +331,6 @@ def test_an_adopted_request_gives_its_blocks_back() -> None:
     """When somebody who is before it needs the memory, and nobody runs."""
     _, destination, request, adopted = _moved(1, Workers())
     assert adopted
-    destination.depot.disown(request)
+    destination.block_holds.disown(request)
     assert request.num_computed_tokens == 0
     assert destination.free == TOTAL

@@ -5,8 +5,7 @@ import logging
 import pytest
 
 from llumnix.config import ConfigError
-from llumnix.engine.vllm.arguments import make_parser
-from llumnix.engine.vllm.ignored_options import check_ignored
+from llumnix.engine.vllm.arguments import check_ignored, make_parser
 
 
 def check(*options: str) -> None:

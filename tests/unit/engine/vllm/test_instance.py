@@ -15,11 +15,11 @@ from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
 from llumnix.engine.base import EngineError, EngineEvents
 from llumnix.engine.vllm import compat
 from llumnix.engine.vllm import instance as module
-from llumnix.engine.vllm.engine_log import last_error, open_log, rotate
-from llumnix.engine.vllm.instance import Patience, VllmEngine
+from llumnix.engine.vllm.instance import VllmEngine
 from llumnix.engine.vllm.kv_blocks import Rendezvous
-from llumnix.engine.vllm.launcher import EngineProcess, Placement
+from llumnix.engine.vllm.launcher import EngineProcess, Placement, last_error, open_log, rotate
 from llumnix.engine.vllm.socket_folder import scratch
+from llumnix.engine.vllm.watchdog import Patience
 from tests.kit.loop import on_loop, soon
 from tests.kit.requests import core_request
 

@@ -7,7 +7,7 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
-from llumnix.engine.vllm.known_hashes import PROVED, KnownHashes, install
+from llumnix.engine.vllm.migration_utility import PROVED, KnownHashes, install_known_hashes
 
 SIZE = 4
 TOKENS = list(range(100, 123))  # five blocks, and three tokens
@@ -65,9 +65,11 @@ def test_what_does_not_fit_is_left_alone() -> None:
 
 def test_an_engine_core_is_told_once() -> None:
     core = SimpleNamespace(request_block_hasher=Counting())
-    install(core, SIZE, lambda request_id: [])
+    install_known_hashes(core, SIZE, lambda request_id: [])
     first = core.request_block_hasher
-    install(core, SIZE, lambda request_id: [])
+    install_known_hashes(core, SIZE, lambda request_id: [])
     assert isinstance(first, KnownHashes) and core.request_block_hasher is first
-    install(none := SimpleNamespace(request_block_hasher=None), SIZE, lambda request_id: [])
+    install_known_hashes(
+        none := SimpleNamespace(request_block_hasher=None), SIZE, lambda request_id: []
+    )
     assert none.request_block_hasher is None, "without a prefix cache nothing is hashed"

@@ -13,9 +13,16 @@ from pathlib import Path
 import pytest
 
 from llumnix.engine.vllm import watchdog
-from llumnix.engine.vllm.machine_load import Machine
-from llumnix.engine.vllm.process_activity import Activity, activity
-from llumnix.engine.vllm.watchdog import LOOK_SECONDS, Case, Look, Watchdog
+from llumnix.engine.vllm.watchdog import (
+    LOOK_SECONDS,
+    Activity,
+    Case,
+    Look,
+    Machine,
+    Patience,
+    Watchdog,
+    activity,
+)
 from tests.kit.loop import on_loop, soon
 from tests.kit.wait import eventually
 
@@ -60,8 +67,8 @@ async def watched(
 ) -> AsyncIterator[Engine]:
     engine = Engine()
     dog = Watchdog(
-        *("a-0", engine.ping, lambda: activity(pid), engine.found.append, hang, step),
-        machine or Machine(),
+        *("a-0", engine.ping, lambda: activity(pid), engine.found.append),
+        *(Patience(hang=hang, step=step), machine or Machine()),
     )
     dog.start()
     yield engine

@@ -4,16 +4,15 @@ import random
 
 import pytest
 
-from llumnix.dataplane.batch_order import Order
-from llumnix.dataplane.hosted_request import Tenant
+from llumnix.dataplane.hosted_request import HostedRequest, Order
 from llumnix.engine.sim.config import ModelConfig
 from llumnix.engine.sim.model import ModelledEngine
 from llumnix.engine.sim.request import SimRequest
 from llumnix.latency import PROFILES
 
 
-def tenant(name: str, brought: int = 0, priority: int = 0, arrived: float = 0.0) -> Tenant:
-    return Tenant(
+def held(name: str, brought: int = 0, priority: int = 0, arrived: float = 0.0) -> HostedRequest:
+    return HostedRequest(
         request_id=name,
         name=name,
         origin=None,  # type: ignore[arg-type]
@@ -35,7 +34,7 @@ def names(order: Order) -> list[str]:
 def test_who_resumes_while_another_is_prefilled() -> None:
     """The one has no output yet and runs, the other has some and waits."""
     order = Order()
-    prefilled, resumed, fresh = tenant("a"), tenant("b", brought=5), tenant("c")
+    prefilled, resumed, fresh = held("a"), held("b", brought=5), held("c")
     order.add(prefilled)
     order.step(1, [])
     for one in (resumed, fresh):
@@ -51,7 +50,7 @@ def test_who_resumes_while_another_is_prefilled() -> None:
 
 def test_who_has_got_something_runs() -> None:
     order = Order()
-    first, second = tenant("a"), tenant("b")
+    first, second = held("a"), held("b")
     for one in (first, second):
         order.add(one)
     order.step(1, [second])  # the other was preempted before it had anything
@@ -71,7 +70,7 @@ def test_it_follows_an_engine(seed: int, by_priority: bool) -> None:
         priority=by_priority,
         profile=PROFILES["cpu-smoke"],
     )
-    engine, order, here = ModelledEngine(config), Order(by_priority), dict[str, Tenant]()
+    engine, order, here = ModelledEngine(config), Order(by_priority), dict[str, HostedRequest]()
     preempted = 0
     for step in range(400):
         while draw.random() < 0.15:
@@ -79,7 +78,7 @@ def test_it_follows_an_engine(seed: int, by_priority: bool) -> None:
             priority = draw.choice((0, 0, -1)) if by_priority else 0
             # To the model who resumes has come before all others; to vLLM, when it really came.
             came = step * 100.0 + len(here)
-            here[name] = tenant(name, brought, priority, arrived=-came if brought else came)
+            here[name] = held(name, brought, priority, arrived=-came if brought else came)
             order.add(here[name])
             prompt, output = draw.randrange(1, 150), draw.randrange(10, 80)
             engine.add(

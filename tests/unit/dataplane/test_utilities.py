@@ -3,7 +3,7 @@
 from vllm.lora.request import LoRARequest
 
 from llumnix.dataplane.client import ClusterClient
-from llumnix.dataplane.lora_ids import LARGEST, Adapters
+from llumnix.dataplane.utilities import LARGEST, Adapters
 from tests.kit.loop import on_loop
 from tests.kit.mesh import mesh
 from tests.kit.requests import core_request
