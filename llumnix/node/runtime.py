@@ -206,7 +206,7 @@ class Node:
 
 
 class Shutdown:
-    """Empties a node; lives on its loop."""
+    """Drains a node before it stops; lives on its loop."""
 
     def __init__(self, acting: Acting, path: RequestPath) -> None:
         self._acting = acting

@@ -7,7 +7,7 @@ from vllm import envs
 
 from llumnix.addresses import parts
 from llumnix.config import Config, ConfigError
-from llumnix.server.callers import Callers, Keys
+from llumnix.server.callers import AcceptedKeys, Callers
 from llumnix.server.csrf import Pages
 from llumnix.server.guard import Guard
 from llumnix.server.keyring import KeyFile, Keyring
@@ -67,7 +67,7 @@ def _are_many(config: Config, arguments: argparse.Namespace) -> bool:
     return bool(config.api_key_file) or len(set(arguments.api_key or ())) > 1
 
 
-def _clients(config: Config, arguments: argparse.Namespace) -> list[Keys]:
+def _clients(config: Config, arguments: argparse.Namespace) -> list[AcceptedKeys]:
     """The keys of clients, each kind in its place; an empty list lets everybody in."""
     given = {f"--api-key {n}": key for n, key in enumerate(arguments.api_key or (), start=1)}
     if not given and (key := envs.VLLM_API_KEY) is not None:
@@ -77,7 +77,7 @@ def _clients(config: Config, arguments: argparse.Namespace) -> list[Keys]:
             raise ConfigError(f"{name.split()[0]} is empty: that would let everybody in")
         if key == config.admin_token:
             raise ConfigError(f"{name.split()[0]} and --admin-token must not be the same")
-    clients: list[Keys] = []
+    clients: list[AcceptedKeys] = []
     if given:
         named = {key: name.removeprefix("--").replace(" ", "-") for name, key in given.items()}
         clients.append(Keyring((name, key) for key, name in named.items()))

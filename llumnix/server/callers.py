@@ -36,7 +36,7 @@ OPERATOR = Caller("operator", operator=True)
 LOCAL = Caller("operator", operator=True, by_place=True)
 
 
-class Keys(Protocol):
+class AcceptedKeys(Protocol):
     """Something that knows keys by their digests."""
 
     def name(self, shown: bytes) -> str | None:
@@ -48,8 +48,8 @@ class Keys(Protocol):
 class Callers:
     """Tells callers apart, by their key and, where no key is set, by where they call from."""
 
-    clients: Sequence[Keys] = ()
-    operators: Keys | None = None
+    clients: Sequence[AcceptedKeys] = ()
+    operators: AcceptedKeys | None = None
     admin_port: int | None = None  # of --admin-address, where alone operators' routes answer then
     open_admin: bool = False  # whether everybody is an operator
 

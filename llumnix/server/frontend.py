@@ -23,10 +23,9 @@ from vllm.v1.executor import Executor
 from llumnix.dataplane.client import ClusterClient
 from llumnix.engine.base import EngineFacts
 from llumnix.engine.vllm import compat
-from llumnix.engine.vllm.async_llm import DoorLLM
+from llumnix.engine.vllm.frontend import DoorLLM, Streams
 from llumnix.engine.vllm.grammars import Grammars
 from llumnix.engine.vllm.list_shapes import Shapes
-from llumnix.engine.vllm.streams import Streams
 
 logger = logging.getLogger(__name__)
 

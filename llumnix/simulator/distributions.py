@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import inf, log
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 from numpy.random import Generator
@@ -16,13 +16,6 @@ from llumnix.simulator.traces import read_columns
 Tokens = NDArray[np.int64]
 LONGEST = 2**24  # tokens of a prompt or an output: more than any model takes
 STEEPEST = 100.0  # of power laws: with it all lengths are the same
-
-
-class Lengths(Protocol):
-    """A distribution of lengths."""
-
-    def draw(self, count: int, generator: Generator) -> Tokens:
-        """So many lengths, each at least 1 token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +33,7 @@ class Fixed:
             raise ValueError(f"tokens must be at least 1, and at most {LONGEST:,}")
 
     def draw(self, count: int, generator: Generator) -> Tokens:
-        """See `Lengths`."""
+        """So many lengths, each at least 1 token."""
         return np.full(count, self.tokens, dtype=np.int64)
 
 
@@ -67,7 +60,7 @@ class PowerLaw:
             raise ValueError(f"alpha must be greater than 0, and at most {STEEPEST:g}")
 
     def draw(self, count: int, generator: Generator) -> Tokens:
-        """See `Lengths`."""
+        """So many lengths, each at least 1 token."""
         values = np.arange(1, 2 * self.mean, dtype=np.float64)
         weights = values**-self.alpha
         drawn = generator.choice(values, size=count, p=weights / weights.sum())
@@ -105,7 +98,7 @@ class Quantiles:
             raise ValueError(f"mean must be at least 1, and at most {LONGEST:,}")
 
     def draw(self, count: int, generator: Generator) -> Tokens:
-        """See `Lengths`."""
+        """So many lengths, each at least 1 token."""
         points = self._points(self._lowest())
         scale = self.mean / _mean(points)
         levels = generator.random(count)
@@ -145,11 +138,17 @@ class FileLengths:
     column: str
 
     def draw(self, count: int, generator: Generator) -> Tokens:
-        """See `Lengths`. Raises SimConfigError if the file cannot be read or has no lengths."""
+        """So many lengths, each at least 1 token.
+
+        Raises:
+            SimConfigError: the file cannot be read, or has no lengths.
+        """
         found = read_columns(self.file, (self.column,))
         lengths = np.array([length for (length,) in found], dtype=np.int64)
         return generator.choice(np.maximum(lengths, 1), size=count)
 
+
+Lengths = Fixed | PowerLaw | Quantiles | FileLengths  # each has `draw`
 
 # S, M and L of the paper, for prompts and outputs alike.
 _GENERATED: Mapping[str, Lengths] = {

@@ -13,9 +13,8 @@ from llumnix.cluster import (
 )
 from llumnix.policy.decision_context import Terms
 from llumnix.policy.scaling import Action, Decision, Scaler
-from llumnix.simulator.clock import VirtualClock
 from llumnix.simulator.cluster import ClusterConfig
-from llumnix.simulator.instance import NODE, SimInstance
+from llumnix.simulator.instance import NODE, SimInstance, VirtualClock
 from llumnix.simulator.result import Story
 
 

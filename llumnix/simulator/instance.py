@@ -1,16 +1,46 @@
-"""One simulated instance: a modelled engine that steps on the virtual clock."""
+"""One simulated instance, a modelled engine that steps on the virtual clock, and that clock."""
 
 from collections import Counter
 from collections.abc import Callable
+from heapq import heappop, heappush
+from itertools import count
 from types import MappingProxyType
+from typing import Any
 
 from llumnix.cluster import InstanceId, InstanceInfo, InstanceLoad, InstanceState, kv_blocks
 from llumnix.engine.sim.config import ModelConfig
 from llumnix.engine.sim.model import ModelledEngine
 from llumnix.engine.sim.request import SimRequest, StepResult
 from llumnix.policy.select import MovableRequest
-from llumnix.simulator.clock import VirtualClock
 from llumnix.simulator.result import Story
+
+
+class VirtualClock:
+    """A queue of events; those of one moment happen in the order in which they were set."""
+
+    def __init__(self) -> None:
+        self.now = 0.0  # seconds
+        self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._numbers = count()
+
+    def at(self, when: float, what: Callable[..., None], *args: Any) -> None:
+        """Have something happen at a time, or now if that has passed."""
+        heappush(self._events, (max(when, self.now), next(self._numbers), what, args))
+
+    def after(self, seconds: float, what: Callable[..., None], *args: Any) -> None:
+        """Have something happen so many seconds from now."""
+        heappush(self._events, (self.now + seconds, next(self._numbers), what, args))
+
+    def run(self, until: Callable[[], bool], longest: float) -> None:
+        """Let things happen until that is so, nothing is left, or the time is up."""
+        events = self._events
+        while events and not until():
+            when, _, what, args = heappop(events)
+            if when > longest:
+                return
+            self.now = when
+            what(*args)
+
 
 NODE = "sim"  # all instances are on one node
 

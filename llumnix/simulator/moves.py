@@ -11,9 +11,8 @@ from llumnix.policy.rebalance import Pair
 from llumnix.policy.request_choice import leaving, leaving_together
 from llumnix.policy.rescheduler import MoveOrder
 from llumnix.policy.select import TOGETHER
-from llumnix.simulator.clock import VirtualClock
 from llumnix.simulator.cluster import MigrationCost
-from llumnix.simulator.instance import SimInstance
+from llumnix.simulator.instance import SimInstance, VirtualClock
 from llumnix.simulator.result import Hop, Story
 
 

@@ -12,10 +12,9 @@ from llumnix.policy.dispatch_state import DispatchState
 from llumnix.policy.rebalance import Pair
 from llumnix.policy.rescheduler import MoveOrder, Rescheduler
 from llumnix.policy.select import TOGETHER
-from llumnix.simulator.clock import VirtualClock
 from llumnix.simulator.cluster import COSTS, ClusterConfig
 from llumnix.simulator.fleet import Fleet
-from llumnix.simulator.instance import SimInstance
+from llumnix.simulator.instance import SimInstance, VirtualClock
 from llumnix.simulator.moves import SimMoves
 from llumnix.simulator.result import Result, Sample, Story
 from llumnix.simulator.workload import SimJob
@@ -55,11 +54,11 @@ class Simulation:
         policy = config.policy
         self._terms = terms = policy.terms(config.engine.latency)
         dispatch, plan = dispatch_policy(policy.dispatch), planner(policy.rescheduling)
-        self._boards = [
+        self._dispatchers = [
             DispatchState(f"d{i}", dispatch, policy.top_k, Random(seed + i), 1, terms)
             for i in range(policy.dispatchers)
         ]
-        self._turns = cycle(enumerate(self._boards))
+        self._turns = cycle(enumerate(self._dispatchers))
         self._rescheduler = Rescheduler(plan, terms, pace=policy.pace) if plan else None
         self._moves = SimMoves(clock, COSTS[config.migration], terms, policy.request, self._moved)
         self._fleet = Fleet(config, terms, clock, self._ended)
@@ -98,12 +97,12 @@ class Simulation:
         job = story.job
         tokens = job.prompt + len(story.times)
         blocks = kv_blocks(tokens, self._model.block_size)
-        number, board = next(self._turns)
-        chosen = board.decide(Request(tokens, blocks, job.priority))
+        number, dispatcher = next(self._turns)
+        chosen = dispatcher.decide(Request(tokens, blocks, job.priority))
         if chosen is None:
             self._homeless.append(story)
             return
-        sequence = board.sent(chosen, blocks, tokens, job.priority)
+        sequence = dispatcher.sent(chosen, blocks, tokens, job.priority)
         instance = self._fleet.instances[chosen]
         instance.received[f"d{number}"] = sequence
         story.instance = story.instance or chosen
@@ -118,8 +117,8 @@ class Simulation:
     def _report(self) -> None:
         """The instances report, and everybody sees it."""
         view = self._fleet.report()
-        for board in self._boards:
-            board.update_view(view)
+        for dispatcher in self._dispatchers:
+            dispatcher.update_view(view)
         if self._rescheduler is not None:
             self._command(self._rescheduler.urgent(view, self._clock.now))
         homeless, self._homeless = self._homeless, []

@@ -13,11 +13,8 @@ from llumnix.simulator.distributions import (
     OUTPUTS,
     PROMPTS,
     ArrivalProcess,
-    FileLengths,
     Fixed,
     Lengths,
-    PowerLaw,
-    Quantiles,
 )
 from llumnix.simulator.schema import SimConfigError
 from llumnix.simulator.traces import FORMATS, Recorded
@@ -36,7 +33,7 @@ class SimJob(NamedTuple):
 
 
 # A name of PROMPTS or OUTPUTS, a fixed number of tokens, or a distribution.
-LengthsOption = str | int | Fixed | PowerLaw | Quantiles | FileLengths
+LengthsOption = str | int | Lengths
 
 
 @dataclass(frozen=True, slots=True)

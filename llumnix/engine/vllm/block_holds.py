@@ -15,25 +15,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request
 
-from llumnix.engine.base import LEND_SECONDS
-
-
-class HoldError(Exception):
-    """What was asked can't be done; the message is one sentence."""
-
-    kind = ""  # which of the errors below it is, for another process
-
-
-class RequestGone(HoldError):
-    """The request has ended."""
-
-    kind = "ended"
-
-
-class NoFreeBlocks(HoldError):
-    """There are too few free KV blocks."""
-
-    kind = "no room"
+from llumnix.engine.base import LEND_SECONDS, EngineError, NoRoom, RequestEnded
 
 
 @dataclass(slots=True)
@@ -88,11 +70,11 @@ class BlockHolds:
     def export(self, migration: str, request_id: str) -> tuple[list[bytes], int]:
         """Hold all full blocks of a request; their hashes, and the bytes of each in a worker.
 
-        Raises HoldError if the request is not here any more.
+        Raises EngineError if the request is not here any more.
         """
         request = self._scheduler.requests.get(request_id)
         if request is None:
-            raise RequestGone(f"request {request_id} has ended")
+            raise RequestEnded(f"request {request_id} has ended")
         if self.why_not is not None:
             return [], self.block_bytes
         held = self._held.setdefault(migration, _HeldBlocks())
@@ -105,9 +87,9 @@ class BlockHolds:
         kept = held.tail[: len(fresh)]  # which were lent, and are full by now
         gone = held.blocks and not blocks
         if gone or blocks[: len(held.blocks)] != held.blocks[:full]:
-            raise HoldError(f"request {request_id} was preempted")
+            raise EngineError(f"request {request_id} was preempted")
         if kept != fresh[: len(kept)]:
-            raise HoldError(f"request {request_id} was preempted")
+            raise EngineError(f"request {request_id} was preempted")
         del held.tail[: len(kept)]
         self._pool.touch(fresh[len(kept) :])
         held.blocks += fresh
@@ -117,10 +99,10 @@ class BlockHolds:
     def reserve(self, migration: str, hashes: list[bytes]) -> int:
         """Hold room for further blocks with these hashes; how many of them are here already.
 
-        Raises HoldError if there is no room.
+        Raises EngineError if there is no room.
         """
         if self.why_not is not None:
-            raise HoldError(f"no KV blocks can be taken: {self.why_not}")
+            raise EngineError(f"no KV blocks can be taken: {self.why_not}")
         held = self._held.setdefault(migration, _HeldBlocks())
         present: list[KVCacheBlock] = []
         if held.cached == len(held.blocks):  # only an unbroken prefix is of use
@@ -138,27 +120,27 @@ class BlockHolds:
         free = self._pool.get_num_free_blocks() - len(self._scheduler.running)
         if len(missing) > free:
             self.drop(migration)
-            raise NoFreeBlocks(f"{len(missing)} KV blocks are needed and {max(free, 0)} are free")
+            raise NoRoom(f"{len(missing)} KV blocks are needed and {max(free, 0)} are free")
         if missing:
             held.blocks += self._pool.get_new_blocks(len(missing))
             held.hashes += missing
         return len(present)
 
     def ids(self, migration: str, first: int, count: int) -> list[int]:
-        """The ids of a migration's blocks from `first` on. Raises HoldError if it has fewer."""
+        """The ids of a migration's blocks from `first` on. Raises EngineError if it has fewer."""
         held = self._held.get(migration)
         if held is None or first + count > len(held.blocks):
-            raise HoldError(f"the blocks of migration {migration} are not held any more")
+            raise EngineError(f"the blocks of migration {migration} are not held any more")
         return [block.block_id for block in held.blocks[first : first + count]]
 
     def store(self, migration: str) -> None:
         """Put the blocks that have arrived into the prefix cache; they stay held.
 
-        Raises HoldError if the migration was dropped meanwhile.
+        Raises EngineError if the migration was dropped meanwhile.
         """
         held = self._held.get(migration)
         if held is None:
-            raise HoldError(f"the blocks of migration {migration} are not held any more")
+            raise EngineError(f"the blocks of migration {migration} are not held any more")
         request = SimpleNamespace(block_hashes=held.hashes)
         size = self._scheduler.block_size
         self._pool.cache_full_blocks(request, held.blocks, held.cached, len(held.blocks), size, 0)
@@ -167,16 +149,17 @@ class BlockHolds:
     def lend(self, migration: str, request_id: str) -> list[int]:
         """Hold also the request's blocks behind those that were exported; the ids of these.
 
-        The last of them is being filled. Raises HoldError if the request is not here any more.
+        The last of them is being filled. Raises EngineError if the request is not here any more.
         """
         held = self._held.get(migration)
         if held is None or request_id not in self._scheduler.requests:
-            raise RequestGone(f"request {request_id} has ended")
+            raise RequestEnded(f"request {request_id} has ended")
         blocks = list(self._manager.get_blocks(request_id).blocks[0])
         if blocks[: len(held.blocks)] != held.blocks:
-            raise HoldError(f"request {request_id} was preempted")
+            raise EngineError(f"request {request_id} was preempted")
         if self.why_not is not None or any(block.is_null for block in blocks):
-            raise HoldError("not all blocks of the request are there")  # a sliding window's are not
+            # A sliding window's are not.
+            raise EngineError("not all blocks of the request are there")
         tail = blocks[len(held.blocks) :]
         self._pool.touch(tail[len(held.tail) :])
         held.tail = tail
@@ -193,16 +176,16 @@ class BlockHolds:
     ) -> None:
         """Hold room for blocks that the request will need besides, and copy them when it comes.
 
-        Raises HoldError if there is no room, or the other instance's memory can't be read.
+        Raises EngineError if there is no room, or the other instance's memory can't be read.
         """
         if self._scheduler.num_spec_tokens:
-            raise HoldError("a draft model wants to see the last tokens itself")
+            raise EngineError("a draft model wants to see the last tokens itself")
         if not all(workers.collective_rpc("llumnix_reads", args=(pair, group))):
-            raise HoldError("the other instance's memory can't be read")
+            raise EngineError("the other instance's memory can't be read")
         held = self._held.setdefault(migration, _HeldBlocks())
         more = len(theirs) - len(held.tail)
         if more > self._pool.get_num_free_blocks():
-            raise HoldError(f"{more} KV blocks are needed for what is lent")
+            raise EngineError(f"{more} KV blocks are needed for what is lent")
         if more > 0:
             held.tail += self._pool.get_new_blocks(more)
         until = time.monotonic() + LEND_SECONDS
@@ -232,11 +215,8 @@ class BlockHolds:
         held = self._held.get(loan.migration)
         if held is None or held.cached != len(held.blocks) or request.num_computed_tokens:
             return False
-        size, computed, covered = (
-            self._scheduler.block_size,
-            request.num_tokens - 1,
-            len(held.blocks),
-        )
+        size, computed = self._scheduler.block_size, request.num_tokens - 1
+        covered = len(held.blocks)
         needed = -(-computed // size) - covered
         known = request.block_hashes[:covered] == held.hashes
         if not (known and 0 < needed <= min(len(held.tail), len(loan.theirs))):

@@ -87,11 +87,9 @@ class VllmEngine:
         self._process = EngineProcess(instance, log_file)
         self._sockets = tempfile.TemporaryDirectory(dir=scratch(), prefix="")
         # vLLM's own sockets, between an engine core and its workers, lie beside ours.
-        folder = os.environ.get(BASE_PATH, self._sockets.name)
-        environment = {BASE_PATH: folder} | placement.environment
-        self._placement = replace(placement, environment=environment)
-        workers = config.parallel_config.world_size
-        self.blocks = VllmBlocks(self.call, workers, rendezvous)
+        environment = {BASE_PATH: os.environ.get(BASE_PATH, self._sockets.name)}
+        self._placement = replace(placement, environment=environment | placement.environment)
+        self.blocks = VllmBlocks(self.call, config.parallel_config.world_size, rendezvous)
         self._client: _Client | None = None
         self._watchdog = Watchdog(
             instance,
@@ -159,9 +157,7 @@ class VllmEngine:
         Raises EngineDead, or EngineError that says why it has not come up if it `starts`.
         """
         task = asyncio.ensure_future(work)
-        either: set[asyncio.Future[Any]] = {task}
-        if self._ended is not None:
-            either.add(self._ended)
+        either: set[asyncio.Future[Any]] = {task, self._ended} if self._ended else {task}
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if starts:

@@ -1,4 +1,4 @@
-"""The KV blocks of a vLLM engine: its holds by utility calls, its workers' transfers by notices."""
+"""The KV blocks of a vLLM engine: held by utility calls; its workers tell of their transfers."""
 
 import asyncio
 import logging
@@ -21,8 +21,8 @@ GRACE = 1.0  # seconds beyond a transfer's own deadline until it is given up wit
 
 Call = Callable[..., Awaitable[Any]]
 
-# By the kind of a HoldError.
-REFUSALS: dict[str, type[EngineError]] = {"ended": RequestEnded, "no room": NoRoom}
+# By the names under which an engine core tells of them.
+REFUSALS: dict[str, type[EngineError]] = {e.__name__: e for e in (RequestEnded, NoRoom)}
 
 
 @dataclass(frozen=True)

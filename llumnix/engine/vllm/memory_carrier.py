@@ -69,13 +69,34 @@ class MemoryOffer:
             self._listener.close()
 
 
-class Lender(Carrier):
-    """The sender, whose blocks another worker reads."""
+class _MemoryCarrier(Carrier):
+    """Either end, with the connection to the other."""
 
     kind = "memory"
 
     def __init__(self, channel: socket.socket) -> None:
-        self._channel = _quick(channel)
+        channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._channel = channel
+
+    @property
+    def gone(self) -> bool:
+        """Whether the other end has closed the connection, as its death does."""
+        return _ended(self._channel)
+
+    def abort(self) -> None:
+        """End the connection: the other worker is told of no more blocks."""
+        self.aborted = True
+        with contextlib.suppress(OSError):  # it has ended already
+            self._channel.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """End the connection; memory stays mapped while something still reads it."""
+        self.abort()
+        self._channel.close()
+
+
+class Lender(_MemoryCarrier):
+    """The sender, whose blocks another worker reads."""
 
     def send(self, blocks: list[int], deadline: float, touching: Touching) -> None:
         """Say which blocks can be read; returns when they have been."""
@@ -87,30 +108,9 @@ class Lender(Carrier):
             raise OSError("the other worker could not copy the blocks")
         self._channel.sendall(_KEPT)
 
-    @property
-    def gone(self) -> bool:
-        """Whether the reader has ended the connection."""
-        return _ended(self._channel)
 
-    def receive(self, blocks: list[int], deadline: float, touching: Touching) -> None:
-        """Never called: a sender only sends."""
-        raise OSError("this end of a transfer only sends")
-
-    def abort(self) -> None:
-        """End the connection: the other worker is told of no more blocks."""
-        self.aborted = True
-        _shut(self._channel)
-
-    def close(self) -> None:
-        """End the connection."""
-        self.abort()
-        self._channel.close()
-
-
-class Reader(Carrier):
+class Reader(_MemoryCarrier):
     """The receiver, which reads another worker's blocks."""
-
-    kind = "memory"
 
     def __init__(self, memory: KvMemory, sender: WorkerPlace, deadline: float) -> None:
         """Connect to a sender.
@@ -124,7 +124,7 @@ class Reader(Carrier):
             raise Absent(f"the other worker does not answer: {error}") from error
         except OSError as error:
             raise SetupError(f"the other worker can't be reached: {error}") from error
-        self._channel = _quick(channel)
+        super().__init__(channel)
         try:
             channel.sendall(sender.key)
             self.memory = PeerMemory(memory, sender.memory)
@@ -144,10 +144,6 @@ class Reader(Carrier):
         self._channel.settimeout(_left(deadline))
         if _take(self._channel, 1) != _WELCOME:
             raise OSError("the other worker sends nonsense")
-
-    def send(self, blocks: list[int], deadline: float, touching: Touching) -> None:
-        """Never called: a receiver only receives."""
-        raise OSError("this end of a transfer only receives")
 
     def receive(self, blocks: list[int], deadline: float, touching: Touching) -> None:
         """Wait until the sender says which blocks are ready, and copy them."""
@@ -169,24 +165,9 @@ class Reader(Carrier):
         if _take(self._channel, 1) != _KEPT:
             raise OSError("the other worker sends nonsense")
 
-    @property
-    def gone(self) -> bool:
-        """Whether the lender has ended the connection, as its death does."""
-        return _ended(self._channel)
-
     def pull(self, theirs: Sequence[int], mine: Sequence[int]) -> None:
         """Fill blocks at once, on a GPU on the current stream; for whoever knows they are ready."""
         self.memory.pull(theirs, mine)
-
-    def abort(self) -> None:
-        """End the connection."""
-        self.aborted = True
-        _shut(self._channel)
-
-    def close(self) -> None:
-        """End the connection; the memory stays mapped while something still reads it."""
-        self.abort()
-        self._channel.close()
 
 
 def _left(deadline: float) -> float:
@@ -194,11 +175,6 @@ def _left(deadline: float) -> float:
     if left <= 0:
         raise TimeoutError("the transfer's time is over")
     return left
-
-
-def _quick(channel: socket.socket) -> socket.socket:
-    channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return channel
 
 
 def _take(channel: socket.socket, count: int) -> bytes:
@@ -223,8 +199,3 @@ def _ended(channel: socket.socket) -> bool:
         return channel.recv(1, socket.MSG_PEEK) == b""
     except (OSError, ValueError):  # broken, or closed here
         return True
-
-
-def _shut(channel: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # it has ended already
-        channel.shutdown(socket.SHUT_RDWR)

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.v1.request import Request
 
-from llumnix.engine.vllm.block_holds import HoldError
+from llumnix.engine.base import EngineError
 
 # Operations that concern the scheduler's `BlockHolds` alone, and are methods of it.
 _OF_HOLDS = frozenset({"lend", "export", "reserve", "store", "drop", "books"})
@@ -24,8 +24,8 @@ def migration(core: Any, operation: str, arguments: list[Any]) -> tuple[Any, str
         if operation in _OF_HOLDS:
             return getattr(holds, operation)(*arguments), None, ""
         return _OPERATIONS[operation](core, holds, *arguments), None, ""
-    except HoldError as refusal:
-        return None, str(refusal), refusal.kind
+    except EngineError as refusal:
+        return None, str(refusal), type(refusal).__name__
 
 
 def _send(core: Any, holds: Any, migration: str, first: int, count: int, job: Any) -> None:

@@ -182,7 +182,7 @@ class _TransferLane(threading.Thread):
         store: Any = resolve_obj_by_qualname(factory)(
             **(options | {"prefix": prefix, "timeout": seconds})
         )
-        kept, offer = None, None
+        kept, offer = False, None
         try:
             me = identify(self.memory, job.ladder)
             offer = MemoryOffer(self.memory, job.address, me) if sends else None
@@ -202,12 +202,14 @@ class _TransferLane(threading.Thread):
             device = torch.device("cpu") if kind == "host" else self.memory.device
             group = TransferGroup(sends, device)
             group.open(store, job.address, seconds)
-            kept = store if group.keeps_store else None
-            return Staged(kind, self.memory, group, self._pool, kept)
+            its_store = store if group.keeps_store else None
+            carrier = Staged(kind, self.memory, group, self._pool, its_store)
+            kept = group.keeps_store
+            return carrier
         finally:
             if offer is not None:
                 offer.close()
-            if kept is None:  # both have met, or never will: no keys are left behind
+            if not kept:  # both have met, or never will: no keys are left behind
                 store.close()
 
     def _leave(self) -> None:

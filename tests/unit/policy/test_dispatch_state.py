@@ -1,4 +1,4 @@
-"""The dispatch board: who is a candidate, what is in flight, and who gets the request."""
+"""The state of a dispatcher: who is a candidate, what is in flight, and who gets the request."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -3,9 +3,8 @@
 from math import inf
 
 from llumnix.latency import LatencyProfile
-from llumnix.simulator.clock import VirtualClock
 from llumnix.simulator.cluster import EngineConfig
-from llumnix.simulator.instance import SimInstance
+from llumnix.simulator.instance import SimInstance, VirtualClock
 from llumnix.simulator.result import Story
 from llumnix.simulator.workload import SimJob
 

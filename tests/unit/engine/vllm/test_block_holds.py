@@ -11,7 +11,8 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
-from llumnix.engine.vllm.block_holds import BlockHolds, HoldError
+from llumnix.engine.base import EngineError
+from llumnix.engine.vllm.block_holds import BlockHolds
 
 SIZE, TOTAL = 4, 20
 SPEC = FullAttentionSpec(block_size=SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32)
@@ -161,7 +162,7 @@ def test_no_room_is_a_refusal_that_leaves_nothing() -> None:
     source.run("r", prompt(1, 24))
     destination.run("other", prompt(2, 8))
     hashes, _ = source.block_holds.export("m", "r")
-    with pytest.raises(HoldError, match="6 KV blocks are needed and 5 are free"):
+    with pytest.raises(EngineError, match="6 KV blocks are needed and 5 are free"):
         destination.block_holds.reserve("m", hashes)  # one is left for the request that runs
     assert (
         destination.block_holds.books()["held"]
@@ -178,7 +179,7 @@ def test_a_request_that_was_preempted_is_not_sent_on() -> None:
     request = scheduler.requests["r"]
     scheduler.kv_cache_manager.free(request)
     request.num_computed_tokens = 0
-    with pytest.raises(HoldError, match="preempted"):
+    with pytest.raises(EngineError, match="preempted"):
         scheduler.block_holds.export("m", "r")
     scheduler.block_holds.drop("m")
     assert scheduler.free == TOTAL
@@ -186,11 +187,11 @@ def test_a_request_that_was_preempted_is_not_sent_on() -> None:
 
 def test_a_request_that_is_not_here() -> None:
     scheduler = Scheduler()
-    with pytest.raises(HoldError, match="request r has ended"):
+    with pytest.raises(EngineError, match="request r has ended"):
         scheduler.block_holds.export("m", "r")
-    with pytest.raises(HoldError, match="not held any more"):
+    with pytest.raises(EngineError, match="not held any more"):
         scheduler.block_holds.ids("m", 0, 1)
-    with pytest.raises(HoldError, match="not held any more"):
+    with pytest.raises(EngineError, match="not held any more"):
         scheduler.block_holds.store("m")
     scheduler.block_holds.drop("m")
 
@@ -199,7 +200,7 @@ def test_without_prefix_caching_no_block_moves() -> None:
     scheduler = Scheduler(caching=False)
     scheduler.run("r", prompt(1, 10))
     assert scheduler.block_holds.export("m", "r")[0] == []
-    with pytest.raises(HoldError, match="prefix caching is off"):
+    with pytest.raises(EngineError, match="prefix caching is off"):
         scheduler.block_holds.reserve("m", [b"x"])
 
 
@@ -293,7 +294,7 @@ def test_a_worker_that_can_not_read_leaves_all_to_be_computed(workers: Workers) 
 
 
 def test_nothing_is_lent_where_it_can_not_be_read() -> None:
-    with pytest.raises(HoldError, match="can't be read"):
+    with pytest.raises(EngineError, match="can't be read"):
         _moved(1, Workers(reads=False))
 
 
@@ -322,7 +323,7 @@ def test_blocks_outside_a_sliding_window_are_not_lent() -> None:
     source.block_holds.drop("m")
     held, blocks[0] = blocks[0], source.kv_cache_manager.block_pool.null_block
     assert source.block_holds.export("m", "r")[0] == []
-    with pytest.raises(HoldError, match="not all blocks"):
+    with pytest.raises(EngineError, match="not all blocks"):
         source.block_holds.lend("m", "r")
     blocks[0] = held
 

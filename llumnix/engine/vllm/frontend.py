@@ -1,26 +1,61 @@
-"""Streamed completions straight from vLLM's handlers, without its HTTP stack in between.
-
-Every token of a stream passes a dozen layers of middleware there. Requests are parsed and answered
-by the same code of vLLM; whatever is out of the ordinary (an error, an option that a middleware
-implements) is left to the whole application.
-"""
+"""What this server has of vLLM's frontend: its AsyncLLM, and its handlers of streams."""
 
 import argparse
 import json
 from collections.abc import AsyncGenerator
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import Request
-from vllm import envs
+from vllm import SamplingParams, envs
+from vllm.v1.engine.async_llm import AsyncLLM
 
-from llumnix.engine.vllm.compat import stream_handlers
+from llumnix.engine.vllm.compat import failed, stream_handlers
+from llumnix.engine.vllm.grammars import Grammars
+from llumnix.loop_turns import Turns
+
+NO_GRAMMAR = "a modelled engine's tokens follow no grammar"
+
+
+class DoorLLM(AsyncLLM):
+    """vLLM's AsyncLLM with a door of its own, through which all routes' requests come.
+
+    Takes requests in slices, and those with a grammar once it was tried elsewhere.
+
+    Without `grammars`, as over modelled engines, none is taken.
+    """
+
+    def __init__(self, *args: Any, grammars: Grammars | None = None, **kwargs: Any) -> None:
+        self._grammars = grammars
+        self._turns = Turns()
+        super().__init__(*args, **kwargs)
+
+    async def add_request(
+        self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Add a request, as vLLM does. Raises what `Grammars.admit` does."""
+        choices = 1
+        if isinstance(params, SamplingParams):
+            choices = params.n
+            if params.structured_outputs is not None:
+                if self._grammars is None:
+                    raise failed(NO_GRAMMAR, HTTPStatus.BAD_REQUEST)
+                await self._grammars.admit(params)
+        await self._turns.take(choices)
+        return await super().add_request(request_id, prompt, params, *args, **kwargs)
+
 
 # Options of vLLM's server that its middleware implements.
 _MIDDLEWARE = ("middleware", "enable_request_id_headers", "enable_server_load_tracking")
 
 
 class Streams:
-    """The routes that stream tokens."""
+    """Streamed completions straight from vLLM's handlers, without its HTTP stack in between.
+
+    Every token of a stream passes a dozen layers of middleware there. Requests are parsed and
+    answered by the same code of vLLM; whatever is out of the ordinary (an error, an option that a
+    middleware implements) is left to the whole application.
+    """
 
     def __init__(self, app: Any, arguments: argparse.Namespace) -> None:
         self._app = app
