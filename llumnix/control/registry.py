@@ -234,10 +234,11 @@ class LoadReporter:
         self._report = report
         self._timer: asyncio.TimerHandle | None = None
         self._sent = float("-inf")
+        self._stopped = False
 
     def changed(self) -> None:
         """Something about a load has changed; cheap, called in each step."""
-        if self._timer is None:
+        if self._timer is None and not self._stopped:
             loop = asyncio.get_running_loop()
             # Not at once: what belongs to one step, or one burst, goes into one report.
             delay = max(self._sent + REPORT_INTERVAL - loop.time(), REPORT_SETTLE)
@@ -245,6 +246,7 @@ class LoadReporter:
 
     def stop(self) -> None:
         """Report no more."""
+        self._stopped = True
         if self._timer is not None:
             self._timer.cancel()
 

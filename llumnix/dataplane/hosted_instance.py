@@ -293,6 +293,7 @@ class HostedInstance:
             ids = [request.epoch], [request.request_id]
             unsure = together and request.on_trial
             request.origin.deliver(Lost(self.id, *ids, reason, died=died, together=unsure))
+        self._on_load()
 
     def _lose(
         self, origin: Origin, epoch: int, request_id: str, reason: str, retry: bool = True

@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 
 from llumnix.cluster import InstanceId, InstanceInfo, InstanceLoad, InstanceState
 from llumnix.control.registry import LoadReporter, Registry
@@ -61,11 +60,15 @@ class Hosting:
     def withdraw(self, instance: InstanceId) -> None:
         """It is no more; called on the supervisor's thread."""
         self._registry.withdraw_instance(instance)
-        self._loop.call_soon_threadsafe(partial(self._hosted.pop, instance, None))
+        self._loop.call_soon_threadsafe(self._forget, instance)
 
     def stop(self) -> None:
         """Report no more loads."""
         self._reporter.stop()
+
+    def _forget(self, instance: InstanceId) -> None:
+        self._hosted.pop(instance, None)
+        self._reporter.changed()  # else its last load would stay in etcd
 
     def _loads(self) -> list[InstanceLoad]:
         return [hosted.load() for hosted in self._hosted.values() if hosted.facts is not None]
