@@ -21,6 +21,7 @@ from llumnix.dataplane.hosted_request import NO_RESUME, why_pinned
 from llumnix.dataplane.interruptions import Interruptions
 from llumnix.dataplane.ledger import Acceptance, Entry, Ledger
 from llumnix.dataplane.placer import Dispatcher, Placer, Route
+from llumnix.dataplane.prompt_logprobs import PromptLogprobs
 from llumnix.dataplane.suspects import CRASHES, DEATHS, DeathWave
 from llumnix.dataplane.utilities import UtilityCalls
 from llumnix.dataplane.waiting import WaitLimits
@@ -74,6 +75,7 @@ class ClusterClient(UtilityCalls):
         self._cancels = Cancels(self.placer.cancel)
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._tasks = TaskSet()
+        self.prompt_logprobs = PromptLogprobs(self._tasks)
         self._on_open = on_open
         self._on_close = on_close
         self._on_failure: Late[OnFailure] = Late("frontend")
@@ -166,14 +168,21 @@ class ClusterClient(UtilityCalls):
         if accepted or stats is not None:
             hosted = self._exchange.hosted.get(frame.instance)
             timestamp = frame.timestamp if hosted else _in_our_time(accepted, frame.timestamp)
-            self._outputs.put_nowait(
-                EngineCoreOutputs(
-                    engine_index=self._elsewhere if hosted is None else hosted.slot,
-                    outputs=accepted,
-                    scheduler_stats=stats,
-                    timestamp=timestamp,
+            engine = self._elsewhere if hosted is None else hosted.slot
+
+            def pass_on(outputs: list[EngineCoreOutput], of: SchedulerStats | None) -> None:
+                self._outputs.put_nowait(
+                    EngineCoreOutputs(
+                        engine_index=engine,
+                        outputs=outputs,
+                        scheduler_stats=of,
+                        timestamp=timestamp,
+                    )
                 )
-            )
+
+            hold = self.prompt_logprobs.hold
+            at_once = [o for o in accepted if not hold(o, lambda late: pass_on([late], None))]
+            pass_on(at_once, stats)
 
     # ---- placing and replacing ----
 

@@ -17,8 +17,10 @@ from starlette.routing import BaseRoute, Match
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor import Executor
+from vllm.v1.outputs import LogprobsTensors
 
 from llumnix.dataplane.client import ClusterClient
 from llumnix.engine.base import EngineFacts
@@ -53,6 +55,7 @@ class Frontend:
         self._stack.push_async_callback(self._grammars.close)
         if self._arguments.engine == "vllm":  # whose fork server is there
             self._grammars.warm()
+        compat.answer_quickly()
         with compat.engine_core_client(self._client):
             self.llm = llm = DoorLLM(
                 grammars=None if self._arguments.engine == "sim" else self._grammars,
@@ -65,6 +68,7 @@ class Frontend:
             )
         self._stack.callback(llm.shutdown)
         self._client.bind(self._fail)
+        self._client.prompt_logprobs.take_in.bind(self._take_in)
         tasks = facts.tasks
         # It has documents scored where the embedding of their query is: in one engine's worker.
         self._arguments.enable_flash_late_interaction = False
@@ -125,6 +129,17 @@ class Frontend:
         self._client.end(ended)
         if state.queue is not None:
             state.queue.put(compat.failed(reason, status))
+
+    def _take_in(self, request_id: str, tensors: LogprobsTensors) -> bool:
+        """Enter logprobs of a prompt's tokens; False if there is no such request any more."""
+        assert self.llm is not None
+        state = self.llm.output_processor.request_states.get(request_id)
+        if state is None or state.logprobs_processor is None:
+            return False
+        state.logprobs_processor.update_from_output(
+            EngineCoreOutput(request_id, [], new_prompt_logprobs_tensors=tensors)
+        )
+        return True
 
     def _learn(self, facts: EngineFacts) -> None:
         """What vLLM's own client would have written into the configuration at engine start."""

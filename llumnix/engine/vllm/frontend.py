@@ -15,6 +15,9 @@ from llumnix.engine.vllm.grammars import Grammars
 from llumnix.loop_turns import Turns
 
 NO_GRAMMAR = "a modelled engine's tokens follow no grammar"
+# Logprobs of prompt tokens in one answer, each of which costs the event loop 2 microseconds in one
+# piece; or so many for each token of the context, if that is more: the least that can be asked for.
+PROMPT_LOGPROBS, PROMPT_LOGPROBS_PER_TOKEN = 32_768, 2
 
 
 class DoorLLM(AsyncLLM):
@@ -37,12 +40,28 @@ class DoorLLM(AsyncLLM):
         choices = 1
         if isinstance(params, SamplingParams):
             choices = params.n
+            self._check_logprobs(prompt, params)
             if params.structured_outputs is not None:
                 if self._grammars is None:
                     raise failed(NO_GRAMMAR, HTTPStatus.BAD_REQUEST)
                 await self._grammars.admit(params)
         await self._turns.take(choices)
         return await super().add_request(request_id, prompt, params, *args, **kwargs)
+
+    def _check_logprobs(self, prompt: Any, params: SamplingParams) -> None:
+        tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+        if params.prompt_logprobs is None or not tokens:
+            return
+        model = self.model_config
+        each = params.prompt_logprobs if params.prompt_logprobs >= 0 else model.get_vocab_size()
+        asked = len(tokens) * (each + 1) * params.n
+        most = max(PROMPT_LOGPROBS, PROMPT_LOGPROBS_PER_TOKEN * model.max_model_len)
+        if asked > most:
+            raise failed(
+                f"{asked} logprobs of prompt tokens are more than the {most} that one answer may "
+                "have: ask for fewer of each, for fewer choices, or for a shorter prompt",
+                HTTPStatus.BAD_REQUEST,
+            )
 
 
 # Options of vLLM's server that its middleware implements.
