@@ -22,6 +22,7 @@ from llumnix.policy.classes import Classes
 from llumnix.server import engine_requests
 from llumnix.server.admission import Admission
 from llumnix.server.app import AppParts, Gateway, make_app
+from llumnix.server.binary_fields import taken_by
 from llumnix.server.bodies import Bodies
 from llumnix.server.body_checks import Contents
 from llumnix.server.connection_limits import connection_limits
@@ -102,7 +103,7 @@ class RequestPath:
             moves=Moves(lambda: self._acting.migrations),
             drains=Drains(lambda: self._control.registry, lambda: self._acting.migrations),
             admission=self.admission,
-            contents=Contents(limits),
+            contents=Contents(limits, taken_by(model)),
             priorities=self.priorities,
             generate=DemoRoute(
                 lambda: self.opening.frontend, self._standing, self.gateway.answering

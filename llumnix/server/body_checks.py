@@ -11,8 +11,9 @@ from aiohttp import web
 from llumnix.engine.vllm.grammars import SPEC_BYTES, asker
 from llumnix.metrics import REFUSALS
 from llumnix.server import limits
+from llumnix.server.binary_fields import NOTHING, Taken, check_binary_fields
 from llumnix.server.callers import who
-from llumnix.server.errors import Handler, error_response
+from llumnix.server.errors import BadContent, Handler, error_response
 from llumnix.server.head_checks import REQUEST_ID_SIZE, is_request_id
 from llumnix.server.json_scan import TooMuch, refuse_halves, scan, scan_texts
 from llumnix.server.json_strings import check_strings
@@ -37,19 +38,13 @@ _GENERATING = ("/completions", "/responses", "/messages", "/generate")
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 
-class BadContent(Exception):
-    """A body that asks for too much; the message says what, `field` where."""
-
-    def __init__(self, message: str, field: str) -> None:
-        super().__init__(message)
-        self.field = field
-
-
 class Contents:
     """Refuses bodies that would cost too much, on all routes."""
 
-    def __init__(self, within: BodyLimits) -> None:
+    def __init__(self, within: BodyLimits, taken: Taken = NOTHING) -> None:
+        """`taken`: what binary data the server takes; all other is refused."""
         self._within = within
+        self._taken = taken
 
     @property
     def body_bytes(self) -> int:
@@ -66,7 +61,9 @@ class Contents:
             try:
                 said = self._read(request.content_type, body)
                 self._fits(request.path, body, said)
-                asked.set(weigh(said))
+                requests = weigh(said)
+                await check_binary_fields(said, self._taken)
+                asked.set(requests)
             except TooMuch as error:
                 REFUSALS.labels("content").inc()
                 return error_response(400, str(error))
@@ -162,6 +159,8 @@ def weigh(said: Any) -> int:
         for item in items if isinstance(items, list) else ():
             _check_inside(name, item)
     prompts = max(_prompts(name, said.get(name)) for name in _PROMPTS)
+    if embeds := said.get("prompt_embeds"):  # prompts beside those of text
+        prompts = _prompts("prompt_embeds", embeds) + (prompts if said.get("prompt") else 0)
     choices = max(_whole(part.get(name)) for part in _parts(said) for name in limits.LARGEST)
     batched = said.get("messages")
     if isinstance(batched, list) and batched and isinstance(batched[0], list):
@@ -186,6 +185,8 @@ def _check(part: Mapping[str, Any]) -> None:
         most = limits.LENGTH_PENALTY
         message = f"length_penalty must be between -{most:g} and {most:g} with use_beam_search"
         raise BadContent(message, "length_penalty")
+    if part.get("trace_decode_token_ids") == []:  # else an assertion of vLLM's: 500
+        raise BadContent("trace_decode_token_ids must not be empty", "trace_decode_token_ids")
     grammar = part.get("structured_outputs")
     if grammar is not None and not isinstance(grammar, dict):
         raise BadContent("structured_outputs must be an object", "structured_outputs")

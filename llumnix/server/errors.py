@@ -17,6 +17,14 @@ RETRY_SOON = {"Retry-After": "1"}  # seconds: room comes with every request that
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
+class BadContent(Exception):
+    """A body that asks for too much; the message says what, `field` where."""
+
+    def __init__(self, message: str, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
 def error_response(
     status: int, message: str, headers: dict[str, str] | None = None, param: str | None = None
 ) -> web.Response:

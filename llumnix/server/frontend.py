@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import logging
 from http import HTTPStatus
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -75,6 +76,8 @@ class Frontend:
         arguments = without_keys(self._arguments)
         app = compat.server_symbol("build_app")(arguments, tasks, llm.model_config)
         await compat.server_symbol("init_app_state")(llm, app.state, arguments, tasks)
+        # Its answer to an engine's errors tells its own server to exit, which is not here.
+        app.state.server = SimpleNamespace(should_exit=False)
         # vLLM answers FastAPI's errors in OpenAI's shape; those of the router are Starlette's.
         _answer_alike(app, StarletteHTTPException, FastapiHTTPException)
         await self._stack.enter_async_context(app.router.lifespan_context(app))

@@ -19,6 +19,8 @@ NESTING = 128  # levels of objects and arrays; vLLM takes 64 in a schema, which 
 VALUES = 100_000  # items of arrays and objects; or two for each token of the context
 VALUES_PER_CONTAINER = 2  # of these: there may be half as many objects, arrays and keys together
 VALUE_BYTES = 24  # of a value that is no string, on average: a number, a name
+BINARY_VALUES = 10_000  # of MessagePack within strings, where a renderer's tensor is some ten
+EMBEDS = 512  # tensors in a body
 FORM_PARTS = 64  # of a multipart form
 FORM_HEAD_BYTES = 16 * 1024  # of all that is no content in it
 

@@ -4,6 +4,7 @@ Accepted: vLLM 0.26 to 0.33. Whatever moved between them is looked up here by it
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import weakref
@@ -208,3 +209,17 @@ def skip_grammar_validation(params: Any) -> None:
 
 def _nothing(*arguments: Any) -> None:
     """What is left to do for something that is done."""
+
+
+def media_fields() -> dict[str, type]:
+    """The classes that say how tensors of images are batched, by the names that requests have."""
+    from vllm.v1 import serial_utils
+
+    return {name: field for field, name in serial_utils.MMF_CLASS_TO_FACTORY.items()}
+
+
+def media_element_keys() -> set[str]:
+    """What a request says of each tensor of an image: in older versions its modality, too."""
+    from vllm.multimodal.inputs import MultiModalFieldElem
+
+    return {field.name for field in dataclasses.fields(MultiModalFieldElem)}

@@ -15,9 +15,9 @@ from llumnix.engine.vllm.grammars import asker
 from llumnix.server import limits
 from llumnix.server.admission import Admission
 from llumnix.server.bodies import Bodies
-from llumnix.server.body_checks import BadContent, Contents, check_form, check_keys, read, weigh
+from llumnix.server.body_checks import Contents, check_form, check_keys, read, weigh
 from llumnix.server.callers import ANYONE, CALLER, Caller
-from llumnix.server.errors import Handler
+from llumnix.server.errors import BadContent, Handler
 from llumnix.server.json_scan import TooMuch, _depth, _outside, scan
 from llumnix.server.json_strings import check_strings
 from llumnix.server.limits import BodyLimits, body_limits
@@ -223,6 +223,8 @@ def test_any_fields_weigh_something(content: dict[str, Any]) -> None:
         ({"prompt": "x", "n": 4, "use_beam_search": True}, 4),
         ({"prompt": ["x", "y", "z"], "n": 2}, 6),
         ({"prompt": [1, 2, 3], "n": 2}, 2),
+        ({"prompt_embeds": "AAAA", "n": 2}, 2),
+        ({"prompt_embeds": ["AAAA"] * 3, "prompt": ["x", "y"]}, 5),
         ({"prompt": [[1, 2], [3]], "n": 2}, 4),
         ({"input": ["x", "y"]}, 2),
         ({"token_ids": [1], "sampling_params": {"n": 3}}, 3),
@@ -246,6 +248,8 @@ def test_what_a_body_counts_for(content: Any, requests: int) -> None:
         {"sampling_params": {"n": 65}},
         {"prompt": ["x"] * 513},
         {"query": "x", "items": ["x"] * 513},
+        {"prompt_embeds": ["AAAA"] * 513},
+        {"sampling_params": {"trace_decode_token_ids": []}},
         {"stop": ["x"] * 65},
         {"stop": "x" * 20_000},
         {"logit_bias": {str(n): 1 for n in range(1025)}},
