@@ -63,6 +63,7 @@ class InstanceInfo:
     block_size: Count  # tokens in a KV block
     role: str = "any"  # any | prefill | decode
     failed_starts: Count = 0  # of its engine in a row, since it was up the last time
+    max_running: Count = 0  # requests in a batch, at most; 0: not known
 
 
 @dataclass(frozen=True, slots=True)

@@ -248,5 +248,6 @@ class NodeActor(Actor):
                 facts.total_blocks if facts else 0,
                 facts.block_size if facts else 0,
                 failed_starts=report.failed_starts,
+                max_running=facts.max_running if facts else 0,
             )
         )

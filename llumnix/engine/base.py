@@ -42,6 +42,7 @@ class EngineFacts:
     max_model_len: int  # tokens, prompt and output together
     tasks: tuple[str, ...]  # what the model can do: "generate", "embed", …
     resumes: bool = True  # whether a request may enter with outputs that it has already
+    max_running: int = 0  # requests in a batch, at most; 0: not known
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,16 @@ def unclaimed(info: InstanceInfo, load: InstanceLoad, sent: InFlight = NOTHING) 
     return info.total_blocks - dispatch_usage(load, sent)
 
 
+def places(info: InstanceInfo, load: InstanceLoad) -> float:
+    """How many requests more could be in its batch, once those that wait there are; +inf: no limit.
+
+    That is vLLM's `max_num_seqs`, which small requests reach long before the memory is full.
+    """
+    if not info.max_running:
+        return inf
+    return max(info.max_running - load.running - load.waiting, 0)
+
+
 def dispatch_freeness(
     info: InstanceInfo, load: InstanceLoad, sent: InFlight = NOTHING, headroom: int = 0
 ) -> float:

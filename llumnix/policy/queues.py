@@ -92,9 +92,13 @@ def to_idle_queues(
 
 
 def is_blocked(info: InstanceInfo, load: InstanceLoad) -> bool:
-    """Whether the head of a queue waits for memory."""
+    """Whether the head of a queue waits for memory, or for a place in the batch."""
+    if not load.waiting:
+        return False
+    if info.max_running and load.running >= info.max_running:
+        return True
     free = info.total_blocks - load.used_blocks
-    return load.waiting > 0 and load.head_blocks > free - KEPT_BACK * info.total_blocks
+    return load.head_blocks > free - KEPT_BACK * info.total_blocks
 
 
 def can_begin(view: ClusterView, pair: Pair, terms: Terms) -> bool:

@@ -14,7 +14,7 @@ from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceState
 from llumnix.policy.classes import NO_CLASSES
 from llumnix.policy.decision_context import TERMS, Terms, Thresholds
 from llumnix.policy.dispatch_state import is_candidate
-from llumnix.policy.load import freeness, unclaimed, virtual_usage
+from llumnix.policy.load import freeness, places, unclaimed, virtual_usage
 from llumnix.policy.select import QUEUE, TAIL, Room
 
 SPILL = "behind"  # the rule by which a request that waits goes where it need not
@@ -107,7 +107,8 @@ def room(view: ClusterView, pair: Pair, terms: Terms = TERMS) -> Room | None:
     if pair.rule in (SPILL, QUEUE):  # it is to begin at once, and nobody is to be preempted for it
         kept = terms.classes.headroom(destination, load.priorities)
         floor = SPILL_FLOOR if pair.rule == SPILL else START_FLOOR
-        return Room(unclaimed(destination, load) - kept, batch, floor, headroom)
+        free = unclaimed(destination, load) - kept
+        return Room(free, batch, floor, headroom, places(destination, load))
     if pair.rule == TAIL:  # half of what the one lacks more than the other evens them out
         more = unclaimed(destination, load) - unclaimed(source, given)
         return Room(max(more, 0) // 2)
@@ -119,6 +120,7 @@ def room(view: ClusterView, pair: Pair, terms: Terms = TERMS) -> Room | None:
         batch=batch,
         floor=-inf if drains else floor,
         headroom=headroom,
+        places=inf if drains else places(destination, load),
     )
 
 

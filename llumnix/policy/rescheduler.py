@@ -181,7 +181,9 @@ class Rescheduler:
         if drains or not self._pace.books:
             return MoveOrder(pair, moves, drains)
         free = room(view, pair, self._terms)
-        return MoveOrder(pair, moves, drains, max(free.blocks, 0) if free else 0)
+        if free is None:
+            return MoveOrder(pair, moves, drains, 0)
+        return MoveOrder(pair, int(min(moves, free.places)), drains, max(free.blocks, 0))
 
     def _expected(self, view: ClusterView, order: MoveOrder) -> tuple[int, int]:
         """How many requests an order moves, and their blocks, if they are as most are."""

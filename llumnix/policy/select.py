@@ -45,6 +45,7 @@ class Room(NamedTuple):
     # By priority, of the classes that keep headroom: the blocks that a request of it would keep
     # free there, besides those that are kept already.
     headroom: Mapping[int, int] = _NO_HEADROOM
+    places: float = inf  # requests that its batch has place for, besides those there
 
     def takes(self, candidate: MovableRequest) -> bool:
         """Whether the destination can hold the request, and is left with enough freeness."""
@@ -55,13 +56,16 @@ class Room(NamedTuple):
         kept = self.headroom.get(candidate.priority, 0)
         headroom = {**self.headroom, candidate.priority: 0} if kept else self.headroom
         return self._replace(
-            blocks=self.blocks - candidate.blocks - kept, batch=self.batch + 1, headroom=headroom
+            blocks=self.blocks - candidate.blocks - kept,
+            batch=self.batch + 1,
+            headroom=headroom,
+            places=self.places - 1,
         )
 
     def fits(self, blocks: float) -> bool:
         """Whether one more request of so many blocks can be held, and enough freeness is left."""
         left = self.blocks - blocks
-        return left >= 0 and left / (self.batch + 1) > self.floor
+        return self.places >= 1 and left >= 0 and left / (self.batch + 1) > self.floor
 
 
 Rule = Callable[[Sequence[MovableRequest], Room], MovableRequest | None]

@@ -72,7 +72,8 @@ class SimInstance:
         """It as the cluster knows it."""
         config = self.engine.config
         return InstanceInfo(
-            self.id, NODE, "model", self.state, config.total_blocks, config.block_size
+            *(self.id, NODE, "model", self.state, config.total_blocks, config.block_size),
+            max_running=config.max_num_seqs,
         )
 
     @property

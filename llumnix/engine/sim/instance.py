@@ -68,7 +68,8 @@ class SimEngine:
         self._loop_task = asyncio.create_task(self._run(events), name=f"sim-{self.id}")
         config = self._config
         return EngineFacts(
-            config.total_blocks, config.block_size, config.max_model_len, ("generate",)
+            *(config.total_blocks, config.block_size, config.max_model_len, ("generate",)),
+            max_running=config.max_num_seqs,
         )
 
     async def add(self, request: EngineCoreRequest, generated: Sequence[int] = ()) -> None:

@@ -257,6 +257,7 @@ class VllmEngine:
             max_model_len=self._config.model_config.max_model_len,
             tasks=tuple(tasks),
             resumes=scheduler.installed(self._config),
+            max_running=self._config.scheduler_config.max_num_seqs,
         )
 
     def _on_outputs(self, outputs: EngineCoreOutputs) -> None:

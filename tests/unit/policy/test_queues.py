@@ -48,6 +48,22 @@ def test_where_nothing_fits_or_others_wait_nothing_begins() -> None:
     assert Pair("a", "c", "queue") not in moves(FULL, queued)
 
 
+def test_a_batch_that_is_full_blocks_as_memory_does() -> None:
+    """Small requests reach vLLM's max_num_seqs long before the memory is full."""
+    small = InstanceLoad("a", 16, 6, used_blocks=20, waiting_blocks=6, head_blocks=1)
+    other = InstanceLoad("b", 13, used_blocks=15)
+
+    def orders(*loads: InstanceLoad, most: int) -> list[tuple[Pair, int]]:
+        seen = view(*loads)
+        limited = {i: replace(info, max_running=most) for i, info in seen.instances.items()}
+        made = Rescheduler(queues).orders(replace(seen, instances=limited))
+        return [(order.pair, order.moves) for order in made]
+
+    assert orders(small, other, most=16) == [(BLOCKED, 3)], "no more than there are places"
+    assert orders(small, replace(other, running=16, used_blocks=20), most=16) == []
+    assert orders(small, other, most=0) == orders(small, other, most=64) == []
+
+
 def test_of_two_that_are_over_full_the_longer_queue_is_cut_in_half_and_not_back() -> None:
     long = InstanceLoad("a", 9, 20, used_blocks=98, waiting_blocks=200, head_blocks=10)
     short = InstanceLoad("b", 9, 2, used_blocks=98, waiting_blocks=20, head_blocks=10)
