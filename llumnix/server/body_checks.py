@@ -9,6 +9,7 @@ import orjson
 from aiohttp import web
 
 from llumnix.engine.vllm.grammars import SPEC_BYTES, asker
+from llumnix.engine.vllm.media import MediaBudget, media_budget
 from llumnix.metrics import REFUSALS
 from llumnix.server import limits
 from llumnix.server.binary_fields import NOTHING, Taken, check_binary_fields
@@ -72,6 +73,7 @@ class Contents:
                 return error_response(400, str(error), param=error.field)
             content.set(said)
             asker.set(who(request))
+            media_budget.set(MediaBudget() if self._taken.media_items else None)
             try:
                 return await handler(request)
             finally:  # the next request of this connection has the same task

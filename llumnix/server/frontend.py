@@ -29,6 +29,7 @@ from llumnix.engine.vllm import compat
 from llumnix.engine.vllm.frontend import DoorLLM, Streams
 from llumnix.engine.vllm.grammars import Grammars
 from llumnix.engine.vllm.list_shapes import Shapes
+from llumnix.engine.vllm.media import bound_media
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class Frontend:
         # It has documents scored where the embedding of their query is: in one engine's worker.
         self._arguments.enable_flash_late_interaction = False
         arguments = without_keys(self._arguments)
+        bound_media()
         app = compat.server_symbol("build_app")(arguments, tasks, llm.model_config)
         await compat.server_symbol("init_app_state")(llm, app.state, arguments, tasks)
         # Its answer to an engine's errors tells its own server to exit, which is not here.

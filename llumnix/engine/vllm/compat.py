@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
@@ -223,3 +224,24 @@ def media_element_keys() -> set[str]:
     from vllm.multimodal.inputs import MultiModalFieldElem
 
     return {field.name for field in dataclasses.fields(MultiModalFieldElem)}
+
+
+def sampled_frames(media_io: Any, frames: int, rate: float) -> int:
+    """How many frames vLLM would take of a video that has so many, and so many in a second.
+
+    Its loaders have a method that tells. Where one has not, it is as many as are asked for, or all.
+    """
+    loader, options = media_io.video_loader, dict(media_io.kwargs)
+    try:
+        from vllm.multimodal import video_decoders as kinds
+
+        known = inspect.signature(loader.load_bytes).parameters
+        fps, longest = (options.pop(n, known[n].default) for n in ("fps", "max_duration"))
+        for name in ("backend", "frame_recovery", "num_frames"):
+            options.pop(name, None)
+        source = kinds.VideoSourceMetadata(frames, rate, frames / rate if rate else 0)
+        target = kinds.VideoTargetMetadata(media_io.num_frames, fps, longest)
+        return len(loader.compute_frames_index_to_sample(source, target, **options))
+    except Exception:
+        asked = media_io.num_frames
+        return min(frames, asked) if isinstance(asked, int) and asked > 0 else frames

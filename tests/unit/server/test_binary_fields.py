@@ -24,6 +24,7 @@ from vllm.multimodal.inputs import (
     MultiModalSharedField,
 )
 
+from llumnix.engine.vllm.media import media_budget
 from llumnix.metrics import REFUSALS
 from llumnix.server import limits
 from llumnix.server.base64_text import Base64Text
@@ -259,6 +260,7 @@ async def test_refusals_over_http() -> None:
     seen: list[Any] = []
 
     async def answer(request: web.Request) -> web.StreamResponse:
+        assert (media_budget.get() is not None) == (request.path == "/all")
         seen.append(orjson.loads(await request.read()))
         return web.Response()
 
@@ -277,8 +279,9 @@ async def test_refusals_over_http() -> None:
         right = {
             "features": {**features, "kwargs_data": {"image": [encode_mm_kwargs_item(item())]}}
         }
+        assert (await post("/nothing", {"prompt": "x"}))[0] == 200
         assert (await post("/all", {"prompt_embeds": PLAIN}))[0] == 200
-        assert (await post("/all", right))[0] == 200 and len(seen) == 2
+        assert (await post("/all", right))[0] == 200 and len(seen) == 3
         before = REFUSALS.labels("content")._value.get()
         for path, said, name, words in (
             ("/all", {"prompt_embeds": WIDE}, "prompt_embeds", "would have 2304000000 bytes"),
@@ -301,4 +304,4 @@ async def test_refusals_over_http() -> None:
         bombs = {"features": {**features, "kwargs_data": {"image": [bomb(100_000)]}}}
         status, error = await post("/all", bombs)
         assert status == 400 and "more than 10000 values" in error["message"]
-        assert len(seen) == 2 and REFUSALS.labels("content")._value.get() == before + 5
+        assert len(seen) == 3 and REFUSALS.labels("content")._value.get() == before + 5
