@@ -17,7 +17,7 @@ from llumnix.server.npy_file import PREFIX, check_npy_file
 from llumnix.server.torch_file import NoTensor, check_torch_file
 
 _PROMPT = "prompt_embeds"
-_MEDIA = ("image_embeds", "audio_embeds", "video_embeds")
+_EMBEDS = frozenset({_PROMPT, "image_embeds", "audio_embeds", "video_embeds"})
 _ITEMS = ("kwargs_data", "mm_metadata")  # of `features`: what a renderer made of images and sounds
 # Where clients put what they like, and describe fields instead of filling them.
 _ELSEWHERE = limits.FREE | {"tools", "functions"}
@@ -88,24 +88,24 @@ def _find_embeds(part: Any, found: list[tuple[str, str]], top: bool = False) -> 
         for inner in part:
             if type(inner) is dict or type(inner) is list:
                 _find_embeds(inner, found)
-    elif type(part) is dict:
-        if part.get("type") == _PROMPT or _PROMPT in part:
-            found += [
-                (_PROMPT, text) for name in (_PROMPT, "data") for text in _texts(part.get(name))
-            ]
-        for name in _MEDIA:
-            found += [(name, text) for text in _texts(part.get(name))]
-        for name, inner in part.items():
+        return
+    for name, inner in part.items():
+        if type(inner) is str:
+            if name in _EMBEDS:
+                found.append((name, inner))
+            elif name == "data" and (part.get("type") == _PROMPT or _PROMPT in part):
+                found.append((_PROMPT, inner))
+        elif type(inner) is dict or type(inner) is list:
+            if name in _EMBEDS:
+                found += [(name, text) for text in _texts(inner)]
             # The input of a tool that was called is no place of these, unlike that of a response.
-            if name in _ELSEWHERE or (name == "input" and not top):
-                continue
-            if type(inner) is dict or type(inner) is list:
+            elif name not in _ELSEWHERE and (top or name != "input"):
                 _find_embeds(inner, found)
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """A text, or those of a list or an object."""
-    values = value.values() if type(value) is dict else value if type(value) is list else [value]
+    """The texts of a list or an object."""
+    values = value.values() if type(value) is dict else value if type(value) is list else ()
     return (text for text in values if type(text) is str)
 
 
