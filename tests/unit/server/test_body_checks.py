@@ -40,10 +40,10 @@ TOO_MUCH = {
 
 @pytest.mark.parametrize("name", TOO_MUCH)
 def test_what_no_parser_sees(name: str) -> None:
-    began = time.perf_counter()
+    began = time.thread_time()
     with pytest.raises(TooMuch):
         scan(TOO_MUCH[name])
-    assert time.perf_counter() - began < 0.5  # 10 ms, on a machine of one's own
+    assert time.thread_time() - began < 0.5  # 10 ms, on a machine of one's own
 
 
 @pytest.mark.parametrize(
@@ -150,10 +150,10 @@ def test_json_within_strings(content: Any) -> None:
     """It is measured as a body is; vLLM parses it on the loop."""
     body = json.dumps(content).encode()
     scan(body)
-    began = time.perf_counter()
+    began = time.thread_time()
     with pytest.raises(TooMuch, match="JSON within strings"):
         check_strings(content)
-    assert time.perf_counter() - began < 0.5
+    assert time.thread_time() - began < 0.5
     with pytest.raises(TooMuch, match="JSON within strings"):
         Contents(BodyLimits())._read("application/json", body)
 
