@@ -1,12 +1,12 @@
-"""Writes the table of routes in docs/security.md out of llumnix/server/routes.py."""
+"""Writes the table of routes in docs/security.md out of llumnix/server/door/routes.py."""
 
 import sys
 from pathlib import Path
 
-from llumnix.server.routes import ROUTES, Access
+from llumnix.server.door.routes import ROUTES, Access
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "security.md"
-BEGIN = "<!-- `make docs` writes the table out of llumnix/server/routes.py -->\n"
+BEGIN = "<!-- `make docs` writes the table out of llumnix/server/door/routes.py -->\n"
 END = "<!-- end of the table -->\n"
 WHO = {
     Access.PUBLIC: "public: anybody",

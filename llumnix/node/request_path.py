@@ -22,22 +22,22 @@ from llumnix.policy.classes import Classes
 from llumnix.server import engine_requests
 from llumnix.server.admission import Admission
 from llumnix.server.app import AppParts, Gateway, make_app
-from llumnix.server.binary_fields import taken_by
-from llumnix.server.bodies import Bodies
-from llumnix.server.body_checks import Contents
-from llumnix.server.connection_limits import connection_limits
-from llumnix.server.cors import allow_origins
+from llumnix.server.body_checks.binary_fields import taken_by
+from llumnix.server.body_checks.contents import Contents
+from llumnix.server.body_checks.limits import body_limits
+from llumnix.server.door.cors import allow_origins
+from llumnix.server.door.guard import Guard
+from llumnix.server.door.routes import RouteTable
 from llumnix.server.drain_routes import Drains
 from llumnix.server.frontend import Frontend
 from llumnix.server.generate_route import DemoRoute
-from llumnix.server.guard import Guard
-from llumnix.server.limits import body_limits
-from llumnix.server.listener import Listener
 from llumnix.server.priority import Priorities
 from llumnix.server.request_ids import give_request_id
 from llumnix.server.request_routes import Moves
-from llumnix.server.routes import RouteTable
 from llumnix.server.status_routes import Admin, Standing
+from llumnix.server.transport.bodies import Bodies
+from llumnix.server.transport.limits import connection_limits
+from llumnix.server.transport.listener import Listener
 
 logger = logging.getLogger(__name__)
 

@@ -26,8 +26,8 @@ from llumnix.node.observation import Observation
 from llumnix.node.options import NodeOptions, read_policies
 from llumnix.node.request_path import RequestPath
 from llumnix.secrecy import write_token
-from llumnix.server.access import AccessRules
-from llumnix.server.guard import Guard
+from llumnix.server.door.access import AccessRules
+from llumnix.server.door.guard import Guard
 from llumnix.server.status_routes import Admin, Standing
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from aiohttp import web
 from vllm.v1.engine import EngineCoreRequest
 
 from llumnix.metrics import REFUSALS
-from llumnix.server.body_checks import asked
+from llumnix.server.body_checks.contents import asked
 from llumnix.server.errors import RETRY_SOON, Handler, error_response
 
 BYTES_PER_TOKEN = 4  # of a body whose prompt has not been tokenised yet

@@ -15,9 +15,9 @@ from llumnix.engine.vllm.compat import client_errors
 from llumnix.server import asgi
 from llumnix.server.access_log import shown
 from llumnix.server.admission import Admission
-from llumnix.server.bodies import Bodies
-from llumnix.server.body_checks import Contents, content
-from llumnix.server.connection import Connection
+from llumnix.server.body_checks.contents import Contents, content
+from llumnix.server.door.guard import Guard
+from llumnix.server.door.routes import RouteTable
 from llumnix.server.drain_routes import Drains
 from llumnix.server.engine_requests import Opened, opened
 from llumnix.server.errors import (
@@ -28,12 +28,12 @@ from llumnix.server.errors import (
     openai_errors,
 )
 from llumnix.server.frontend import Frontend
-from llumnix.server.guard import Guard
 from llumnix.server.priority import Priorities
 from llumnix.server.request_routes import Moves
 from llumnix.server.response_stream import Outlet
-from llumnix.server.routes import RouteTable
 from llumnix.server.status_routes import Admin, Standing
+from llumnix.server.transport.bodies import Bodies
+from llumnix.server.transport.connection import Connection
 
 logger = logging.getLogger(__name__)
 

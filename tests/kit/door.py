@@ -9,9 +9,9 @@ import aiohttp
 from aiohttp import web
 
 from llumnix.config import Config
-from llumnix.server.access import AccessRules
-from llumnix.server.callers import CALLER
-from llumnix.server.cors import allow_origins
+from llumnix.server.door.access import AccessRules
+from llumnix.server.door.callers import CALLER
+from llumnix.server.door.cors import allow_origins
 from llumnix.server.errors import openai_errors
 from tests.kit.etcd import free_ports
 

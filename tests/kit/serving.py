@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from aiohttp import web
 
-from llumnix.server.connection_places import Limits
 from llumnix.server.errors import openai_errors
-from llumnix.server.listener import Listener
+from llumnix.server.transport.listener import Listener
+from llumnix.server.transport.places import Limits
 from tests.kit.etcd import free_ports
 
 

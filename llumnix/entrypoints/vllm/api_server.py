@@ -87,7 +87,7 @@ def _check_callers(
 ) -> None:
     """See that keys and the doors for them go together; else end with status 2."""
     from llumnix.config import ConfigError
-    from llumnix.server.access import AccessRules
+    from llumnix.server.door.access import AccessRules
 
     try:
         AccessRules(config, parsed)

@@ -19,7 +19,7 @@ from yarl import URL
 
 from llumnix.server import asgi
 from llumnix.server.errors import openai_errors
-from llumnix.server.listener import Listener
+from llumnix.server.transport.listener import Listener
 from tests.kit.etcd import free_ports
 from tests.kit.node import Node
 from tests.kit.wait import eventually

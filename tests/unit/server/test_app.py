@@ -12,12 +12,12 @@ from fastapi.responses import StreamingResponse
 from vllm.exceptions import VLLMValidationError
 
 from llumnix.server.app import Gateway
-from llumnix.server.bodies import Bodies
-from llumnix.server.body_checks import Contents
+from llumnix.server.body_checks.contents import Contents
+from llumnix.server.body_checks.limits import BodyLimits
+from llumnix.server.door.routes import RouteTable
 from llumnix.server.errors import openai_errors
-from llumnix.server.limits import BodyLimits
-from llumnix.server.routes import RouteTable
 from llumnix.server.status_routes import Standing
+from llumnix.server.transport.bodies import Bodies
 from tests.kit.loop import on_loop
 
 

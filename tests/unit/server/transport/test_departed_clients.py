@@ -15,11 +15,11 @@ from starlette.routing import Route
 
 from llumnix.server import asgi, engine_requests
 from llumnix.server.app import Gateway
-from llumnix.server.connection import Connection
-from llumnix.server.connection_places import Limits
-from llumnix.server.departed_clients import ENDING
-from llumnix.server.routes import RouteTable
+from llumnix.server.door.routes import RouteTable
 from llumnix.server.status_routes import Standing
+from llumnix.server.transport.connection import Connection
+from llumnix.server.transport.departed_clients import ENDING
+from llumnix.server.transport.places import Limits
 from tests.kit.leaving import SMALL, WAYS, Client, head, post
 from tests.kit.loop import soon
 from tests.kit.serving import serving

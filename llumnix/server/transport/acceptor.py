@@ -13,7 +13,7 @@ import ssl
 from collections.abc import Callable
 
 from llumnix.metrics import CLOSED
-from llumnix.server.log_throttle import Seldom
+from llumnix.server.transport.log_throttle import Seldom
 from llumnix.tasks import TaskSet
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from llumnix.metrics import REFUSALS
-from llumnix.server.connection import Connection
 from llumnix.server.errors import RETRY_SOON, Handler, error_response
+from llumnix.server.transport.connection import Connection
 
 FREE = 64 * 1024  # bytes of each body that the budget does not count: most have no more
 

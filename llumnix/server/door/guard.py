@@ -3,10 +3,10 @@
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 
-from llumnix.server.callers import CALLER, Caller, Callers
-from llumnix.server.csrf import Pages, is_preflight
+from llumnix.server.door.callers import CALLER, Caller, Callers
+from llumnix.server.door.csrf import Pages, is_preflight
+from llumnix.server.door.routes import Access, RouteTable
 from llumnix.server.errors import Handler, error_response
-from llumnix.server.routes import Access, RouteTable
 
 _CHALLENGE = {"WWW-Authenticate": "Bearer"}
 

@@ -26,16 +26,16 @@ from vllm.multimodal.inputs import (
 
 from llumnix.engine.vllm.media import media_budget
 from llumnix.metrics import REFUSALS
-from llumnix.server import limits
-from llumnix.server.base64_text import Base64Text
-from llumnix.server.binary_fields import NOTHING, Taken, check_binary_fields
-from llumnix.server.bodies import Bodies
-from llumnix.server.body_checks import Contents
+from llumnix.server.body_checks import limits
+from llumnix.server.body_checks.base64_text import Base64Text
+from llumnix.server.body_checks.binary_fields import NOTHING, Taken, check_binary_fields
+from llumnix.server.body_checks.contents import Contents
+from llumnix.server.body_checks.json_scan import TooMuch
+from llumnix.server.body_checks.limits import BodyLimits
+from llumnix.server.body_checks.media_items import NoItem, check_item
+from llumnix.server.body_checks.msgpack_scan import MsgpackScan
 from llumnix.server.errors import BadContent
-from llumnix.server.json_scan import TooMuch
-from llumnix.server.limits import BodyLimits
-from llumnix.server.media_items import NoItem, check_item
-from llumnix.server.msgpack_scan import MsgpackScan
+from llumnix.server.transport.bodies import Bodies
 from tests.kit.loop import on_loop
 from tests.kit.tensors import npy, saved, text
 

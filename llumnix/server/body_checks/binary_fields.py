@@ -8,13 +8,13 @@ from typing import Any
 
 from vllm.config import ModelConfig
 
-from llumnix.server import limits
-from llumnix.server.base64_text import Base64Text
+from llumnix.server.body_checks import limits
+from llumnix.server.body_checks.base64_text import Base64Text
+from llumnix.server.body_checks.media_items import NoItem, check_item
+from llumnix.server.body_checks.msgpack_scan import MsgpackScan
+from llumnix.server.body_checks.npy_file import PREFIX, check_npy_file
+from llumnix.server.body_checks.torch_file import NoTensor, check_torch_file
 from llumnix.server.errors import BadContent
-from llumnix.server.media_items import NoItem, check_item
-from llumnix.server.msgpack_scan import MsgpackScan
-from llumnix.server.npy_file import PREFIX, check_npy_file
-from llumnix.server.torch_file import NoTensor, check_torch_file
 
 _PROMPT = "prompt_embeds"
 _EMBEDS = frozenset({_PROMPT, "image_embeds", "audio_embeds", "video_embeds"})

@@ -11,14 +11,14 @@ from aiohttp import web
 from llumnix.engine.vllm.grammars import SPEC_BYTES, asker
 from llumnix.engine.vllm.media import MediaBudget, media_budget
 from llumnix.metrics import REFUSALS
-from llumnix.server import limits
-from llumnix.server.binary_fields import NOTHING, Taken, check_binary_fields
-from llumnix.server.callers import who
+from llumnix.server.body_checks import limits
+from llumnix.server.body_checks.binary_fields import NOTHING, Taken, check_binary_fields
+from llumnix.server.body_checks.json_scan import TooMuch, refuse_halves, scan, scan_texts
+from llumnix.server.body_checks.json_strings import check_strings
+from llumnix.server.body_checks.limits import BodyLimits
+from llumnix.server.door.callers import who
 from llumnix.server.errors import BadContent, Handler, error_response
-from llumnix.server.head_checks import REQUEST_ID_SIZE, is_request_id
-from llumnix.server.json_scan import TooMuch, refuse_halves, scan, scan_texts
-from llumnix.server.json_strings import check_strings
-from llumnix.server.limits import BodyLimits
+from llumnix.server.transport.head_checks import REQUEST_ID_SIZE, is_request_id
 
 # How many requests for engines an HTTP request will be; set in its handler's task.
 asked: ContextVar[int] = ContextVar("asked", default=1)

@@ -16,9 +16,9 @@ from llumnix.dataplane.peer import PATH
 from llumnix.engine.vllm import arguments as command_line
 from llumnix.engine.vllm.compat import server_symbol
 from llumnix.server.app import AppParts, make_app
-from llumnix.server.cors import allow_origins
+from llumnix.server.door.cors import allow_origins
+from llumnix.server.door.routes import ROUTES, Access, RouteTable
 from llumnix.server.frontend import without_keys
-from llumnix.server.routes import ROUTES, Access, RouteTable
 from tests.kit.door import options, rules
 
 FLAGS = (

@@ -8,9 +8,9 @@ import math
 from typing import Any
 
 from llumnix.engine.vllm import compat
-from llumnix.server.base64_text import Base64Text
-from llumnix.server.msgpack_scan import Bytes, MsgpackScan
-from llumnix.server.torch_file import dtype_named
+from llumnix.server.body_checks.base64_text import Base64Text
+from llumnix.server.body_checks.msgpack_scan import Bytes, MsgpackScan
+from llumnix.server.body_checks.torch_file import dtype_named
 
 
 class NoItem(ValueError):

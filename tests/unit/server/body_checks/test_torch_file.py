@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llumnix.server.base64_text import Base64Text
-from llumnix.server.torch_file import NoTensor, check_torch_file
+from llumnix.server.body_checks.base64_text import Base64Text
+from llumnix.server.body_checks.torch_file import NoTensor, check_torch_file
 from tests.kit.tensors import rezipped, saved, text, with_pickle
 
 TENSORS = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from aiohttp import hdrs, web
 
-from llumnix.server.callers import Caller
+from llumnix.server.door.callers import Caller
 
 _HOST = re.compile(r"(?:(?P<name>[^:\[\]]*)|\[(?P<v6>[^\[\]]+)\])(?::[0-9]{0,5})?")
 

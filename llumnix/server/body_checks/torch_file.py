@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from llumnix.server.base64_text import Base64Text
+from llumnix.server.body_checks.base64_text import Base64Text
 
 PICKLE_BYTES = 4096  # a tensor takes some 200
 _DIRECTORY_BYTES = 16 * 1024  # the files of a zip; torch writes 7

@@ -1,12 +1,37 @@
-"""How many connections a process has descriptors for."""
+"""How many connections this process may have, by its options and its descriptors, and how long."""
 
+import os
 import resource
 
+from vllm import envs
+
+from llumnix.config import Config
 from llumnix.knob import ConfigError
+from llumnix.server.transport.places import Limits
 
 WANTED = 65_535  # descriptors, as vLLM's server asks for
 OWN = 512  # for engines, nodes, etcd and files; with few descriptors, half of them
 MOST = 16_384  # connections, unless more are asked for
+RESERVE = 64  # places for probes, operators and nodes
+IDLE = 75.0  # seconds, if nobody says how many: proxies close theirs after 60, and should be first
+
+
+def connection_limits(config: Config) -> Limits:
+    """The limits of the connections of this process.
+
+    Raises ConfigError if it cannot have as many as are asked for.
+    """
+    idle = config.idle_timeout
+    if not idle:
+        name = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
+        idle = float(envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE) if os.environ.get(name) else IDLE
+    return Limits(
+        connections=places(config.max_connections, RESERVE),
+        reserve=RESERVE,
+        header_timeout=config.header_timeout,
+        idle_timeout=max(idle, 1.0),
+        send_timeout=config.send_timeout,
+    )
 
 
 def places(asked: int, reserve: int) -> int:

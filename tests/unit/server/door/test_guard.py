@@ -12,9 +12,9 @@ from hypothesis import given as drawn
 from hypothesis import strategies as st
 
 from llumnix.config import ConfigError
-from llumnix.server import keyring
-from llumnix.server.callers import is_local
-from llumnix.server.routes import ROUTES, Access, RouteTable
+from llumnix.server.door import keyring
+from llumnix.server.door.callers import is_local
+from llumnix.server.door.routes import ROUTES, Access, RouteTable
 from tests.kit.door import Door, door, rules
 from tests.kit.loop import on_loop
 

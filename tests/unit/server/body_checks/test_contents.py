@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llumnix.engine.vllm.grammars import asker
-from llumnix.server import limits
 from llumnix.server.admission import Admission
-from llumnix.server.bodies import Bodies
-from llumnix.server.body_checks import Contents, check_form, check_keys, read, weigh
-from llumnix.server.callers import ANYONE, CALLER, Caller
+from llumnix.server.body_checks import limits
+from llumnix.server.body_checks.contents import Contents, check_form, check_keys, read, weigh
+from llumnix.server.body_checks.json_scan import TooMuch, _depth, _outside, scan
+from llumnix.server.body_checks.json_strings import check_strings
+from llumnix.server.body_checks.limits import BodyLimits, body_limits
+from llumnix.server.door.callers import ANYONE, CALLER, Caller
 from llumnix.server.errors import BadContent, Handler
-from llumnix.server.json_scan import TooMuch, _depth, _outside, scan
-from llumnix.server.json_strings import check_strings
-from llumnix.server.limits import BodyLimits, body_limits
+from llumnix.server.transport.bodies import Bodies
 from tests.kit.loop import on_loop
 
 MILLIONS = b'{"prompt":"x","a":[' + b",".join([b'{"a":{}}'] * 400_000) + b"]}"

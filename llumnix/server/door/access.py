@@ -7,11 +7,11 @@ from vllm import envs
 
 from llumnix.addresses import parts
 from llumnix.config import Config, ConfigError
-from llumnix.server.callers import AcceptedKeys, Callers
-from llumnix.server.csrf import Pages
-from llumnix.server.guard import Guard
-from llumnix.server.keyring import KeyFile, Keyring
-from llumnix.server.routes import METRICS, STATUS, RouteTable
+from llumnix.server.door.callers import AcceptedKeys, Callers
+from llumnix.server.door.csrf import Pages
+from llumnix.server.door.guard import Guard
+from llumnix.server.door.keyring import KeyFile, Keyring
+from llumnix.server.door.routes import METRICS, STATUS, RouteTable
 
 
 class AccessRules:

@@ -7,8 +7,8 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-from llumnix.server import limits
-from llumnix.server.json_scan import TooMuch
+from llumnix.server.body_checks import limits
+from llumnix.server.body_checks.json_scan import TooMuch
 
 RAW = 3  # vLLM's kind of an extension that is bytes; its others are pickles
 _STRING_BYTES = 1024

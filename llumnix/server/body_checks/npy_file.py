@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from llumnix.server.base64_text import Base64Text
-from llumnix.server.torch_file import NoTensor
+from llumnix.server.body_checks.base64_text import Base64Text
+from llumnix.server.body_checks.torch_file import NoTensor
 
 PREFIX = b"\x93NUMPY"
 _HEAD_BYTES = 4096  # numpy itself takes 10,000

@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Protocol
 
 from llumnix.metrics import CLOSED, CONNECTIONS
-from llumnix.server.log_throttle import Seldom
+from llumnix.server.transport.log_throttle import Seldom
 
 logger = logging.getLogger(__name__)
 

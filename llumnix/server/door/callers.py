@@ -8,7 +8,7 @@ from typing import Protocol
 
 from aiohttp import hdrs, web
 
-from llumnix.server.keyring import digest
+from llumnix.server.door.keyring import digest
 
 # Headers by which proxies and the networks in front of them say for whom they ask, or that they do.
 _OF_A_PROXY = re.compile(

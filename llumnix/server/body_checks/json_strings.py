@@ -9,8 +9,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from llumnix.server import limits
-from llumnix.server.json_scan import TooMuch, refuse_halves, scan_texts
+from llumnix.server.body_checks import limits
+from llumnix.server.body_checks.json_scan import TooMuch, refuse_halves, scan_texts
 
 # Fields whose strings are parsed, wherever they are.
 PARSED = frozenset({"arguments", "json", "structural_tag", "tools", "vllm_xargs"})

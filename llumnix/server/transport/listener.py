@@ -10,11 +10,11 @@ from aiohttp import web
 
 from llumnix.addresses import parts
 from llumnix.config import ConfigError
-from llumnix.server.acceptor import Acceptor
 from llumnix.server.access_log import AccessLog
-from llumnix.server.connection_places import Limits
-from llumnix.server.connections import Doors
-from llumnix.server.unfinished_heads import PIECE
+from llumnix.server.transport.acceptor import Acceptor
+from llumnix.server.transport.connections import Doors
+from llumnix.server.transport.places import Limits
+from llumnix.server.transport.unfinished_heads import PIECE
 
 BACKLOG = 2048  # connections that may wait to be accepted, as at vLLM's server
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llumnix.server import limits
+from llumnix.server.body_checks import limits
 
 _SMALL = 32 * 1024  # a body of fewer bytes can't hold much, but it may be deep
 _BLANK = b" \t\r\n"

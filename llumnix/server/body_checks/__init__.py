@@ -1,0 +1,1 @@
+"""What a body may hold, looked at before anything parses it."""
