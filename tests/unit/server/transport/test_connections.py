@@ -84,16 +84,17 @@ def test_idle_connections_give_way() -> None:
 def test_probes_have_places_while_all_are_busy(caplog: pytest.LogCaptureFixture) -> None:
     async def check() -> None:
         until = asyncio.Event()
+        seen: list[str] = []
 
         async def wait(request: web.Request) -> web.StreamResponse:
+            seen.append(request.path)
             if request.path != "/livez":
                 await until.wait()
             return web.Response(text="ok")
 
         async with serving(wait, Limits(connections=5, reserve=3)) as port:
             busy = [Client(port).send(post("/v1/completions", {})) for _ in range(5)]
-            await soon(lambda: opened() == 5)
-            await asyncio.sleep(0.05)  # until their requests are seen
+            await soon(lambda: len(seen) == 5)
             for _ in range(5):
                 refused = await read(client := Client(port).send(post("/", {})), all_of_it=True)
                 status, message = error(refused)
