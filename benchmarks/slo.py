@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from llumnix.policy.classes import PriorityClass
+from llumnix.policy.priority_classes import PriorityClass
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig, PolicyConfig
 from llumnix.simulator.distributions import ArrivalProcess
 from llumnix.simulator.result import Result

@@ -35,7 +35,7 @@ from llumnix.policy.dispatch import (
 )
 from llumnix.policy.queues import lookahead, queues
 from llumnix.policy.rebalance import Allowed, Pair, Planner, pairs
-from llumnix.policy.select import RULES
+from llumnix.policy.request_choice import RULES
 from llumnix.policy.slo import by_slo
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from benchmarks.paper.rates import GAMMA, found
 from benchmarks.paper.runs import Run, run_all
 from benchmarks.paper.systems import SYSTEMS
 from benchmarks.paper.traces import ROWS
-from llumnix.policy.classes import PriorityClass
+from llumnix.policy.priority_classes import PriorityClass
 from llumnix.simulator.cluster import ClusterConfig
 
 NAME = "priorities"

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from llumnix.policy.classes import PriorityClass
 from llumnix.policy.decision_context import Thresholds
+from llumnix.policy.priority_classes import PriorityClass
 from llumnix.policy.rescheduler import PAPER
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig, PolicyConfig
 
@@ -19,7 +19,7 @@ class System:
     label: str
     dispatch: str  # a key of policy.dispatch.POLICIES
     rescheduling: str  # none, or a key of plugins.PLANNERS
-    request: str = "low"  # a key of policy.select.RULES
+    request: str = "low"  # a key of policy.request_choice.RULES
 
     def policy(self, threshold: float, classes: tuple[PriorityClass, ...] = ()) -> PolicyConfig:
         """Its policies; one threshold for both sides, as the artifact has it."""

@@ -16,9 +16,9 @@ from llumnix.control.etcd.errors import EtcdError
 from llumnix.policy.decision_context import TERMS, Terms
 from llumnix.policy.load import freeness
 from llumnix.policy.rebalance import Pair, Planner, pairs
+from llumnix.policy.request_choice import TOGETHER
 from llumnix.policy.rescheduler import DRAIN_MOVES, PATIENCE, MoveOrder, Pace, Rescheduler
 from llumnix.policy.scaling import Scaler, ScalingTerms
-from llumnix.policy.select import TOGETHER
 
 logger = logging.getLogger(__name__)
 

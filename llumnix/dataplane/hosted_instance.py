@@ -7,20 +7,19 @@ once for each step. Everything runs on the node's event loop.
 import asyncio
 import logging
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import msgspec
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs
 
-from llumnix.cluster import InstanceId, InstanceLoad, NodeId, kv_blocks
+from llumnix.cluster import InstanceId, InstanceLoad, NodeId
 from llumnix.dataplane.frames import HandOver, Lost, Outputs, Submit
 from llumnix.dataplane.hosted_request import NO_RESUME, HostedRequest, Order, Origin
+from llumnix.dataplane.instance_load import count_load
 from llumnix.engine.base import Engine, EngineDead, EngineError, EngineEvents, EngineFacts
 
 logger = logging.getLogger(__name__)
-
-PRIORITIES = 64  # that a load report counts by number, the most frequent ones
 
 
 class HostedInstance:
@@ -186,33 +185,12 @@ class HostedInstance:
 
     def load(self) -> InstanceLoad:
         """The load as of the last step, with every request that has arrived since as queued."""
-        queue, requests = self.order.queue, self._by_name.values()
-        total = self.facts.total_blocks if self.facts else 0
-        priorities = Counter(request.priority for request in requests if request.priority)
         received: dict[NodeId, int] = {}  # a node may have a former link and a new one
         for origin, sequence in self._received.items():
             received[origin.node] = max(sequence, received.get(origin.node, 0))
-        return InstanceLoad(
-            self.id,
-            running=len(requests) - len(queue),
-            waiting=len(queue),
-            used_blocks=round(self._usage * total) if requests else 0,
-            waiting_blocks=sum(map(self._asks, queue)),
-            head_blocks=self._asks(queue[0]) if queue else 0,
-            prefill_tokens=sum(request.tokens for request in requests if not request.started),
-            preempted=sum(request.started for request in queue),
-            preemptions=self._preemptions,
-            # Clients choose the numbers; a report must not grow with them.
-            priorities=dict(priorities.most_common(PRIORITIES)),
-            received=received,
-        )
-
-    def _asks(self, request: HostedRequest) -> int:
-        """KV blocks that a request asks for to run, or to run again."""
-        if not request.started:
-            return request.blocks
-        assert self.facts is not None
-        return kv_blocks(request.tokens, self.facts.block_size)
+        counted = count_load(self.id, self.facts, self._by_name.values(), self.order.queue)
+        used = round(self._usage * self.facts.total_blocks) if self.facts and self._by_name else 0
+        return replace(counted, used_blocks=used, preemptions=self._preemptions, received=received)
 
     def _on_outputs(self, step: EngineCoreOutputs) -> None:
         """Split one step by origin and send each its part in one frame."""

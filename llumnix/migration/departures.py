@@ -25,9 +25,8 @@ from llumnix.migration.messages import Move, Moved, MovedTogether, MoveWaiting, 
 from llumnix.migration.source import Departure, MigrationLimits
 from llumnix.migration.transfer_groups import Groups
 from llumnix.policy.decision_context import Terms
-from llumnix.policy.rebalance import Pair
-from llumnix.policy.request_choice import leaving, leaving_together
-from llumnix.policy.select import MovableRequest
+from llumnix.policy.rebalance import Pair, leaving, leaving_together
+from llumnix.policy.request_choice import MovableRequest
 from llumnix.tasks import TaskSet
 
 logger = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ class Rules:
     """How this node's migrations are chosen and done."""
 
     limits: MigrationLimits
-    rule: str  # a key of policy.select.RULES
+    rule: str  # a key of policy.request_choice.RULES
     terms: Terms
 
 

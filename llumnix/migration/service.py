@@ -32,7 +32,7 @@ from llumnix.migration.messages import (
     serve,
 )
 from llumnix.migration.transfer_groups import Groups, Meetings
-from llumnix.policy.select import TOGETHER
+from llumnix.policy.request_choice import TOGETHER
 
 logger = logging.getLogger(__name__)
 

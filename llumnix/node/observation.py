@@ -7,7 +7,7 @@ from llumnix.cluster import ClusterView, NodeId
 from llumnix.metrics import Snapshot
 from llumnix.node.control_plane import ControlPlane
 from llumnix.node.request_path import RequestPath
-from llumnix.policy.classes import Classes
+from llumnix.policy.priority_classes import Classes
 from llumnix.policy.scaling import mean_freeness
 
 SCRAPE_SECONDS = 10.0  # for which a scrape of the metrics waits for the loop

@@ -15,9 +15,9 @@ import yaml
 from llumnix.config import Config, ConfigError
 from llumnix.latency import PROFILES, LatencyProfile
 from llumnix.plugins import dispatch_policy, planner
-from llumnix.policy.classes import NO_CLASSES, PRIORITIES, Classes, PriorityClass
 from llumnix.policy.decision_context import Terms, Thresholds
 from llumnix.policy.dispatch import Policy
+from llumnix.policy.priority_classes import NO_CLASSES, PRIORITIES, Classes, PriorityClass
 from llumnix.policy.rebalance import Pair, Planner
 from llumnix.policy.rescheduler import Pace
 

@@ -18,7 +18,7 @@ from llumnix.node.actor_system import Acting
 from llumnix.node.control_plane import ControlPlane
 from llumnix.node.engines import resumes
 from llumnix.node.options import NodeOptions
-from llumnix.policy.classes import Classes
+from llumnix.policy.priority_classes import Classes
 from llumnix.server import engine_requests
 from llumnix.server.admission import Admission
 from llumnix.server.app import AppParts, Gateway, make_app

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from llumnix.latency import LatencyProfile
-from llumnix.policy.classes import NO_CLASSES, Classes
+from llumnix.policy.priority_classes import NO_CLASSES, Classes
 
 
 @dataclass(frozen=True, slots=True)

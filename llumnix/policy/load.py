@@ -12,8 +12,8 @@ Two questions are asked of it, and they count the queue differently:
 - `freeness`: who gives a running request away, and who takes it? V is what is used, and what the
   head of the queue asks for (which de-fragments); B is running + 1 if any request waits.
 
-Both count the headroom of priority classes (policy/classes) as used, the first one only that of
-other classes than the request's own.
+Both count the headroom of priority classes (policy/priority_classes) as used, the first one only
+that of other classes than the request's own.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from math import inf
 from types import MappingProxyType
 
 from llumnix.cluster import InstanceInfo, InstanceLoad, InstanceState
-from llumnix.policy.classes import NO_CLASSES, Classes
+from llumnix.policy.priority_classes import NO_CLASSES, Classes
 
 _NONE: Mapping[int, int] = MappingProxyType({})
 

@@ -9,7 +9,7 @@ from itertools import chain
 
 from llumnix.cluster import ClusterView, InstanceId, InstanceLoad
 from llumnix.policy.rebalance import Pair
-from llumnix.policy.select import TOGETHER
+from llumnix.policy.request_choice import TOGETHER
 
 BACKOFF_LONGEST = 32  # ticks that a pair rests after failures in a row: 2, 4, 8, …
 REPORTS = 2  # the first after the end of a move may have been on its way before

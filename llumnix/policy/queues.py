@@ -12,7 +12,7 @@ from llumnix.policy.decision_context import Terms
 from llumnix.policy.dispatch_state import is_candidate
 from llumnix.policy.load import unclaimed
 from llumnix.policy.rebalance import SPILL, Allowed, Pair, fit, pairs, room
-from llumnix.policy.select import QUEUE, TAIL
+from llumnix.policy.request_choice import QUEUE, TAIL
 
 # Of its blocks, that an engine may keep back from the head of its queue (a watermark).
 KEPT_BACK = 0.01

@@ -6,16 +6,25 @@ so on. An instance that drains has the freeness -inf (the paper's stand-in reque
 infinite usage): it comes first of all sources, and takes nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from math import inf
 from typing import NamedTuple
 
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceState
-from llumnix.policy.classes import NO_CLASSES
 from llumnix.policy.decision_context import TERMS, Terms, Thresholds
 from llumnix.policy.dispatch_state import is_candidate
 from llumnix.policy.load import freeness, places, unclaimed, virtual_usage
-from llumnix.policy.select import QUEUE, TAIL, Room
+from llumnix.policy.priority_classes import NO_CLASSES
+from llumnix.policy.request_choice import (
+    DRAIN_RULE,
+    QUEUE,
+    TAIL,
+    MovableRequest,
+    Room,
+    choose,
+    choose_together,
+)
 
 SPILL = "behind"  # the rule by which a request that waits goes where it need not
 SPILL_FLOOR = 8.0  # the freeness that it must leave there, for all to grow; in blocks a request
@@ -24,7 +33,7 @@ UNCHECKED = "LCR"  # the rule of the paper's artifact, which does not look at th
 
 
 class Pair(NamedTuple):
-    """A move to be made: one request, which the source chooses (policy/select)."""
+    """A move to be made: one request, which the source chooses (policy/request_choice)."""
 
     source: InstanceId
     destination: InstanceId
@@ -146,3 +155,55 @@ def fit(view: ClusterView, pair: Pair) -> bool:
     alike = (source.model, source.block_size) == (destination.model, destination.block_size)
     spare = is_draining(view, source) and destination.role == "any"
     return alike and (source.role == destination.role or spare)
+
+
+def leaving(
+    pair: Pair,
+    candidates: Iterable[MovableRequest],
+    view: ClusterView,
+    terms: Terms,
+    rule: str,
+    drains: bool = False,
+    blocks: float = inf,
+) -> MovableRequest | None:
+    """The request that goes to the destination; None when none can.
+
+    The pair's own rule counts before `rule`, which is the one that is configured. `blocks` is what
+    the leader has kept there for it, which may be less than this view shows to be free.
+
+    Raises:
+        LookupError: the view lacks one of both instances, or its load.
+        ValueError: there is no rule of that name.
+    """
+    # A drain asks for room and for nothing else, also if this view does not show it yet.
+    free = _known_room(view, pair, replace(terms, classes=NO_CLASSES) if drains else terms, blocks)
+    if drains:
+        return choose(candidates, DRAIN_RULE, free._replace(floor=-inf))
+    return choose(candidates, pair.rule or rule, free)
+
+
+def leaving_together(
+    pair: Pair,
+    candidates: Iterable[MovableRequest],
+    view: ClusterView,
+    terms: Terms,
+    count: int,
+    blocks: float,
+) -> list[MovableRequest]:
+    """The queued requests that go to the destination together, by the pair's rule.
+
+    They are `count` at most, and ask for no more than `blocks`: of the room there the leader may
+    have promised some to others, which this node's view does not show yet.
+
+    Raises:
+        LookupError: the view lacks one of both instances, or its load.
+    """
+    return choose_together(candidates, pair.rule, _known_room(view, pair, terms, blocks), count)
+
+
+def _known_room(view: ClusterView, pair: Pair, terms: Terms, blocks: float) -> Room:
+    """What the destination can take, of which `blocks` at most may be used."""
+    free = room(view, pair, terms)
+    if free is None:
+        raise LookupError(f"the load of {pair.source} or {pair.destination} is not known")
+    return free._replace(blocks=min(free.blocks, blocks))

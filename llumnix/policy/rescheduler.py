@@ -13,7 +13,7 @@ from llumnix.policy.decision_context import TERMS, Terms
 from llumnix.policy.moves import MovesUnderWay, Planned
 from llumnix.policy.queues import is_blocked
 from llumnix.policy.rebalance import Pair, Planner, is_draining, pairs, room
-from llumnix.policy.select import TOGETHER
+from llumnix.policy.request_choice import TOGETHER
 
 DRAIN_MOVES = 4  # at once, from or to an instance, when one drains
 PATIENCE = 60  # ticks until a move without an answer counts as failed

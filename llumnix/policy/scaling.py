@@ -19,8 +19,8 @@ from types import MappingProxyType
 
 from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, NodeId
 from llumnix.policy.capacity import InstanceCounts, count_instances
-from llumnix.policy.classes import NO_CLASSES, Classes
 from llumnix.policy.load import dispatch_usage
+from llumnix.policy.priority_classes import NO_CLASSES, Classes
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from contextvars import ContextVar
 from aiohttp import web
 from vllm.v1.engine import EngineCoreRequest
 
-from llumnix.policy.classes import PRIORITIES, Classes
+from llumnix.policy.priority_classes import PRIORITIES, Classes
 from llumnix.server.errors import Handler, error_response
 
 HEADER = "X-Llumnix-Priority"

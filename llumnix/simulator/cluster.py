@@ -8,11 +8,11 @@ from types import MappingProxyType
 from llumnix.engine.sim.config import ModelConfig
 from llumnix.latency import PROFILES, LatencyProfile
 from llumnix.plugins import dispatch_policy, planner
-from llumnix.policy.classes import Classes, PriorityClass
 from llumnix.policy.decision_context import Terms, Thresholds
+from llumnix.policy.priority_classes import Classes, PriorityClass
+from llumnix.policy.request_choice import RULES
 from llumnix.policy.rescheduler import Pace
 from llumnix.policy.scaling import ScalingTerms
-from llumnix.policy.select import RULES
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class PolicyConfig:
     top_k: int = 1
     dispatchers: int = 1  # API servers that dispatch in turn, each knowing its own requests only
     rescheduling: str = "none"  # a name that plugins.planner knows
-    request: str = "low"  # which request leaves, a key of policy.select.RULES
+    request: str = "low"  # which request leaves, a key of policy.request_choice.RULES
     interval: float = 0.2  # seconds between two rounds of rescheduling
     report_interval: float = 0.2  # seconds between two reports of load
     pace: Pace = field(default_factory=Pace)  # how much is moved at once

@@ -11,7 +11,7 @@ from llumnix.cluster import InstanceId, InstanceInfo, InstanceLoad, InstanceStat
 from llumnix.engine.sim.config import ModelConfig
 from llumnix.engine.sim.model import ModelledEngine
 from llumnix.engine.sim.request import SimRequest, StepResult
-from llumnix.policy.select import MovableRequest
+from llumnix.policy.request_choice import MovableRequest
 from llumnix.simulator.result import Story
 
 

@@ -7,10 +7,9 @@ from functools import partial
 
 from llumnix.cluster import ClusterView, InstanceId, kv_blocks
 from llumnix.policy.decision_context import Terms
-from llumnix.policy.rebalance import Pair
-from llumnix.policy.request_choice import leaving, leaving_together
+from llumnix.policy.rebalance import Pair, leaving, leaving_together
+from llumnix.policy.request_choice import TOGETHER
 from llumnix.policy.rescheduler import MoveOrder
-from llumnix.policy.select import TOGETHER
 from llumnix.simulator.cluster import MigrationCost
 from llumnix.simulator.instance import SimInstance, VirtualClock
 from llumnix.simulator.result import Hop, Story

@@ -10,8 +10,8 @@ from llumnix.plugins import dispatch_policy, planner
 from llumnix.policy.dispatch import Request
 from llumnix.policy.dispatch_state import DispatchState
 from llumnix.policy.rebalance import Pair
+from llumnix.policy.request_choice import TOGETHER
 from llumnix.policy.rescheduler import MoveOrder, Rescheduler
-from llumnix.policy.select import TOGETHER
 from llumnix.simulator.cluster import COSTS, ClusterConfig
 from llumnix.simulator.fleet import Fleet
 from llumnix.simulator.instance import SimInstance, VirtualClock

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from aiohttp import web
 
 from llumnix.server.errors import openai_errors
+from llumnix.server.transport.connection_places import Limits
 from llumnix.server.transport.listener import Listener
-from llumnix.server.transport.places import Limits
 from tests.kit.etcd import free_ports
 
 

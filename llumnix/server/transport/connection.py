@@ -12,8 +12,8 @@ from aiohttp.web_protocol import _ErrInfo
 
 from llumnix.metrics import CLOSED, REFUSALS
 from llumnix.server.errors import error_response
+from llumnix.server.transport.connection_places import Places
 from llumnix.server.transport.departed_clients import Leaving
-from llumnix.server.transport.places import Places
 from llumnix.server.transport.unfinished_heads import PIECE, HeadRefused, Heads, Share
 
 logger = logging.getLogger(__name__)

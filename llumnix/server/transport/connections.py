@@ -11,9 +11,9 @@ from llumnix.loop_turns import Turns
 from llumnix.metrics import REFUSALS
 from llumnix.server.errors import RETRY_SOON, error_response
 from llumnix.server.transport.connection import Connection
+from llumnix.server.transport.connection_places import Limits, Places
 from llumnix.server.transport.departed_clients import Leaving
 from llumnix.server.transport.head_checks import problem
-from llumnix.server.transport.places import Limits, Places
 from llumnix.server.transport.unfinished_heads import Heads
 
 # What has a place while all others are taken: probes, what operators look at, other nodes.

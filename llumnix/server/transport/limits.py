@@ -7,7 +7,7 @@ from vllm import envs
 
 from llumnix.config import Config
 from llumnix.knob import ConfigError
-from llumnix.server.transport.places import Limits
+from llumnix.server.transport.connection_places import Limits
 
 WANTED = 65_535  # descriptors, as vLLM's server asks for
 OWN = 512  # for engines, nodes, etcd and files; with few descriptors, half of them

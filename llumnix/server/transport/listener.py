@@ -12,8 +12,8 @@ from llumnix.addresses import parts
 from llumnix.config import ConfigError
 from llumnix.server.access_log import AccessLog
 from llumnix.server.transport.acceptor import Acceptor
+from llumnix.server.transport.connection_places import Limits
 from llumnix.server.transport.connections import Doors
-from llumnix.server.transport.places import Limits
 from llumnix.server.transport.unfinished_heads import PIECE
 
 BACKLOG = 2048  # connections that may wait to be accepted, as at vLLM's server

@@ -7,7 +7,7 @@ import pytest
 
 from llumnix.config import ConfigError
 from llumnix.node.options import read_classes
-from llumnix.policy.classes import NO_CLASSES, PriorityClass
+from llumnix.policy.priority_classes import NO_CLASSES, PriorityClass
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
 

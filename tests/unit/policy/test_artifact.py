@@ -4,12 +4,12 @@ from math import inf
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
 from llumnix.policy.artifact import artifact, artifact_freeness, by_artifact
-from llumnix.policy.classes import Classes, PriorityClass
 from llumnix.policy.decision_context import Terms
 from llumnix.policy.dispatch import Candidate, Request
 from llumnix.policy.load import freeness
+from llumnix.policy.priority_classes import Classes, PriorityClass
 from llumnix.policy.rebalance import UNCHECKED, Pair, room
-from llumnix.policy.select import Room
+from llumnix.policy.request_choice import Room
 
 INFO = InstanceInfo("i", "n", "m", InstanceState.READY, 100, 16)
 HIGH = Terms(classes=Classes({-1: PriorityClass("high", -1, target_tokens=20 * 16)}))

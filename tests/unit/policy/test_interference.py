@@ -4,10 +4,10 @@ from dataclasses import replace
 
 from llumnix.cluster import InstanceInfo, InstanceLoad, InstanceState
 from llumnix.latency import LatencyProfile
-from llumnix.policy.classes import Classes, PriorityClass
 from llumnix.policy.decision_context import Terms
 from llumnix.policy.dispatch import WEIGHT, Candidate, Request, by_freeness, by_interference
 from llumnix.policy.load import NOTHING, InFlight
+from llumnix.policy.priority_classes import Classes, PriorityClass
 
 # 1 ms a token of prefill, 10 ms a step of decoding: prompts of more than 140 tokens are long.
 TERMS = Terms(latency=LatencyProfile(prefill_token=1e-3, decode_fixed=10e-3))

@@ -1,11 +1,11 @@
 """Rescheduling that looks at queues first."""
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
-from llumnix.policy.classes import Classes, PriorityClass
 from llumnix.policy.decision_context import Terms
+from llumnix.policy.priority_classes import Classes, PriorityClass
 from llumnix.policy.queues import lookahead
 from llumnix.policy.rebalance import SPILL, SPILL_FLOOR, Pair, room
-from llumnix.policy.select import MovableRequest, Room, choose
+from llumnix.policy.request_choice import MovableRequest, Room, choose
 
 READY = InstanceState.READY
 FULL = InstanceLoad(

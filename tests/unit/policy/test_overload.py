@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from llumnix.cluster import InstanceInfo, InstanceLoad, InstanceState, kv_blocks
 from llumnix.latency import LatencyProfile
 from llumnix.plugins import POLICIES
-from llumnix.policy.classes import Classes, PriorityClass
 from llumnix.policy.decision_context import Terms
 from llumnix.policy.dispatch import Candidate, Request
 from llumnix.policy.load import InFlight
+from llumnix.policy.priority_classes import Classes, PriorityClass
 
 # These are kept as others have published them, to compare with.
 EXEMPT = {

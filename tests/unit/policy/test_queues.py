@@ -10,8 +10,8 @@ from llumnix.policy.decision_context import TERMS
 from llumnix.policy.moves import Planned
 from llumnix.policy.queues import queues
 from llumnix.policy.rebalance import Pair
+from llumnix.policy.request_choice import MovableRequest, Room, choose_together
 from llumnix.policy.rescheduler import PAPER, Pace, Rescheduler
-from llumnix.policy.select import MovableRequest, Room, choose_together
 
 READY = InstanceState.READY
 # A head of 20 blocks that does not fit, and four behind it of 10 each.

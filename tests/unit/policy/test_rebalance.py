@@ -12,7 +12,7 @@ from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceSta
 from llumnix.policy.decision_context import Terms, Thresholds
 from llumnix.policy.load import freeness
 from llumnix.policy.rebalance import Pair, is_draining, pairs, room
-from llumnix.policy.select import DRAIN_RULE, RULES, MovableRequest, Room, choose
+from llumnix.policy.request_choice import DRAIN_RULE, RULES, MovableRequest, Room, choose
 
 READY, DRAINING, STARTING = InstanceState.READY, InstanceState.DRAINING, InstanceState.STARTING
 DEFAULT = Terms()

@@ -3,8 +3,8 @@
 import pytest
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
-from llumnix.policy.classes import Classes, PriorityClass
 from llumnix.policy.decision_context import Terms
+from llumnix.policy.priority_classes import Classes, PriorityClass
 from llumnix.policy.rebalance import Pair, Planner, room
 from llumnix.policy.rescheduler import PAPER, MoveOrder, Rescheduler
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState, NodeInfo
 from llumnix.policy.capacity import count_instances
-from llumnix.policy.classes import Classes, PriorityClass
+from llumnix.policy.priority_classes import Classes, PriorityClass
 from llumnix.policy.scaling import Action, Decision, Scaler, ScalingTerms, supply
 
 READY, DRAINING, STARTING = InstanceState.READY, InstanceState.DRAINING, InstanceState.STARTING

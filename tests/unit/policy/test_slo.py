@@ -2,10 +2,10 @@
 
 from llumnix.cluster import InstanceInfo, InstanceLoad, InstanceState
 from llumnix.latency import LatencyProfile
-from llumnix.policy.classes import Classes, PriorityClass
 from llumnix.policy.decision_context import Terms
 from llumnix.policy.dispatch import Candidate, Request
 from llumnix.policy.load import NOTHING, InFlight
+from llumnix.policy.priority_classes import Classes, PriorityClass
 from llumnix.policy.slo import by_slo, expected_ttft, step_seconds
 
 # 1 ms a token of prefill; a decode step of 10 ms, 1 ms a request and 0.01 ms a token of context.

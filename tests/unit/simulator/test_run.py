@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 
 from llumnix.latency import PROFILES, LatencyProfile
-from llumnix.policy.classes import PriorityClass
 from llumnix.policy.decision_context import Thresholds
+from llumnix.policy.priority_classes import PriorityClass
 from llumnix.policy.scaling import ScalingTerms
 from llumnix.simulator.cluster import COSTS, ClusterConfig, EngineConfig, PolicyConfig
 from llumnix.simulator.distributions import ArrivalProcess

@@ -19,14 +19,14 @@ from llumnix.control.etcd.types import KeyValue
 from llumnix.control.keys import Keys
 from llumnix.control.view import ViewBuilder
 from llumnix.plugins import dispatch_policy, planner
-from llumnix.policy.classes import PriorityClass
 from llumnix.policy.decision_context import Thresholds
 from llumnix.policy.dispatch import Request
 from llumnix.policy.dispatch_state import DispatchState
+from llumnix.policy.priority_classes import PriorityClass
 from llumnix.policy.rebalance import Pair
+from llumnix.policy.request_choice import TOGETHER
 from llumnix.policy.rescheduler import MoveOrder, Rescheduler
 from llumnix.policy.scaling import Decision, Scaler, ScalingTerms
-from llumnix.policy.select import TOGETHER
 from llumnix.simulator.cluster import ClusterConfig, EngineConfig, PolicyConfig
 from llumnix.simulator.distributions import ArrivalProcess
 from llumnix.simulator.run import Simulation

@@ -18,8 +18,8 @@ from aiohttp import web
 from llumnix.config import Config, ConfigError
 from llumnix.metrics import CLOSED, CONNECTIONS
 from llumnix.server.transport.bodies import FREE, Bodies
+from llumnix.server.transport.connection_places import Limits
 from llumnix.server.transport.limits import connection_limits, places
-from llumnix.server.transport.places import Limits
 from tests.kit.leaving import SMALL, Client, head, post
 from tests.kit.loop import soon
 from tests.kit.serving import serving

@@ -18,8 +18,8 @@ from llumnix.server.app import Gateway
 from llumnix.server.door.routes import RouteTable
 from llumnix.server.status_routes import Standing
 from llumnix.server.transport.connection import Connection
+from llumnix.server.transport.connection_places import Limits
 from llumnix.server.transport.departed_clients import ENDING
-from llumnix.server.transport.places import Limits
 from tests.kit.leaving import SMALL, WAYS, Client, head, post
 from tests.kit.loop import soon
 from tests.kit.serving import serving

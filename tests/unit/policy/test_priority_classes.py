@@ -7,11 +7,11 @@ from random import Random
 import pytest
 
 from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
-from llumnix.policy.classes import Classes, PriorityClass
 from llumnix.policy.decision_context import Terms
 from llumnix.policy.dispatch import Request
 from llumnix.policy.dispatch_state import DispatchState
 from llumnix.policy.load import freeness, virtual_usage
+from llumnix.policy.priority_classes import Classes, PriorityClass
 from llumnix.policy.rebalance import Pair, pairs, room
 
 HIGH = PriorityClass("high", -1, target_tokens=1600)
