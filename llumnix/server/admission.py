@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 
 from aiohttp import web
 from vllm.v1.engine import EngineCoreRequest
@@ -11,6 +12,7 @@ from vllm.v1.engine import EngineCoreRequest
 from llumnix.metrics import REFUSALS
 from llumnix.server.body_checks.contents import asked
 from llumnix.server.errors import RETRY_SOON, Handler, error_response
+from llumnix.server.spans import until_over
 
 BYTES_PER_TOKEN = 4  # of a body whose prompt has not been tokenised yet
 
@@ -50,7 +52,8 @@ class Admission:
 
     An HTTP request is as many as its body asks for (prompts, times choices or beams), and, once
     they are tokenised, as engines have of it, with the tokens of each, but one at least. It is
-    admitted whole, and gives everything back when its handler ends, however it ends.
+    admitted whole, and gives everything back when its handler ends, however it ends, and its answer
+    in the background, if it has one.
     """
 
     def __init__(self, max_requests: int, max_prompt_tokens: int, root_path: str = "") -> None:
@@ -137,11 +140,14 @@ class Admission:
         self._add(slot, requests, tokens)
         _slot.set(slot)
         try:
-            yield
+            with until_over(partial(self._give_back, slot)):
+                yield
         finally:
-            self._add(slot, -slot.requests, -slot.tokens)
-            slot.over = True
             _slot.set(None)  # the next request of this connection has the same task
+
+    def _give_back(self, slot: Slot) -> None:
+        self._add(slot, -slot.requests, -slot.tokens)
+        slot.over = True
 
     def _add(self, slot: Slot, requests: int, tokens: int) -> None:
         slot.requests += requests

@@ -2,11 +2,13 @@
 
 import asyncio
 from dataclasses import dataclass
+from functools import partial
 
 from aiohttp import web
 
 from llumnix.metrics import REFUSALS
 from llumnix.server.errors import RETRY_SOON, Handler, error_response
+from llumnix.server.spans import until_over
 from llumnix.server.transport.connection import Connection
 
 FREE = 64 * 1024  # bytes of each body that the budget does not count: most have no more
@@ -53,16 +55,18 @@ class Bodies:
                 return await handler(request)
             held = _Held()
             try:
-                request._read_bytes = await self._read(request, held)  # what read() returns
-                return await handler(request)
+                with until_over(partial(self._give_back, held)):
+                    request._read_bytes = await self._read(request, held)  # what read() returns
+                    return await handler(request)
             except Refused as refused:
                 REFUSALS.labels(refused.limit).inc()
                 again = RETRY_SOON if refused.limit == "body_budget" else None
                 return error_response(refused.status, str(refused), again)
-            finally:
-                self.held -= held.size
 
         return take
+
+    def _give_back(self, held: _Held) -> None:
+        self.held -= held.size
 
     async def _read(self, request: web.Request, held: _Held) -> bytes:
         """The body. Raises Refused."""

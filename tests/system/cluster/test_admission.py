@@ -33,7 +33,8 @@ def full(
     """A node that has room for few requests."""
     nodes = Nodes(tmp_path_factory.mktemp("full"), etcd_member.endpoints, "full", model)
     limits = ("--max-requests", str(LIMIT), "--max-prompt-tokens", str(TOKENS))
-    yield nodes.start("full", *limits).ready(60)
+    stored = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
+    yield nodes.start("full", *limits, environment=stored).ready(60)
     nodes.close()
 
 
@@ -87,6 +88,22 @@ def test_beyond_the_limit_of_requests(full: Node, n: int) -> None:
         connection.close()
     eventually(full.idle)
     assert full.post(COMPLETIONS, completion(max_tokens=5)).status == 200
+
+
+def test_answers_in_the_background_have_their_slots_until_they_end(full: Node) -> None:
+    body = {"model": "small", "input": "Hello", "max_output_tokens": 1800, "background": True}
+    eventually(full.idle)
+    answers = [full.post("/v1/responses", body) for _ in range(LIMIT + 2)]
+    assert [a.status for a in answers] == [200] * LIMIT + [429] * 2
+    assert full.metric("llumnix_open_requests") == LIMIT
+    assert full.post(COMPLETIONS, completion(max_tokens=5)).status == 429
+    for answer in answers[:LIMIT]:
+        response = answer.json["id"]
+        assert full.post(f"/v1/responses/{response}/cancel", {}).status == 200
+    eventually(full.idle)
+    assert full.post("/v1/responses", body | {"max_output_tokens": 1}).status == 200
+    eventually(full.idle)
+    _takes(full)
 
 
 def test_beyond_the_limit_of_tokens(full: Node) -> None:

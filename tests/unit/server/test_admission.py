@@ -1,5 +1,6 @@
 """What a handler's requests count against the limits, one after the other."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,6 +9,7 @@ from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 
 from llumnix.server.admission import Admission
+from llumnix.server.spans import leave_behind
 from tests.kit.loop import on_loop
 from tests.kit.requests import core_request
 
@@ -66,3 +68,35 @@ async def test_which_routes_are_limited(path: str) -> None:
 
     response = await admission.guard(answer)(make_mocked_request("POST", path))
     assert response.status == (200 if path == "/v1/models" else 429)
+
+
+@on_loop
+async def test_an_answer_in_the_background_counts_until_it_ends() -> None:
+    admission = Admission(9, 99)
+
+    async def answer(name: str, go: asyncio.Event) -> None:
+        for step in range(2):  # as with a tool, whose outcome the model is told
+            await go.wait()
+            admission.enter(core_request(f"{name}{step}", [1] * 10))
+            admission.leave(f"{name}{step}")
+            go.clear()
+
+    for way in ("ends", "is cancelled", "is cancelled before it begins"):
+        with admission._taken(7):
+            go = asyncio.Event()
+            task = asyncio.create_task(answer("r", go))
+            leave_behind(task)
+        assert counted(admission) == (1, 7), "its handler has ended"
+        with admission._taken(7):
+            assert counted(admission) == (2, 14)
+        if "before" not in way:
+            go.set()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert counted(admission) == (1, 10), "it may ask an engine once more"
+        if way == "ends":
+            go.set()
+        else:
+            task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert counted(admission) == (0, 0) and not admission._open, way
