@@ -19,6 +19,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 PREFIX = "llumnix-"
+HOMES = 8  # names for the folder of all nodes: whoever else has one of them does not have the next
 
 _folders: dict[int, tuple[Path, int]] = {}  # by process, as a fork has none yet: with its lock
 
@@ -75,13 +76,14 @@ class _Descriptor:
 
 
 def _home() -> Path | None:
-    """The folder of all nodes of this user; None if somebody else has it."""
-    home = Path(tempfile.gettempdir()) / f"{PREFIX}{os.getuid()}"
-    with contextlib.suppress(FileExistsError):
-        home.mkdir(mode=0o700)
-    if is_private(home) and not home.lstat().st_mode & 0o077:
-        return home
-    logger.warning("%s is not this user's alone, so it is not used", home)
+    """The folder of all nodes of this user; None if somebody else has all that it may be."""
+    names = [f"{PREFIX}{os.getuid()}", *(f"{PREFIX}{os.getuid()}-{n}" for n in range(1, HOMES))]
+    for home in (Path(tempfile.gettempdir(), name) for name in names):
+        with contextlib.suppress(FileExistsError):
+            home.mkdir(mode=0o700)
+        if is_private(home) and not home.lstat().st_mode & 0o077:
+            return home
+        logger.warning("%s is not this user's alone, so it is not used", home)
     return None
 
 

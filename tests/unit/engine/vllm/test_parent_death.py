@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from llumnix.engine.vllm.socket_folder import HOMES
 from tests.kit.node import alive, descendants
 from tests.kit.wait import eventually
 
@@ -94,10 +95,22 @@ def test_a_folder_that_others_may_enter_is_not_used(tmp_path: Path) -> None:
     home = tmp_path / f"llumnix-{os.getuid()}"
     home.mkdir(mode=0o777)
     home.chmod(0o777)
+    (tmp_path / f"{home.name}-1").symlink_to(home)
+    (tmp_path / f"{home.name}-2").write_text("somebody's")
+    for _ in range(2):
+        with running(tmp_path, "-c", SCRATCH) as (_, folder):
+            assert Path(folder).parent == tmp_path / f"{home.name}-3"
+            assert stat.S_IMODE(Path(folder).stat().st_mode) == 0o700
+            assert [folder] == [str(path) for path in Path(folder).parent.iterdir()], "swept too"
+    assert not list(home.iterdir())
+
+
+def test_where_somebody_has_all_names_it_is_one_that_nobody_knows(tmp_path: Path) -> None:
+    for end in ("", *(f"-{n}" for n in range(1, HOMES))):
+        (tmp_path / f"llumnix-{os.getuid()}{end}").touch()
     with running(tmp_path, "-c", SCRATCH) as (_, folder):
         assert Path(folder).parent == tmp_path and Path(folder).is_dir()
         assert stat.S_IMODE(Path(folder).stat().st_mode) == 0o700
-    assert not list(home.iterdir())
 
 
 def test_the_sockets_of_multiprocessing_lie_there_too(tmp_path: Path) -> None:
