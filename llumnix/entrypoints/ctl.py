@@ -13,6 +13,7 @@ from urllib.request import Request, urlopen
 
 import orjson
 
+from llumnix.log_lines import in_json, one_line
 from llumnix.secrecy import SecretError, find_token
 
 SECONDS = 150.0  # longer than the longest migration
@@ -158,8 +159,8 @@ def table(rows: Sequence[Row]) -> str:
         return "none"
     flat = [_flat(row) for row in rows]
     names = list(dict.fromkeys(name for row in flat for name in row))
-    lines = [[name.upper() for name in names]]
-    lines += [["-" if row.get(n) is None else str(row[n]) for n in names] for row in flat]
+    lines = [[one_line(name.upper()) for name in names]]
+    lines += [["-" if row.get(n) is None else one_line(str(row[n])) for n in names] for row in flat]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -254,10 +255,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         cluster = Cluster(url, *find_token(*token, os.environ))
         rows = COMMANDS[arguments.command](cluster, arguments)
     except (CommandError, SecretError) as error:
-        print(f"llumnixctl: {error}", file=sys.stderr)
+        print(f"llumnixctl: {one_line(str(error))}", file=sys.stderr)
         return 1
     if getattr(arguments, "output", "table") == "json":
-        print(orjson.dumps(rows, option=orjson.OPT_INDENT_2).decode())
+        print(in_json(orjson.dumps(rows, option=orjson.OPT_INDENT_2).decode()))
     else:
         print(table(rows))
     return 0

@@ -8,6 +8,8 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
+from llumnix import log_lines
+
 if TYPE_CHECKING:
     import argparse
 
@@ -110,6 +112,7 @@ def _validate(config: "Config", engines: "VllmConfig") -> int:
 
 def _log_to_stderr() -> None:
     """Show llumnix's own log, whatever the libraries do with the root logger."""
+    log_lines.install()
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.handlers[:] = [handler]

@@ -1,0 +1,75 @@
+"""A caller's text makes no line of its own in a log, and tells a terminal nothing."""
+
+import io
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import orjson
+import pytest
+
+from llumnix.entrypoints import ctl
+from llumnix.entrypoints.vllm import api_server
+from llumnix.log_lines import in_json, one_line
+
+FORGED = "r1\n2026-11-30 14:00:00,000 ERROR forged\r\x1b]0;title\x07\x9b31m\u2028\u202e"
+WRITTEN = r"r1\n2026-11-30 14:00:00,000 ERROR forged\r\x1b]0;title\x07\x9b31m\u2028\u202e"
+
+
+@pytest.fixture
+def log() -> Iterator[io.StringIO]:
+    """What a node writes."""
+    logger = api_server.logger
+    before = logger.handlers[:], logger.level, logger.propagate, logging.getLogRecordFactory()
+    api_server._log_to_stderr()
+    (handler,) = logger.handlers
+    assert isinstance(handler, logging.StreamHandler)
+    stream = io.StringIO()
+    handler.setStream(stream)
+    yield stream
+    logger.handlers[:], logger.level, logger.propagate = before[:3]
+    logging.setLogRecordFactory(before[3])
+
+
+def test_a_message_is_one_line(log: io.StringIO) -> None:
+    logging.getLogger("llumnix.dataplane.client").error("request %s ended: %s", FORGED, "é ✓")
+    (line,) = log.getvalue().splitlines()
+    assert line.endswith(f"ERROR request {WRITTEN} ended: é ✓")
+
+
+def test_a_traceback_keeps_its_lines_and_none_is_a_message(log: io.StringIO) -> None:
+    try:
+        raise ValueError(FORGED)
+    except ValueError:
+        logging.getLogger("llumnix").exception("it failed")
+    first, *rest = log.getvalue().split("\n")[:-1]
+    assert first.endswith("ERROR it failed") and rest[0] == "  Traceback (most recent call last):"
+    assert all(line.startswith("  ") for line in rest)
+    assert rest[-1].endswith(r"ERROR forged\r\x1b]0;title\x07\x9b31m\u2028\u202e")
+
+
+def test_vllm_builds_on_it_in_an_engines_processes_too() -> None:
+    """Only line breaks are left to its formatter, which puts its own prefix before each line."""
+    program = (
+        "import os; os.environ['LLUMNIX_PARENT'] = str(os.getppid())\n"
+        "import llumnix.engine.vllm.forkserver_first\n"
+        "from vllm.logger import init_logger\n"
+        f"init_logger('vllm.x').error('request %s', {FORGED!r})\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([".", *sys.path])}
+    environment |= {"VLLM_LOGGING_STREAM": "ext://sys.stdout", "NO_COLOR": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, check=True
+    )
+    said = done.stdout.decode() + done.stderr.decode()
+    assert r"\x1b]0;title\x07" in said and "\x1b" not in said and "\x9b" not in said
+
+
+def test_what_an_operator_is_shown() -> None:
+    rows = [{"id": FORGED, "tokens": 3}]
+    assert ctl.table(rows).split("\n")[1].split("  ")[0] == WRITTEN
+    text = in_json(orjson.dumps(rows).decode())
+    assert orjson.loads(text) == rows, "a program gets it as it is"
+    assert one_line(text) == text
