@@ -22,7 +22,7 @@ from llumnix.dataplane.interruptions import Interruptions
 from llumnix.dataplane.ledger import Acceptance, Entry, Ledger
 from llumnix.dataplane.placer import Dispatcher, Placer, Route
 from llumnix.dataplane.prompt_logprobs import PromptLogprobs
-from llumnix.dataplane.suspects import CRASHES, DEATHS, DeathWave
+from llumnix.dataplane.suspects import DeathWave, is_given_up
 from llumnix.dataplane.utilities import UtilityCalls
 from llumnix.dataplane.waiting import WaitLimits
 from llumnix.engine.base import EngineError
@@ -254,7 +254,7 @@ class ClusterClient(UtilityCalls):
         came = self.interruptions.moves_to(request_id, epoch)
         died = lost.died and not came
         if died:
-            self._wave.blame(entry, lost.instance, lost.together)
+            self._wave.blame(entry, lost)
         reason, pinned = lost.reason, None
         if entry.tokens:
             pinned = why_pinned(entry.request) if self._resumes else NO_RESUME
@@ -262,7 +262,7 @@ class ClusterClient(UtilityCalls):
             self._fail(request_id, f"{reason}; the request can't go on elsewhere: {pinned}")
         elif not (lost.retry or came or entry.tokens):
             self._fail(request_id, reason, HTTPStatus.BAD_REQUEST)
-        elif entry.deaths > DEATHS or entry.crashes > CRASHES:
+        elif is_given_up(entry):
             self._fail(
                 request_id,
                 f"request {request_id} is given up, as {entry.crashes} engines died while they "

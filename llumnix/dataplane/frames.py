@@ -80,6 +80,8 @@ class Lost(Frame, array_like=True, gc=False):
     retry: bool = True  # False: no other instance can run them either
     died: bool = False  # the engine has died while it had them
     together: bool = False  # it had several suspects on trial, of which one may have done it
+    fault: str = ""  # the exception that ended it, if that was in a step which this one began with
+    alone: bool = False  # and no other one did, or none that has got through no step anywhere
 
 
 class HandOver(Frame, array_like=True, gc=False):

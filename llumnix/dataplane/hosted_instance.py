@@ -17,7 +17,7 @@ from llumnix.cluster import InstanceId, InstanceLoad, NodeId
 from llumnix.dataplane.frames import HandOver, Lost, Outputs, Submit
 from llumnix.dataplane.hosted_request import NO_RESUME, HostedRequest, Order, Origin
 from llumnix.dataplane.instance_load import count_load
-from llumnix.engine.base import Engine, EngineDead, EngineError, EngineEvents, EngineFacts
+from llumnix.engine.base import Death, Engine, EngineDead, EngineError, EngineEvents, EngineFacts
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +65,10 @@ class HostedInstance:
     async def start(self, on_death: Callable[[str], None]) -> EngineFacts:
         """Bring the engine up; `on_death` hears why if it dies. Raises EngineError."""
 
-        def died(reason: str) -> None:
-            self.gone = reason
-            self._lose_all(reason, died=True)
-            on_death(reason)
+        def died(death: Death) -> None:
+            self.gone = death.reason
+            self._lose_all(death.reason, death)
+            on_death(death.reason)
 
         self.facts = await self.engine.start(EngineEvents(self._on_outputs, died))
         return self.facts
@@ -260,17 +260,23 @@ class HostedInstance:
             self._remove(request)
             self._lose(request.origin, request.epoch, request.request_id, reason, retry)
 
-    def _lose_all(self, reason: str, died: bool = False) -> None:
+    def _lose_all(self, reason: str, death: Death | None = None) -> None:
         requests, self._by_name, self._by_id = self._by_name, {}, {}
         self.order.clear()
         for request_id in set(self._expected.values()):
             self._resolve(request_id, None)
         together = sum(request.on_trial for request in requests.values()) > 1
+        at_hand = death.requests if death is not None else ()
+        begun = [r for name in at_hand if (r := requests.get(name)) and r.position == r.brought]
+        fresh = [request for request in begun if not request.brought]  # not through a step anywhere
         for request in requests.values():
             request.wake()
             ids = [request.epoch], [request.request_id]
-            unsure = together and request.on_trial
-            request.origin.deliver(Lost(self.id, *ids, reason, died=died, together=unsure))
+            frame = Lost(self.id, *ids, reason, died=death is not None)
+            frame.together = together and request.on_trial
+            if death is not None and request in begun:
+                frame.fault, frame.alone = death.exception, [request] in (begun, fresh)
+            request.origin.deliver(frame)
         self._on_load()
 
     def _lose(

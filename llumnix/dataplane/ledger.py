@@ -35,12 +35,15 @@ class Entry:
     deaths: int = 0  # of those, what it may have done: less what it was cleared of
     crashes: int = 0  # engines that died under it
     excused: int = 0  # of those, in which others died that it never ran on
+    fault: str = ""  # the exception that ended one of them in a step which it had begun with
+    guilty: bool = False  # the same has ended two
     died_under: set[InstanceId] = field(default_factory=set)  # which ones
     lost_by: set[InstanceId] = field(default_factory=set)  # owners not to be tried again
 
     def clear(self) -> None:
         """It was found innocent of one of its engines' deaths."""
-        self.deaths -= 1
+        self.deaths = max(self.deaths - 1, 0)
+        self.fault = ""
 
     @property
     def gained(self) -> int:

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from llumnix.dataplane.frames import Cancel, Submit
 from llumnix.dataplane.hosted_request import TRIAL_TOKENS
 from llumnix.dataplane.interruptions import Interruptions
 from llumnix.dataplane.ledger import Entry, Ledger
-from llumnix.dataplane.suspects import DEATHS, Suspects
+from llumnix.dataplane.suspects import DEATHS, Suspects, is_suspect
 from llumnix.dataplane.waiting import WaitingRoom, WaitLimits
 from llumnix.engine.base import EngineDead, EngineError
 
@@ -105,19 +105,36 @@ class Placer:
         Raises EngineError if none can run it. One whose engines died is tried alone: if it is what
         kills them, it takes no other suspect along.
         """
-        if entry.deaths < DEATHS:
+        if not is_suspect(entry):
             return await self._settle(request_id, entry, reason)
-        async with self._trials:
+        async with self._turn(entry):
             if self._ledger.get(request_id) is not entry:
                 return None  # it has ended while it waited for its trial
             self._interruptions.lost(request_id, anew=True)
             logger.warning(
-                "request %s has lost %d engines and is tried alone", request_id, entry.deaths
+                "request %s has lost %d engines and is tried alone", request_id, entry.crashes
             )
             failure = await self._settle(request_id, entry, reason)
             if failure is None and await self._passes(request_id, entry):
                 entry.clear()
             return failure
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, entry: Entry) -> AsyncIterator[None]:
+        """A suspect's turn to be tried; one that has lost a single engine waits a moment at most.
+
+        That engine may have died of itself, with many that had just come.
+        """
+        try:
+            async with asyncio.timeout(None if entry.deaths >= DEATHS else TRIAL_SECONDS):
+                await self._trials.acquire()
+        except TimeoutError:
+            yield
+            return
+        try:
+            yield
+        finally:
+            self._trials.release()
 
     async def give(self, request_id: str, entry: Entry, route: Route, epoch: int) -> str | None:
         """Send a request to its new owner; why that failed, or None. Raises EngineError.
@@ -127,7 +144,7 @@ class Placer:
         if not self._stands(request_id, entry, epoch):
             return None
         tokens = list(entry.tokens)
-        suspect = entry.deaths >= DEATHS
+        suspect = is_suspect(entry)
         frame = Submit(route.instance, epoch, route.sequence, entry.request, tokens, suspect)
         try:
             await self._exchange.submit(route.node, frame)

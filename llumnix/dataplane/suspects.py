@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Set
 
 from llumnix.cluster import InstanceId
+from llumnix.dataplane.frames import Lost
 from llumnix.dataplane.hosted_request import TRIAL_TOKENS
 from llumnix.dataplane.ledger import Entry
 
@@ -20,6 +21,19 @@ CRASHES = 8  # of its engines in all, however often it was found innocent in bet
 WAVE_SECONDS = 1.0
 # Deaths that a request is excused of so: two that kill engines would excuse each other for ever.
 EXCUSED = 2
+
+
+def is_suspect(entry: Entry) -> bool:
+    """Whether a request may be what kills its engines, so that it is tried alone.
+
+    It has lost two, or one by an exception in a step that it had just begun with.
+    """
+    return entry.deaths >= DEATHS or bool(entry.fault)
+
+
+def is_given_up(entry: Entry) -> bool:
+    """Whether so many engines have died of a request, or under it, that no other one is tried."""
+    return entry.guilty or entry.deaths > DEATHS or entry.crashes > CRASHES
 
 
 class Suspects:
@@ -58,21 +72,22 @@ class DeathWave:
         self._died = {i: at for i, at in self._died.items() if now - at <= WAVE_SECONDS}
         self._died[instance] = now
 
-    def blame(self, entry: Entry, instance: InstanceId, together: bool) -> None:
-        """Count an engine's death against a request, of which it may yet be innocent.
-
-        `together`: other suspects were on trial there, too.
-        """
-        if entry.deaths >= DEATHS and (together or entry.gained >= TRIAL_TOKENS):
+    def blame(self, entry: Entry, lost: Lost) -> None:
+        """Count an engine's death against a request, of which it may yet be innocent."""
+        former = entry.fault
+        if is_suspect(entry) and (lost.together or entry.gained >= TRIAL_TOKENS):
             # It has passed a trial that took longer than others waited for it; or another API
             # server's suspect was on trial there too, and it is tried once more.
             entry.clear()
         entry.crashes += 1
-        entry.died_under.add(instance)
+        entry.died_under.add(lost.instance)
+        entry.fault = lost.fault or entry.fault
         if entry.excused < EXCUSED and self._others_died(entry.died_under):
             entry.excused += 1
         else:
             entry.deaths += 1
+            # What fails twice in the same way is not tried a third time.
+            entry.guilty = lost.alone and bool(lost.fault) and lost.fault == former
 
     def _others_died(self, known: Set[InstanceId]) -> bool:
         now = time.monotonic()

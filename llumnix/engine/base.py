@@ -46,11 +46,20 @@ class EngineFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class Death:
+    """The end of an engine that was up."""
+
+    reason: str  # one sentence
+    exception: str = ""  # the type of its own that ended it; empty if anything else did
+    requests: frozenset[str] = frozenset()  # that it had at hand then, by the names that it knows
+
+
+@dataclass(frozen=True, slots=True)
 class EngineEvents:
     """Where an engine reports to."""
 
     outputs: Callable[[EngineCoreOutputs], None]  # once for each step
-    died: Callable[[str], None]  # at most once, with one sentence that tells why
+    died: Callable[[Death], None]  # at most once
 
 
 @dataclass(frozen=True, slots=True)

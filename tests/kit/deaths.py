@@ -23,7 +23,7 @@ from multiprocessing import util
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llumnix.engine.base import EngineEvents
+from llumnix.engine.base import Death, EngineEvents
 from llumnix.engine.vllm.instance import VllmEngine
 from llumnix.engine.vllm.kv_blocks import Rendezvous
 from llumnix.engine.vllm.launcher import Placement
@@ -67,14 +67,14 @@ class Count(NamedTuple):
         return cls(node.descriptors(), node.threads(), 0, children, entries)
 
 
-def engine_config(model: str) -> Any:
+def engine_config(model: str, device: str = "llumnix.engine.sim.executor.ModelledExecutor") -> Any:
     """An engine core over a modelled device."""
     from vllm.engine.arg_utils import EngineArgs
 
     return EngineArgs(
         model=model,
         skip_tokenizer_init=True,
-        distributed_executor_backend="llumnix.engine.sim.executor.ModelledExecutor",
+        distributed_executor_backend=device,
         num_gpu_blocks_override=100,
         max_model_len=512,
     ).create_engine_config()
@@ -82,7 +82,7 @@ def engine_config(model: str) -> Any:
 
 async def engine_dies(config: Any, folder: Path, fatal: signal.Signals) -> str:
     """Start an engine, end it, and clear it away; what it is said to have died of."""
-    died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    died: asyncio.Future[Death] = asyncio.get_running_loop().create_future()
     nowhere = Rendezvous("", {}, "")
     patience = Patience(start=DEADLINE, hang=HANG)
     engine = VllmEngine("a-0", config, Placement(), folder / "a-0.log", patience, nowhere)
@@ -90,7 +90,7 @@ async def engine_dies(config: Any, folder: Path, fatal: signal.Signals) -> str:
         await engine.start(EngineEvents(lambda outputs: None, died.set_result))
         assert engine.pid is not None
         os.kill(engine.pid, fatal)
-        return await asyncio.wait_for(died, DEADLINE)
+        return (await asyncio.wait_for(died, DEADLINE)).reason
     finally:
         await engine.stop(0.0)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.v1.engine import EngineCoreRequest
 
-from llumnix.engine.base import EngineError, EngineEvents, EngineFacts
+from llumnix.engine.base import Death, EngineError, EngineEvents, EngineFacts
 
 FACTS = EngineFacts(total_blocks=64, block_size=16, max_model_len=512, tasks=("generate",))
 
@@ -61,7 +61,7 @@ class IdleEngine:
     def die(self, reason: str) -> None:
         """Call it on the loop."""
         assert self.events is not None
-        self.events.died(reason)
+        self.events.died(Death(reason))
 
 
 class FailingEngine(IdleEngine):

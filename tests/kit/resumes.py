@@ -14,7 +14,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
-from llumnix.engine.base import EngineEvents
+from llumnix.engine.base import Death, EngineEvents
 from llumnix.engine.vllm import scheduler
 from llumnix.engine.vllm.instance import VllmEngine
 from llumnix.engine.vllm.kv_blocks import Rendezvous
@@ -133,7 +133,8 @@ class Bench:
         for output in step.outputs:
             self._results[output.request_id].take(output)
 
-    def _on_death(self, reason: str) -> None:
+    def _on_death(self, death: Death) -> None:
+        reason = death.reason
         self.died.append(reason)
         for result in self._results.values():
             if not result.done.is_set():

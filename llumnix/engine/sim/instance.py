@@ -22,6 +22,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from llumnix.cluster import InstanceId
 from llumnix.engine.base import (
+    Death,
     EngineDead,
     EngineError,
     EngineEvents,
@@ -126,13 +127,17 @@ class SimEngine:
             await asyncio.gather(self._loop_task, return_exceptions=True)
             self._loop_task = None
 
-    def die(self, reason: str) -> None:
-        """End as a crashed engine does: at once, with everything it was running."""
+    def die(self, reason: str, exception: str = "") -> None:
+        """End as a crashed engine does: at once, with everything it was running.
+
+        `exception`: the type of one that a step has raised.
+        """
         if self._loop_task is not None and self._events is not None:
             self._loop_task.cancel()
             self._loop_task = None
             self.blocks.gone = reason
-            self._events.died(reason)
+            step = frozenset(self.model.held()) if exception else frozenset[str]()
+            self._events.died(Death(reason, exception, step))
 
     async def _run(self, events: EngineEvents) -> None:
         while True:

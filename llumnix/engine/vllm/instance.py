@@ -22,8 +22,8 @@ from vllm.v1.engine.utils import EngineHandshakeMetadata, EngineZmqAddresses
 from vllm.v1.executor import Executor
 
 from llumnix.cluster import InstanceId
-from llumnix.engine.base import EngineDead, EngineError, EngineEvents, EngineFacts
-from llumnix.engine.vllm import scheduler
+from llumnix.engine.base import Death, EngineDead, EngineError, EngineEvents, EngineFacts
+from llumnix.engine.vllm import fault, scheduler
 from llumnix.engine.vllm.kv_blocks import Rendezvous, VllmBlocks
 from llumnix.engine.vllm.launcher import EngineProcess, Placement
 from llumnix.engine.vllm.resume import with_generated
@@ -87,7 +87,10 @@ class VllmEngine:
         self._process = EngineProcess(instance, log_file)
         self._sockets = tempfile.TemporaryDirectory(dir=scratch(), prefix="")
         # vLLM's own sockets, between an engine core and its workers, lie beside ours.
-        environment = {BASE_PATH: os.environ.get(BASE_PATH, self._sockets.name)}
+        environment = {
+            BASE_PATH: os.environ.get(BASE_PATH, self._sockets.name),
+            fault.VARIABLE: f"{self._sockets.name}/{fault.FILE}",
+        }
         self._placement = replace(placement, environment=environment | placement.environment)
         self.blocks = VllmBlocks(self.call, config.parallel_config.world_size, rendezvous)
         self._client: _Client | None = None
@@ -277,7 +280,10 @@ class VllmEngine:
         if self._client is not None:
             self._client.resources.engine_dead = True
         if events is not None and not self._stopping:
-            events.died(reason)
+            # It may have said so long before its process ends, or is taken for one that hangs.
+            left = fault.read(Path(self._sockets.name))
+            exception, requests = (left.exception, left.requests) if left else ("", [])
+            events.died(Death(reason, exception, frozenset(requests)))
 
     def _watch(self) -> None:
         """Have the loop notice the end of the process at once."""

@@ -1,5 +1,6 @@
 """vLLM's schedulers, which let a request enter with outputs in place, and its KV blocks move."""
 
+from collections import deque
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -11,9 +12,11 @@ from vllm.v1.request import Request
 from llumnix.engine.vllm.block_holds import BlockHolds
 from llumnix.engine.vllm.resume import put_in_place
 
+STEPS = 8  # under way at a time, at most
+
 
 class _Moving:
-    """What both schedulers get; see `resume` and `block_holds`."""
+    """What both schedulers get; see `resume`, `block_holds` and `fault`."""
 
     requests: dict[str, Request]
     block_holds: BlockHolds
@@ -22,9 +25,13 @@ class _Moving:
         super().__init__(*args, **kwargs)
         self.block_holds = BlockHolds(self)
         self._adopted: set[str] = set()  # of those that wait, who holds blocks already
+        self._steps: deque[SchedulerOutput] = deque(maxlen=STEPS)  # under way
+        self._adding: str | None = None  # the request that is being added
+        self._choosing = False  # a step is being scheduled
 
     def add_request(self, request: Request) -> None:
         """Queue a request; one that brought outputs is resumed, before those that are new."""
+        self._adding = request.request_id
         put_in_place(request, self.structured_output_manager)  # type: ignore[attr-defined]
         if request.num_output_tokens and self.block_holds.adopt(request):
             self._adopted.add(request.request_id)
@@ -32,12 +39,26 @@ class _Moving:
         if request.num_output_tokens and request in self.waiting:  # type: ignore[attr-defined]
             self.waiting.remove_request(request)  # type: ignore[attr-defined]
             self.waiting.prepend_request(request)  # type: ignore[attr-defined]
+        self._adding = None
+
+    def at_hand(self) -> set[str]:
+        """The requests to which an exception at this moment may be owed.
+
+        That is the one which is being added, or those of the steps under way. While a step is being
+        scheduled it may be any, so none is named.
+        """
+        if self._adding is not None:
+            return {self._adding}
+        if self._choosing:
+            return set()
+        return {request_id for step in self._steps for request_id in step.num_scheduled_tokens}
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule a step; the workers learn of the outputs that a new request brought.
 
         Model runner V2 is told by vLLM itself; V1 is not, and takes them in `plugin`.
         """
+        self._choosing = True
         if self._adopted and not self.running:  # type: ignore[attr-defined]
             self._unblock()
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
@@ -46,7 +67,16 @@ class _Moving:
             request = self.requests[new.req_id]
             if new.prefill_token_ids is None and request.num_output_tokens:
                 new.prefill_token_ids = list(request._all_token_ids)
+        self._choosing = False
+        self._steps.append(output)
         return output
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any) -> Any:
+        """Take what the workers have made of a step, which is not under way any more."""
+        outputs = super().update_from_output(scheduler_output, *args)  # type: ignore[misc]
+        while self._steps and self._steps.popleft() is not scheduler_output:
+            pass
+        return outputs
 
     def _unblock(self) -> None:
         """Nobody runs who could be preempted for the first: those behind may hold the memory.

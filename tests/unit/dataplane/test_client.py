@@ -247,6 +247,60 @@ async def test_suspects_of_two_servers_that_die_together_are_tried_again() -> No
     assert len(failures) == 1 and "as 4 engines died" in failures[0], "the last time it was alone"
 
 
+@pytest.mark.parametrize(
+    ("faults", "tried"),
+    [
+        ([("RuntimeError", True), ("RuntimeError", True)], 2),
+        ([("RuntimeError", False), ("RuntimeError", True)], 2),
+        ([("RuntimeError", True), ("RuntimeError", False)], DEATHS + 1),  # a newcomer's, perhaps
+        ([("RuntimeError", True), ("MemoryError", True)], DEATHS + 1),
+        ([("", False), ("RuntimeError", True)], DEATHS + 1),  # the first was killed
+        ([("RuntimeError", True), ("", False)], DEATHS + 1),
+        ([("RuntimeError", True), ("", False), ("RuntimeError", True)], 3),
+    ],
+)
+def test_what_fails_twice_in_the_same_way_is_not_tried_a_third_time(
+    faults: list[tuple[str, bool]], tried: int
+) -> None:
+    @on_loop
+    async def check() -> None:
+        exchange = HeldExchange()
+        client = make(exchange, *((f"x-{n}", "x") for n in range(9)))
+        failures: list[tuple[str, str, HTTPStatus]] = []
+        client.bind(lambda *failure: failures.append(failure))
+        await client.add_request_async(core_request("r", [1]))
+        for number in range(tried):
+            await soon(lambda number=number: len(exchange.submitted) == number + 1)
+            assert not failures
+            fault, alone = faults[number] if number < len(faults) else ("", False)
+            lost = Lost("", [exchange.submitted[-1][1]], ["r"], "it died", died=True)
+            lost.instance, lost.fault, lost.alone = exchange.submitted[-1][0], fault, alone
+            client.deliver(lost)
+        reason = f"request r is given up, as {tried} engines died while they ran it: it died"
+        assert failures == [("r", reason, HTTPStatus.INTERNAL_SERVER_ERROR)]
+        await soon(lambda: not client._tasks)
+
+    check()
+
+
+@on_loop
+async def test_a_request_that_passes_its_trial_is_as_any_other() -> None:
+    exchange = HeldExchange()
+    client = make(exchange, *((f"x-{n}", "x") for n in range(9)))
+    await client.add_request_async(core_request("r", [1]))
+    await soon(lambda: len(exchange.submitted) == 1)
+    lost = Lost("x-0", [1], ["r"], "it died", died=True, fault="RuntimeError", alone=True)
+    client.deliver(lost)
+    await soon(lambda: len(exchange.submitted) == 2)
+    entry = client.ledger.get("r")
+    assert entry is not None and client.placer._trials.locked()
+    output = EngineCoreOutput("r", list(range(TRIAL_TOKENS)))
+    client.deliver(Outputs("x-1", 0.0, [entry.epoch], [0], [output]))
+    await soon(lambda: not client.placer._trials.locked())
+    assert (entry.deaths, entry.crashes, entry.fault) == (0, 1, "")
+    client.shutdown()
+
+
 class DyingExchange(HeldExchange):
     """Its instance has died already, and says so before the request is even there."""
 

@@ -18,7 +18,7 @@ from llumnix.cluster import kv_blocks
 from llumnix.dataplane.frames import Lost, Outputs, Submit
 from llumnix.dataplane.hosted_instance import HostedInstance
 from llumnix.dataplane.hosted_request import NO_RESUME, TRIAL_TOKENS
-from llumnix.engine.base import EngineError, EngineEvents, EngineFacts
+from llumnix.engine.base import Death, EngineError, EngineEvents, EngineFacts
 from llumnix.engine.sim.instance import SimEngine
 from llumnix.migration.departures import candidates
 from tests.kit.engines import IdleEngine
@@ -326,6 +326,22 @@ async def test_suspects_that_are_on_trial_together_are_told_so(steps: int) -> No
         (home,), (away, innocent) = hosted.home.lost, hosted.away.lost
         assert home.died and away.died and innocent.died
         assert (home.together, away.together, innocent.together) == (not steps, not steps, False)
+
+
+@on_loop
+async def test_an_exception_is_owed_to_what_its_step_began_with() -> None:
+    """Not to what had got through a step before, nor to what still waits."""
+    async with Hosted() as hosted:
+        await hosted.instance.submit(hosted.home, submit("old", [1, 2], 20))
+        await hosted.steps(1)
+        await soon(lambda: hosted.gate.waiting)
+        for name in ("r1", "r2"):
+            await hosted.instance.submit(hosted.away, submit(name, [3, 4], 20))
+        step = frozenset({"old", "r1"})
+        hosted.instance._lose_all("a-0 died", Death("a-0 died", "RuntimeError", step))
+        (old,), (r1, r2) = hosted.home.lost, hosted.away.lost
+        assert (r1.fault, r1.alone) == ("RuntimeError", True)
+        assert (old.fault, old.alone, r2.fault, r2.alone) == ("", False, "", False)
 
 
 @on_loop

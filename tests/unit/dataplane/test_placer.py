@@ -406,25 +406,54 @@ async def test_a_request_that_kills_engines_takes_nobody_along() -> None:
         others = [await a.ask(f"r{n}", [*PROMPT, n], TOKENS) for n in range(4)]
         killed = set()
 
-        def where(name: str) -> str | None:
-            entry = a.client.ledger.get(name)
-            return entry.owner if entry is not None else None
-
         while not poison.ended:
-            here = where("poison")
+            here = _owner(a, "poison")
             running = here is not None and places.hosts(here).find("poison") is not None
             if here is not None and running and places.gates[here].waiting:
                 killed.add(here)
                 places.engine(here).die(f"instance {here} died: killed")
             else:
                 for instance, gate in places.gates.items():
-                    if instance != here:  # it gets no token, which would clear it
+                    if instance != here and gate.waiting:  # it gets no token, which would clear it
                         gate.let(1)
             await asyncio.sleep(0.005)
         assert len(killed) == DEATHS + 1
         assert poison.failure is not None and "request poison is given up" in poison.failure
         for n, stream in enumerate(others):
             await _ended(places, stream, [*PROMPT, n])
+
+
+@on_loop
+async def test_a_request_that_raises_an_exception_ends_two_engines() -> None:
+    """All that began in the step with it are tried one at a time, and it alone fails again."""
+    async with mesh("a", "b") as (a, b):
+        places = Places(a, b)
+        await places.host(4)
+        first = places.order[0]
+        before = await a.ask("before", [9], TOKENS)
+        await soon(lambda: places.gates[first].waiting)
+        poison = await a.ask("poison", PROMPT, TOKENS)
+        others = [await a.ask(f"r{n}", [*PROMPT, n], TOKENS) for n in range(3)]
+        await soon(lambda: len(places.hosts(first).requests) == 5)
+        await places.let(first, before, 1)
+        await soon(lambda: len(places.engine(first).model.held()) == 5)
+        killed = []
+        while not poison.ended:
+            here = _owner(a, "poison")
+            if here is not None and any(
+                name.startswith("poison") for name in places.engine(here).model.held()
+            ):
+                killed.append(here)
+                places.engine(here).die(f"instance {here} died: poison", "RuntimeError")
+            else:
+                for gate in places.gates.values():
+                    if gate.waiting:
+                        gate.let(1)
+            await asyncio.sleep(0.005)
+        assert killed[0] == first and len(killed) == 2
+        assert poison.failure is not None and "as 2 engines died" in poison.failure
+        for prompt, stream in [([9], before), *(([*PROMPT, n], s) for n, s in enumerate(others))]:
+            await _ended(places, stream, prompt)
 
 
 @on_loop
@@ -447,9 +476,13 @@ async def test_a_suspect_that_goes_while_it_waits_for_its_trial_leaves_nothing()
         assert not a.client.interruptions.any
 
 
-def _runs(a: MeshNode, places: Places, name: str) -> bool:
+def _owner(a: MeshNode, name: str) -> str | None:
     entry = a.client.ledger.get(name)
-    owner = entry.owner if entry is not None else None
+    return entry.owner if entry is not None else None
+
+
+def _runs(a: MeshNode, places: Places, name: str) -> bool:
+    owner = _owner(a, name)
     return owner is not None and places.hosts(owner).find(name) is not None
 
 

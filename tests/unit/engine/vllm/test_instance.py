@@ -12,7 +12,7 @@ import pytest
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
 
-from llumnix.engine.base import EngineError, EngineEvents
+from llumnix.engine.base import Death, EngineError, EngineEvents
 from llumnix.engine.vllm import compat
 from llumnix.engine.vllm import instance as module
 from llumnix.engine.vllm.instance import VllmEngine
@@ -44,12 +44,13 @@ def test_outputs_that_cannot_be_handled_are_a_death_told_once(tmp_path: Path) ->
     def fail(step: EngineCoreOutputs) -> None:
         raise KeyError("r1")
 
-    died: list[str] = []
+    died: list[Death] = []
     vllm = engine(tmp_path)
     vllm._events = EngineEvents(fail, died.append)
     vllm._on_outputs(EngineCoreOutputs())
     vllm._on_outputs(EngineCoreOutputs())
-    assert died == ["instance a-0 died: its outputs could not be handled: KeyError: 'r1'"]
+    why = "instance a-0 died: its outputs could not be handled: KeyError: 'r1'"
+    assert died == [Death(why)]
 
 
 @on_loop
