@@ -32,6 +32,7 @@ from llumnix.server.priority import Priorities
 from llumnix.server.request_routes import Moves
 from llumnix.server.response_stream import Outlet
 from llumnix.server.status_routes import Admin, Standing
+from llumnix.server.stored import of_body
 from llumnix.server.transport.bodies import Bodies
 from llumnix.server.transport.connection import Connection
 
@@ -67,7 +68,7 @@ class Gateway:
             return error_response(503, self._standing.sentence, RETRY_AFTER)
         if (problem := refuse(request, body)) is not None:
             return problem
-        with self.answering(request, _goes_on(request, body)) as asked:
+        with self.answering(request, _goes_on(request, body)) as asked, of_body(body):
             return await self._answer(frontend, request, body, asked)
 
     def _known(self, request: web.Request, frontend: Frontend | None) -> bool:

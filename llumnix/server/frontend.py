@@ -30,8 +30,8 @@ from llumnix.engine.vllm.frontend import DoorLLM, Streams
 from llumnix.engine.vllm.grammars import Grammars
 from llumnix.engine.vllm.list_shapes import Shapes
 from llumnix.engine.vllm.media import bound_media
-from llumnix.engine.vllm.stored_responses import watch_background
-from llumnix.server.spans import leave_behind
+from llumnix.engine.vllm.stored_responses import bound_stored_responses
+from llumnix.server.stored import HANDLER
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Frontend:
         bound_media()
         app = compat.server_symbol("build_app")(arguments, tasks, llm.model_config)
         await compat.server_symbol("init_app_state")(llm, app.state, arguments, tasks)
-        watch_background(app.state, leave_behind)
+        bound_stored_responses(app.state, HANDLER)
         # Its answer to an engine's errors tells its own server to exit, which is not here.
         app.state.server = SimpleNamespace(should_exit=False)
         # vLLM answers FastAPI's errors in OpenAI's shape; those of the router are Starlette's.

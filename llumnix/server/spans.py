@@ -15,14 +15,15 @@ from typing import Any
 class _Span:
     """One block of a handler, and the tasks that were left behind in it."""
 
-    end: Callable[[], None]
+    ends: list[Callable[[], None]]
     outer: "_Span | None"
     open: int = 1
 
     def close(self, _: Any = None) -> None:
         self.open -= 1
         if not self.open:
-            self.end()
+            for end in self.ends:
+                end()
 
 
 # Set in the handler's task, and so in all tasks that vLLM makes of it.
@@ -32,7 +33,7 @@ _span: ContextVar[_Span | None] = ContextVar("span", default=None)
 @contextlib.contextmanager
 def until_over(end: Callable[[], None]) -> Iterator[None]:
     """Call `end` when this block has ended, and all tasks that it has left behind."""
-    span = _Span(end, _span.get())
+    span = _Span([end], _span.get())
     _span.set(span)
     try:
         yield
@@ -48,3 +49,12 @@ def leave_behind(task: asyncio.Task[Any]) -> None:
         span.open += 1
         task.add_done_callback(span.close)
         span = span.outer
+
+
+def at_end(end: Callable[[], None]) -> None:
+    """Call `end` when the request of this handler has ended; at once if there is none."""
+    span = _span.get()
+    if span is None or not span.open:
+        end()
+    else:
+        span.ends.append(end)

@@ -1,38 +1,152 @@
-"""Answers of `/v1/responses` that outlive their request, which vLLM keeps track of in plain dicts.
+"""Answers of `/v1/responses` that outlive their request, which vLLM keeps for ever in plain dicts.
 
-It has no hook for them and no limit, so its dicts are replaced by mappings that know when something
-is put in. vLLM has had them under these names, as dicts, in all supported versions.
+It has neither a limit for them nor a hook, so its dicts are replaced by mappings that tell when
+something is put in. vLLM has had them under these names, as dicts, in all supported versions.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sized
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+RESPONSES = 1000
+TOTAL_BYTES = 256 * 2**20
+# What Python makes of them, roughly.
+LEAST_BYTES = 16 * 1024  # of a response, its messages and events, however small
+TOKEN_BYTES = 64  # of an output
+LOGPROB_BYTES = 512  # of a token's logprobs, each
+EVENT_BYTES = 2 * 1024
 
 Task = asyncio.Task[Any]
 
 
-class BackgroundTasks(dict[str, Task]):
-    """vLLM's tasks for answers in the background, by the answers' ids."""
+@dataclass(frozen=True)
+class Handler:
+    """What the server knows of the request that it is handling, in the task that calls."""
 
-    def __init__(self, on_start: Callable[[Task], None]) -> None:
-        """`on_start`: called with each new task, in its request's handler."""
+    body_bytes: Callable[[], int]  # roughly what its body is in memory
+    leave_behind: Callable[[Task], None]  # the request goes on until that task has ended
+    at_end: Callable[[Callable[[], None]], None]  # call that when the request has ended
+
+
+@dataclass(slots=True, eq=False)
+class _Stored:
+    """What is known of one response."""
+
+    size: int = 0  # bytes
+    messages: int = 0  # bytes of it that those which follow it in a conversation hold as well
+    running: int = 0  # a response that has not ended is never dropped
+    follower: str = ""  # the latest response that follows it
+
+
+class _Kept(dict[str, Any]):
+    """One of vLLM's dicts."""
+
+    def __init__(self, on_put: Callable[[str], None]) -> None:
         super().__init__()
-        self._on_start = on_start
+        self._on_put = on_put
 
-    def __setitem__(self, response_id: str, task: Task) -> None:
-        """A request's answer goes on in the background."""
-        super().__setitem__(response_id, task)
-        self._on_start(task)
+    def __setitem__(self, response_id: str, value: Any) -> None:
+        super().__setitem__(response_id, value)
+        self._on_put(response_id)
 
 
-def watch_background(state: Any, on_start: Callable[[Task], None]) -> None:
-    """Have `on_start` called for each answer in the background of vLLM's application.
+class StoredResponses:
+    """Everything that vLLM keeps of responses, within limits: the oldest that have ended go first.
 
-    `state` is the application's. Raises ImportError if this version has its tasks elsewhere.
+    Of a response that goes nothing is left: its text, its messages and its events go together.
+    """
+
+    def __init__(
+        self, handler: Handler, most: int = RESPONSES, most_bytes: int = TOTAL_BYTES
+    ) -> None:
+        """`most` responses of `most_bytes` together; those that still run count as well."""
+        self._handler = handler
+        self._most = most
+        self._most_bytes = most_bytes
+        self._stored: dict[str, _Stored] = {}  # the oldest first
+        self.responses: dict[str, Any] = _Kept(self._put)
+        self.messages: dict[str, Any] = _Kept(self._put)
+        self.events: dict[str, tuple[Sized, asyncio.Event]] = _Kept(self._put)
+        self.tasks: dict[str, Task] = _Kept(self._goes_on)
+        self.total_bytes = 0
+
+    def _put(self, response_id: str) -> None:
+        """Something of a response is stored, by its handler or by its task in the background."""
+        stored = self._stored.get(response_id)
+        if stored is None:
+            stored = self._stored[response_id] = _Stored()
+            stored.messages = self._handler.body_bytes()
+            self._resize(stored, LEAST_BYTES + stored.messages)
+        stored.running += 1
+        self._handler.at_end(partial(self._ended, response_id, stored))
+
+    def _goes_on(self, response_id: str) -> None:
+        self._handler.leave_behind(self.tasks[response_id])
+
+    def _ended(self, response_id: str, stored: _Stored) -> None:
+        """The request has ended, its answer in the background too, or has been given up."""
+        stored.running -= 1
+        if stored.running or self._stored.get(response_id) is not stored:
+            return
+        response = self.responses.get(response_id)
+        if response is None:  # nobody can ask for it
+            self._drop(response_id)
+            return
+        if response.status in ("queued", "in_progress"):  # which it would be for ever
+            response.status = "failed"
+        previous = self._stored.get(response.previous_response_id or "")
+        if previous is not None and previous is not stored:
+            previous.follower = response_id
+        self._resize(stored, stored.size + self._output_bytes(response_id, response))
+        if self._full:
+            for one in [i for i, s in self._stored.items() if not s.running]:
+                self._drop(one)
+                if not self._full:
+                    break
+
+    @property
+    def _full(self) -> bool:
+        return len(self._stored) > self._most or self.total_bytes > self._most_bytes
+
+    def _output_bytes(self, response_id: str, response: Any) -> int:
+        tokens = 0 if response.usage is None else response.usage.output_tokens
+        logprobs = 0 if response.top_logprobs is None else 1 + response.top_logprobs
+        size = tokens * (TOKEN_BYTES + LOGPROB_BYTES * logprobs)
+        if (kept := self.events.get(response_id)) is None:
+            return int(size)
+        return int(2 * size + EVENT_BYTES * len(kept[0]))  # all of it is in its last event, too
+
+    def _drop(self, response_id: str) -> None:
+        stored = self._stored.pop(response_id)
+        self.total_bytes -= stored.size
+        for kept in (self.responses, self.messages, self.events):
+            kept.pop(response_id, None)
+        if (follower := self._stored.get(stored.follower)) is not None:
+            follower.messages += stored.messages
+            self._resize(follower, follower.size + stored.messages)
+
+    def _resize(self, stored: _Stored, size: int) -> None:
+        self.total_bytes += size - stored.size
+        stored.size = size
+
+
+def bound_stored_responses(state: Any, handler: Handler) -> None:
+    """Bound what vLLM's application, whose state this is, keeps of responses.
+
+    Raises ImportError if this version keeps them elsewhere.
     """
     serving = getattr(state, "openai_serving_responses", None)
     if serving is None:
         return
-    if getattr(serving, "background_tasks", None) != {}:
-        raise ImportError("vLLM keeps its tasks for answers in the background elsewhere")
-    serving.background_tasks = BackgroundTasks(on_start)
+    stored = StoredResponses(handler)
+    for name, mapping in (
+        ("response_store", stored.responses),
+        ("msg_store", stored.messages),
+        ("event_store", stored.events),
+        ("background_tasks", stored.tasks),
+    ):
+        if getattr(serving, name, None) != {}:
+            raise ImportError(f"vLLM keeps the {name} of its responses elsewhere")
+        setattr(serving, name, mapping)

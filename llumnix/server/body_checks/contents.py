@@ -16,6 +16,7 @@ from llumnix.server.body_checks.binary_fields import NOTHING, Taken, check_binar
 from llumnix.server.body_checks.json_scan import TooMuch, refuse_halves, scan, scan_texts
 from llumnix.server.body_checks.json_strings import check_strings
 from llumnix.server.body_checks.limits import BodyLimits
+from llumnix.server.body_checks.response_fields import check_metadata
 from llumnix.server.door.callers import who
 from llumnix.server.errors import BadContent, Handler, error_response
 from llumnix.server.transport.head_checks import REQUEST_ID_SIZE, is_request_id
@@ -62,6 +63,7 @@ class Contents:
             try:
                 said = self._read(request.content_type, body)
                 self._fits(request.path, body, said)
+                check_metadata(request.path, said)
                 requests = weigh(said)
                 await check_binary_fields(said, self._taken)
                 asked.set(requests)

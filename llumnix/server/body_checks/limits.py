@@ -62,6 +62,7 @@ FREE = frozenset(
 LENGTH_PENALTY = 100.0  # either way, where use_beam_search is set: a power of the length
 INNER_ITEMS = 256  # of any list within one of the messages: parts of a content, calls of tools
 PROMPTS = 512  # of one completion or embedding
+METADATA_PAIRS, METADATA_KEY, METADATA_VALUE = 16, 64, 512  # of a response: what OpenAI takes
 STRING_BYTES = {  # of the strings of these fields together
     "stop": 16 * 1024,
     "stop_sequences": 16 * 1024,

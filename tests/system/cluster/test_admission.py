@@ -106,6 +106,21 @@ def test_answers_in_the_background_have_their_slots_until_they_end(full: Node) -
     _takes(full)
 
 
+def test_the_oldest_stored_responses_go(full: Node) -> None:
+    body = {"model": "small", "input": "Hello", "max_output_tokens": 1, "note": "x" * 4_000_000}
+    eventually(full.idle)
+    answers = [full.post("/v1/responses", body) for _ in range(36)]
+    assert {a.status for a in answers} == {200}
+    kept = [full.get(f"/v1/responses/{a.json['id']}").status for a in answers]
+    assert kept == [404] * 3 + [200] * 33, "8 MB each, of 256 MiB"
+    first, last = (a.json["id"] for a in (answers[0], answers[-1]))
+    short = {"model": "small", "input": "And?", "max_output_tokens": 1}
+    assert full.post("/v1/responses", short | {"previous_response_id": first}).status == 404
+    assert full.post("/v1/responses", short | {"previous_response_id": last}).status == 200
+    refused = full.post("/v1/responses", short | {"metadata": {"k": "v" * 513}})
+    assert refused.status == 400 and "512 characters" in refused.error["message"]
+
+
 def test_beyond_the_limit_of_tokens(full: Node) -> None:
     """A request is admitted whole, as long as there is any room."""
     held = _open(full, COMPLETIONS, completion(prompt=[7] * TOKENS, max_tokens=1600, stream=True))
