@@ -43,8 +43,15 @@ def until_over(end: Callable[[], None]) -> Iterator[None]:
 
 
 def leave_behind(task: asyncio.Task[Any]) -> None:
-    """Let the request of this handler go on until that task has ended, however it ends."""
+    """Let the request of this handler go on until that task has ended, however it ends.
+
+    A handler may have ended before, as its client has left, in a task that vLLM leaves alone: then
+    the task is ended, too, of which nobody has been told.
+    """
     span = _span.get()
+    if span is not None and not span.open:
+        task.cancel()
+        return
     while span is not None:
         span.open += 1
         task.add_done_callback(span.close)

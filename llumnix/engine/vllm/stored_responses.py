@@ -5,10 +5,13 @@ something is put in. vLLM has had them under these names, as dicts, in all suppo
 """
 
 import asyncio
-from collections.abc import Callable, Sized
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from http import HTTPStatus
 from typing import Any
+
+from llumnix.engine.vllm.compat import failed
 
 RESPONSES = 1000
 TOTAL_BYTES = 256 * 2**20
@@ -68,17 +71,46 @@ class StoredResponses:
         self._stored: dict[str, _Stored] = {}  # the oldest first
         self.responses: dict[str, Any] = _Kept(self._put)
         self.messages: dict[str, Any] = _Kept(self._put)
-        self.events: dict[str, tuple[Sized, asyncio.Event]] = _Kept(self._put)
+        self.events: dict[str, tuple[Sequence[Any], asyncio.Event]] = _Kept(self._put)
         self.tasks: dict[str, Task] = _Kept(self._goes_on)
         self.total_bytes = 0
+
+    def stream(
+        self, response_id: str, starting_after: int | None = None
+    ) -> AsyncGenerator[Any, None]:
+        """The events of an answer in the background after that one, up to the last that comes.
+
+        vLLM's own waits for ever where the answer was cancelled, has failed, or has no more events.
+        """
+        if starting_after is not None and starting_after < 0:
+            raise failed("starting_after must be at least 0", HTTPStatus.BAD_REQUEST)
+        return self._stream(response_id, 0 if starting_after is None else starting_after + 1)
+
+    async def _stream(self, response_id: str, place: int) -> AsyncGenerator[Any, None]:
+        if response_id not in self.events:
+            text = f"no events of the response {response_id} are kept"
+            raise failed(text, HTTPStatus.BAD_REQUEST)
+        events, more = self.events[response_id]
+        task = self.tasks.get(response_id)
+        while True:
+            more.clear()
+            while place < len(events):
+                yield events[place]
+                place += 1
+            if task is None or task.done():
+                return
+            await more.wait()  # vLLM sets it with each event, and when its task ends
 
     def _put(self, response_id: str) -> None:
         """Something of a response is stored, by its handler or by its task in the background."""
         stored = self._stored.get(response_id)
         if stored is None:
             stored = self._stored[response_id] = _Stored()
-            stored.messages = self._handler.body_bytes()
-            self._resize(stored, LEAST_BYTES + stored.messages)
+            self._resize(stored, LEAST_BYTES)
+        more = self._handler.body_bytes() - stored.messages
+        if more > 0:  # the first time, or if another request has chosen the same id
+            stored.messages += more
+            self._resize(stored, stored.size + more)
         stored.running += 1
         self._handler.at_end(partial(self._ended, response_id, stored))
 
@@ -150,3 +182,6 @@ def bound_stored_responses(state: Any, handler: Handler) -> None:
         if getattr(serving, name, None) != {}:
             raise ImportError(f"vLLM keeps the {name} of its responses elsewhere")
         setattr(serving, name, mapping)
+    if not hasattr(serving, "responses_background_stream_generator"):
+        raise ImportError("vLLM streams its answers in the background elsewhere")
+    serving.responses_background_stream_generator = stored.stream

@@ -121,6 +121,26 @@ def test_the_oldest_stored_responses_go(full: Node) -> None:
     assert refused.status == 400 and "512 characters" in refused.error["message"]
 
 
+def test_a_stream_of_a_response_that_is_over_ends(full: Node) -> None:
+    body = {"model": "small", "input": "Hello", "background": True, "stream": True}
+    answer = full.post("/v1/responses", body | {"max_output_tokens": 3})
+    whole = [line for line in answer.text.splitlines() if line.startswith("data: ")]
+    over = json.loads(whole[0].removeprefix("data: "))["response"]["id"]
+    assert full.get(f"/v1/responses/{over}?stream=true").text == answer.text
+    for after, events in ((0, len(whole) - 1), (len(whole) - 2, 1), (len(whole) - 1, 0), (999, 0)):
+        again = full.get(f"/v1/responses/{over}?stream=true&starting_after={after}")
+        assert again.status == 200 and again.text.count("data: ") == events
+    for after in (-1, -500):
+        wrong = full.get(f"/v1/responses/{over}?stream=true&starting_after={after}")
+        assert wrong.status == 400 and "starting_after" in wrong.error["message"]
+    with full.stream("/v1/responses", body | {"max_output_tokens": 1800}) as events:
+        cancelled = next(iter(events))["response"]["id"]
+    assert full.post(f"/v1/responses/{cancelled}/cancel", {}).status == 200
+    last = full.get(f"/v1/responses/{cancelled}?stream=true")
+    assert last.status == 200 and "response.completed" not in last.text
+    eventually(full.idle)
+
+
 def test_beyond_the_limit_of_tokens(full: Node) -> None:
     """A request is admitted whole, as long as there is any room."""
     held = _open(full, COMPLETIONS, completion(prompt=[7] * TOKENS, max_tokens=1600, stream=True))

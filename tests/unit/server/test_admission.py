@@ -71,6 +71,27 @@ async def test_which_routes_are_limited(path: str) -> None:
 
 
 @on_loop
+async def test_an_answer_in_the_background_that_begins_too_late_does_not_begin() -> None:
+    """Its handler has been cancelled, but not the task of vLLM's in which it was."""
+    admission = Admission(9, 99)
+    over = asyncio.Event()
+
+    async def orphan() -> "asyncio.Task[bool]":
+        await over.wait()
+        task = asyncio.create_task(asyncio.Event().wait())
+        leave_behind(task)
+        return task
+
+    with handler(admission):
+        late = asyncio.create_task(orphan())
+    over.set()
+    task = await late
+    async with asyncio.timeout(10):
+        await asyncio.gather(task, return_exceptions=True)
+    assert task.cancelled() and counted(admission) == (0, 0)
+
+
+@on_loop
 async def test_an_answer_in_the_background_counts_until_it_ends() -> None:
     admission = Admission(9, 99)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from llumnix.engine.vllm.compat import client_errors
 from llumnix.engine.vllm.stored_responses import StoredResponses, bound_stored_responses
 from llumnix.server.spans import until_over
 from llumnix.server.stored import HANDLER, of_body
@@ -69,6 +70,14 @@ def test_the_oldest_go_when_they_are_too_large() -> None:
     assert serving.names == [] and serving.stored.total_bytes == 0
 
 
+def test_an_id_that_is_used_again_has_the_size_of_the_larger() -> None:
+    serving = Serving(most_bytes=1000 * KB)
+    for turn in range(9):
+        serving.answer(f"r{turn}")
+        serving.answer(f"r{turn}", 100 * KB)
+    assert serving.names == ["r5", "r6", "r7", "r8"]
+
+
 def test_what_was_given_up_leaves_nothing() -> None:
     serving = Serving()
     with pytest.raises(asyncio.CancelledError), until_over(lambda: None):
@@ -109,6 +118,53 @@ async def test_an_answer_in_the_background_stays_while_it_runs() -> None:
     serving.answer("r4")
     assert serving.names == ["r3", "r4"]
     assert not serving.stored.events and not serving.stored.tasks
+
+
+@on_loop
+async def test_a_stream_of_what_is_over_ends() -> None:
+    """vLLM's waits for an event that is the response's last, which may not come."""
+    serving = Serving()
+    go = asyncio.Semaphore(0)
+
+    async def answer() -> None:
+        events: deque[int] = deque()
+        more = asyncio.Event()
+        serving.stored.events["r"] = events, more
+        try:
+            for event in range(5):
+                await go.acquire()
+                events.append(event)
+                more.set()
+            await asyncio.Event().wait()
+        finally:
+            more.set()
+
+    async def read(starting_after: int | None = None) -> list[int]:
+        return [event async for event in serving.stored.stream("r", starting_after)]
+
+    with until_over(lambda: None):
+        task = asyncio.create_task(answer())
+        serving.start("r", task)
+    await asyncio.sleep(0)
+    starts = (None, 0, 3, 4, 70)
+    readers = [asyncio.create_task(read(start)) for start in starts]
+    for _ in range(5):
+        go.release()
+        await asyncio.sleep(0)
+    task.cancel()
+    parts = [[0, 1, 2, 3, 4], [1, 2, 3, 4], [4], [], []]
+    async with asyncio.timeout(10):
+        assert await asyncio.gather(*readers) == parts, "it has been cancelled"
+        assert [await read(start) for start in starts] == parts, "it is over"
+
+
+@on_loop
+async def test_a_stream_of_what_is_not_there_is_refused() -> None:
+    serving = Serving()
+    with pytest.raises(client_errors(), match="at least 0"):
+        serving.stored.stream("r", -1)
+    with pytest.raises(client_errors(), match="no events"):
+        await anext(serving.stored.stream("r"))
 
 
 def test_a_version_that_stores_elsewhere_is_refused() -> None:
