@@ -1,7 +1,9 @@
 """A configuration file: which workload meets which cluster, and with which seeds."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +78,11 @@ def read_config(file: Path) -> SimConfig:
             given = {**given, "workload": _anchored(given["workload"], file.parent)}
         read = build(_File, given, "")
         orjson.dumps(given, option=orjson.OPT_NON_STR_KEYS)  # as it will be recorded
+    except SimConfigError:
+        raise
     except RecursionError as error:
         raise SimConfigError(f"{file} has a value that contains itself") from error
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise SimConfigError(f"{file} cannot be recorded as JSON: {error}") from error
     return SimConfig(
         workload=read.workload,
@@ -90,16 +94,25 @@ def read_config(file: Path) -> SimConfig:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without dates: no key of ours takes one.
+    """YAML without dates and nan, which no key of ours takes; they are texts here.
 
     A table of its own, as other libraries change that of SafeLoader for the whole process.
     """
+
+    def _number(self, node: yaml.ScalarNode) -> float | str:
+        number = self.construct_yaml_float(node)
+        return str(node.value) if isnan(number) else number
 
 
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:timestamp"]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_FLOAT = "tag:yaml.org,2002:float"
+_Loader.add_constructor(_FLOAT, _Loader._number)
+# PyYAML, which follows YAML 1.1, takes 1e-3 for a text: it wants 1.0e-3.
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver(_FLOAT, _EXPONENT, list("-+0123456789"))
 
 
 def _load(file: Path) -> Any:

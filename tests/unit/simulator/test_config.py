@@ -1,5 +1,6 @@
 """Configuration files, and what is said of those that are wrong."""
 
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,11 @@ def test_a_whole_file(tmp_path: Path) -> None:
     assert config.given["cluster"]["instances"] == 2
 
 
+@pytest.mark.parametrize("text, number", [("1e-3", 0.001), ("+1.e+3", 1000), (".inf", inf)])
+def test_a_number_may_have_an_exponent(tmp_path: Path, text: str, number: float) -> None:
+    assert read(tmp_path, f"cluster: {{longest: {text}}}" + WORKLOAD).cluster.longest == number
+
+
 def test_paths_are_taken_from_the_files_folder(tmp_path: Path) -> None:
     (tmp_path / "trace.csv").write_text((DATA / "azure.csv").read_text())
     text = "cluster: {instances: 1}\nworkload: {trace: {file: trace.csv, format: azure}}"
@@ -62,7 +68,7 @@ def test_one_seed_or_none(tmp_path: Path) -> None:
         ("cluster: {instances: 1}", "workload is missing"),
         (WORKLOAD, "cluster is missing"),
         ("cluster: 3" + WORKLOAD, "cluster is 3, and must have the keys instances, engine"),
-        ("cluster: {instances: x}" + WORKLOAD, "cluster.instances is 'x', and must be a whole"),
+        ("cluster: {instances: x}" + WORKLOAD, "cluster.instances is 'x', and must be a valid int"),
         ("cluster: {engine: {profile: x}}" + WORKLOAD, "cluster: no profile 'x'"),
         ("cluster: {nodes: 1}" + WORKLOAD, "cluster has no key 'nodes'"),
         ("cluster: {instances: 1}\nworkload: {requests: 1}", "workload: arrivals is missing"),
@@ -71,8 +77,20 @@ def test_one_seed_or_none(tmp_path: Path) -> None:
         ("seeds: [1, 1]\ncluster: {}" + WORKLOAD, r"seeds are \[1, 1\]"),
         ("seed: -1\ncluster: {}" + WORKLOAD, r"seeds are \[-1\]"),
         ("a: [", "run.yaml is no YAML: while parsing"),
-        ("seed: 2024-13-45\ncluster: {}" + WORKLOAD, "seed is '2024-13-45', and must be a whole"),
+        ("seed: 2024-13-45\ncluster: {}" + WORKLOAD, "seed is '2024-13-45', and must be a valid"),
         ("cluster: {}\nworkload: &a {prompt: *a}", "run.yaml has a value that contains itself"),
+        (
+            "cluster: {longest: !!float .nan}" + WORKLOAD,
+            "longest is '.nan', and must be a valid num",
+        ),
+        ("cluster: {longest: '1e-3'}" + WORKLOAD, "longest is '1e-3', and must be a valid number"),
+        (
+            "cluster: !!set {a}" + WORKLOAD,
+            "run.yaml cannot be recorded as JSON: Object of type set",
+        ),
+        ("cluster: {instances: 0x1" + 4999 * "0" + "}" + WORKLOAD, "recorded as JSON: Exceeds the"),
+        ("cluster: " + 250 * "[" + 250 * "]" + WORKLOAD, "cannot be recorded as JSON: recursion"),
+        ('cluster: {migration: "\\ud800"}' + WORKLOAD, "cannot be recorded as JSON: .* hex escape"),
         (
             "cluster: {scaling: {patience: 100000000000000000000}}" + WORKLOAD,
             "run.yaml cannot be recorded as JSON: Integer exceeds 64-bit range",
@@ -90,14 +108,14 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path, text: str, told: str) -> 
     [
         ("prompt: 0", "workload: tokens must be at least 1"),
         ("output: -3", "workload: tokens must be at least 1"),
-        ("arrivals: {rate: .nan}", "workload.arrivals.rate is nan, and must be a number"),
+        ("arrivals: {rate: .nan}", "workload.arrivals.rate is '.nan', and must be a valid num"),
         ("arrivals: {rate: .inf}", "workload.arrivals: rate must be greater than 0, and finite"),
-        ("arrivals: {rate: 1" + 400 * "0" + "}", "must be a number"),
+        ("arrivals: {rate: 1" + 400 * "0" + "}", "rate must be greater than 0, and finite"),
         ("arrivals: {process: gamma, rate: 1, cv: 1.0e-200}", "cv must be between 0.001 and 1000"),
-        ("prompt: {mean: 5, alpha: .nan}", "workload.prompt.alpha is nan"),
+        ("prompt: {mean: 5, alpha: .nan}", "workload.prompt.alpha is '.nan'"),
         ("prompt: {mean: 5, alpha: .inf}", "workload.prompt: alpha must be greater than 0, and"),
         ("output: {mean: .inf, p50: 1, p80: 2, p95: 3, p99: 4}", "mean must be at least 1, and at"),
-        ("priorities: {-1: .nan}", "is nan, and must be a number"),
+        ("priorities: {-1: .nan}", "priorities.-1 is '.nan', and must be a valid number"),
         ("priorities: {1180591620717411303424: 0.5}", "priorities must be whole numbers of 64 bit"),
         ("seed: 18446744073709551616", r"must differ, and be from 0 to 2\^63 - 1"),
         (
