@@ -64,6 +64,7 @@ class Trial:
         self._seconds = seconds
         self._memory = memory
         self._process: ForkServerProcess | None = None
+        self._unwanted = False  # the process that is being started
         self._pipe: Connection | None = None
 
     @property
@@ -78,8 +79,12 @@ class Trial:
         ours, theirs = multiprocessing.Pipe()
         context = start_fork_server()
         arguments = (theirs, self._config, self._seconds, self._memory)
-        self._process = context.Process(target=_serve, args=arguments, name="grammars", daemon=True)
-        self._process.start()
+        process = context.Process(target=_serve, args=arguments, name="grammars", daemon=True)
+        process.start()
+        self._process = process  # from now on others may end it
+        if self._unwanted:
+            self._unwanted = False
+            process.kill()
         theirs.close()
         try:
             if ours.poll(START_SECONDS) and ours.recv() is None:
@@ -149,9 +154,11 @@ class Trial:
     def kill(self) -> None:
         """Have the process end, from any thread; what it tries has failed."""
         process = self._process
-        if process is not None:
-            with contextlib.suppress(OSError, ValueError):
-                process.kill()
+        if process is None:
+            self._unwanted = True  # the one that is being started
+            return
+        with contextlib.suppress(OSError, ValueError):
+            process.kill()
 
     def close(self) -> None:
         """End the process, whatever it does."""

@@ -315,3 +315,34 @@ def test_a_grammar_may_take_so_much_memory(config: VllmConfig) -> None:
         assert trial.run(asking(regex="[0-9]+").structured_outputs) == FINE
     finally:
         trial.close()
+
+
+def test_a_process_that_is_ended_while_it_starts(
+    config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a node that stops before its fork server has imported everything."""
+    starting, go_on = threading.Event(), threading.Event()
+    context = trials.start_fork_server()
+
+    def slowly() -> object:
+        starting.set()
+        assert go_on.wait(20.0)
+        return context
+
+    monkeypatch.setattr(trials, "start_fork_server", slowly)
+    made = Trial(pickle.dumps(config), 2.0)
+    failed: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            made.start()
+        except TrialUnavailable as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    assert starting.wait(20.0)
+    made.kill()
+    go_on.set()
+    thread.join(20.0)
+    assert len(failed) == 1 and made.pid is None
