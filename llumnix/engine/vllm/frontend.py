@@ -18,6 +18,9 @@ NO_GRAMMAR = "a modelled engine's tokens follow no grammar"
 # Logprobs of prompt tokens in one answer, each of which costs the event loop 2 microseconds in one
 # piece; or so many for each token of the context, if that is more: the least that can be asked for.
 PROMPT_LOGPROBS, PROMPT_LOGPROBS_PER_TOKEN = 32_768, 2
+# The square of max_pattern_size, times min_count: half as many tokens are compared in the engine's
+# scheduler after each token at worst, 20 in a microsecond.
+REPETITION = 65_536
 
 
 class DoorLLM(AsyncLLM):
@@ -41,6 +44,7 @@ class DoorLLM(AsyncLLM):
         if isinstance(params, SamplingParams):
             choices = params.n
             self._check_logprobs(prompt, params)
+            _check_repetition(params)
             if params.structured_outputs is not None:
                 if self._grammars is None:
                     raise failed(NO_GRAMMAR, HTTPStatus.BAD_REQUEST)
@@ -62,6 +66,19 @@ class DoorLLM(AsyncLLM):
                 "have: ask for fewer of each, for fewer choices, or for a shorter prompt",
                 HTTPStatus.BAD_REQUEST,
             )
+
+
+def _check_repetition(params: SamplingParams) -> None:
+    detection = getattr(params, "repetition_detection", None)  # which newer versions have
+    if detection is None:
+        return
+    asked = detection.max_pattern_size**2 * detection.min_count
+    if asked > REPETITION:
+        raise failed(
+            f"repetition_detection: the square of max_pattern_size, times min_count, is {asked}, "
+            f"and may be {REPETITION}",
+            HTTPStatus.BAD_REQUEST,
+        )
 
 
 # Options of vLLM's server that its middleware implements.

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.sampling_params import RepetitionDetectionParams
 
 from llumnix.engine.vllm.frontend import DoorLLM
 from tests.kit.loop import on_loop
@@ -32,3 +33,18 @@ async def test_more_logprobs_of_prompts_than_one_answer_may_have(
 def test_what_evaluations_ask_for(tokens: int, logprobs: int | None) -> None:
     prompt: Any = {"prompt_token_ids": [1] * tokens}
     door()._check_logprobs(prompt, SamplingParams(prompt_logprobs=logprobs, logprobs=logprobs))
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "fine"), [(100, 3, True), (20, 100, True), (4000, 2, False), (200, 2, False)]
+)
+@on_loop
+async def test_a_search_for_repetitions_that_would_hold_an_engine_up(
+    size: int, count: int, fine: bool
+) -> None:
+    detection = RepetitionDetectionParams(max_pattern_size=size, min_count=count)
+    params = SamplingParams(repetition_detection=detection)
+    # What is fine goes on to vLLM's own, which this door has not.
+    expected = AttributeError if fine else Exception
+    with pytest.raises(expected, match="_turns" if fine else "max_pattern_size"):
+        await door().add_request("r", {"prompt_token_ids": [1]}, params)
