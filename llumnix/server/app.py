@@ -68,7 +68,7 @@ class Gateway:
             return error_response(503, self._standing.sentence, RETRY_AFTER)
         if (problem := refuse(request, body)) is not None:
             return problem
-        with self.answering(request, _goes_on(request, body)) as asked, of_body(body):
+        with self.answering(request, _goes_on(request)) as asked, of_body(body):
             return await self._answer(frontend, request, body, asked)
 
     def _known(self, request: web.Request, frontend: Frontend | None) -> bool:
@@ -119,7 +119,7 @@ class Gateway:
             status = 404 if request.method == "GET" else 400
             return error_response(status, shown(str(error.__cause__), SENTENCE))
         finally:
-            if _gone(request) and not _goes_on(request, body):
+            if _gone(request) and not _goes_on(request):
                 asked.abandon(frontend.end)
 
 
@@ -127,9 +127,11 @@ def _gone(request: web.Request) -> bool:
     return request.transport is None or request.transport.is_closing()
 
 
-def _goes_on(request: web.Request, body: bytes) -> bool:
+def _goes_on(request: web.Request) -> bool:
     """Whether its answer is to be fetched later, so that no client need stay for it."""
-    return request.path.endswith("/responses") and b'"background"' in body
+    said = content.get()
+    asked = isinstance(said, dict) and bool(said.get("background"))
+    return asked and request.path.endswith("/responses")
 
 
 async def stream(request: web.Request, events: AsyncGenerator[str, None]) -> web.StreamResponse:

@@ -1,6 +1,8 @@
 """When clients' requests are taken, and when they are told to come again."""
 
+import json
 from collections.abc import AsyncGenerator
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +14,10 @@ from fastapi.responses import StreamingResponse
 from vllm.exceptions import VLLMValidationError
 
 from llumnix.server.app import Gateway
-from llumnix.server.body_checks.contents import Contents
+from llumnix.server.body_checks.contents import Contents, content
 from llumnix.server.body_checks.limits import BodyLimits
 from llumnix.server.door.routes import RouteTable
+from llumnix.server.engine_requests import Opened
 from llumnix.server.errors import openai_errors
 from llumnix.server.status_routes import Standing
 from llumnix.server.transport.bodies import Bodies
@@ -33,11 +36,12 @@ class Post:
 
     method, content_type, protocol = "POST", "application/json", None
 
-    def __init__(self, path: str = "/v1/completions") -> None:
+    def __init__(self, path: str = "/v1/completions", body: bytes = b"{}") -> None:
         self.path = path
+        self._body = body
 
     async def read(self) -> bytes:
-        return b"{}"
+        return self._body
 
 
 def made(frontend: bool, standing: Standing) -> Served:
@@ -134,3 +138,37 @@ async def test_a_stream_that_cannot_begin_is_an_error_and_no_bug(method: str, st
         async with client.request(method, path, data=b"") as got:
             said = (await got.json())["error"]["message"]
             assert got.status == status and said.startswith("Unknown response_id"), said
+
+
+class Noting(Served):
+    """Which notes whether an answer is to go on without its client."""
+
+    goes_on = False
+
+    def answering(
+        self, request: web.Request, goes_on: bool = False
+    ) -> AbstractContextManager[Opened]:
+        self.goes_on = goes_on
+        return super().answering(request, goes_on)
+
+
+@pytest.mark.parametrize(
+    ("path", "said", "goes_on"),
+    [
+        ("/v1/responses", {"background": True}, True),
+        ("/v1/responses", {"background": False}, False),
+        ("/v1/responses", {"metadata": {"background": "sea"}}, False),
+        ("/v1/responses", None, False),
+        ("/v1/completions", {"background": True}, False),
+    ],
+)
+@on_loop
+async def test_only_an_answer_in_the_background_goes_on_without_its_client(
+    path: str, said: Any, goes_on: bool
+) -> None:
+    frontend: Any = SimpleNamespace()
+    gateway = Noting(lambda: frontend, Standing(True, ""), RouteTable())
+    content.set(said)
+    request: Any = Post(path, json.dumps(said).encode())
+    await gateway.handle(request)
+    assert gateway.goes_on == goes_on
