@@ -167,10 +167,11 @@ class StoredResponses:
 def bound_stored_responses(state: Any, handler: Handler) -> None:
     """Bound what vLLM's application, whose state this is, keeps of responses.
 
-    Raises ImportError if this version keeps them elsewhere.
+    It keeps none unless VLLM_ENABLE_RESPONSES_API_STORE says so. Raises ImportError if this version
+    keeps them elsewhere.
     """
     serving = getattr(state, "openai_serving_responses", None)
-    if serving is None:
+    if serving is None or not getattr(serving, "enable_store", True):
         return
     stored = StoredResponses(handler)
     for name, mapping in (
