@@ -1,7 +1,7 @@
 """What is simulated: the instances, their engines, the policies over them, what a move costs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import inf
 from types import MappingProxyType
 
@@ -56,7 +56,10 @@ COSTS: Mapping[str, MigrationCost] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """One instance; the defaults are LLaMA-7B on an A10 as the paper ran it (Llumnix, OSDI'24)."""
+    """One instance; the defaults are LLaMA-7B on an A10 as the paper ran it (Llumnix, OSDI'24).
+
+    The names are those of `ModelConfig`.
+    """
 
     profile: str | LatencyProfile = "llama-7b-a10"  # a key of latency.PROFILES, or coefficients
     total_blocks: int = 792  # the artifact: with so many tokens batched, 12,672 tokens are left
@@ -80,19 +83,7 @@ class EngineConfig:
 
     def model(self) -> ModelConfig:
         """The modelled engine's own configuration. Raises ValueError with one sentence."""
-        return ModelConfig(
-            total_blocks=self.total_blocks,
-            block_size=self.block_size,
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_model_len=self.max_model_len,
-            priority=self.priority,
-            prefill_first=self.prefill_first,
-            async_scheduling=self.async_scheduling,
-            watermark=self.watermark,
-            silent=True,
-            profile=self.latency,
-        )
+        return ModelConfig(**(asdict(self) | {"profile": self.latency}), silent=True)
 
 
 @dataclass(frozen=True, slots=True)

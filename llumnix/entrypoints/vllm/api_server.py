@@ -47,8 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     if parsed.print_config:
         print(arguments.show(parser, parsed), end="")
         return 0
-    _check_policies(parser, config)
-    _check_callers(parser, config, parsed)
+    _check(parser, config, parsed)
     engines = arguments.engine_config(parser, parsed)
     if parsed.validate_config:
         return _validate(config, engines)
@@ -73,25 +72,19 @@ def _modelled(argv: list[str]) -> bool:
     return (given or [os.environ.get("LLUMNIX_ENGINE", "")])[-1] == "sim"
 
 
-def _check_policies(parser: "argparse.ArgumentParser", config: "Config") -> None:
-    """See, before a model is looked at, that all policies are known; else end with status 2."""
-    from llumnix.config import ConfigError
-    from llumnix.node.options import read_policies
-
-    try:
-        read_policies(config)
-    except ConfigError as error:
-        parser.error(str(error))
-
-
-def _check_callers(
+def _check(
     parser: "argparse.ArgumentParser", config: "Config", parsed: "argparse.Namespace"
 ) -> None:
-    """See that keys and the doors for them go together; else end with status 2."""
+    """End with status 2 if a policy is not known, or keys and the doors for them don't fit.
+
+    Before a model is looked at, which takes longer.
+    """
     from llumnix.config import ConfigError
+    from llumnix.node.options import read_policies
     from llumnix.server.door.access import AccessRules
 
     try:
+        read_policies(config)
         AccessRules(config, parsed)
     except ConfigError as error:
         parser.error(str(error))
