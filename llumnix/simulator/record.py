@@ -22,7 +22,6 @@ of a configuration are null, as JSON has none.
 import gzip
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -104,17 +103,6 @@ def read(path: Path) -> Record:
         if name not in found:
             raise SimConfigError(f"{path} is no whole record of a run: it lacks {name}")
     return Record(**{name: found[name] for name in names})
-
-
-def token_times(request: Row) -> list[float]:
-    """Seconds from a request's arrival to each of its tokens.
-
-    Raises:
-        SimConfigError: they were left out.
-    """
-    if "tokens_us" not in request:
-        raise SimConfigError("the record was made without the times of tokens")
-    return [time / 1e6 for time in accumulate(request["tokens_us"])]
 
 
 def _request(story: Story, tokens: bool) -> Row:
