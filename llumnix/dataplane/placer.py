@@ -19,7 +19,7 @@ from llumnix.dataplane.frames import Cancel, Submit
 from llumnix.dataplane.hosted_request import TRIAL_TOKENS
 from llumnix.dataplane.interruptions import Interruptions
 from llumnix.dataplane.ledger import Entry, Ledger
-from llumnix.dataplane.suspects import DEATHS, Suspects, is_suspect
+from llumnix.dataplane.suspects import DEATHS, WAVE_SECONDS, Suspects, is_suspect
 from llumnix.dataplane.waiting import WaitingRoom, WaitLimits
 from llumnix.engine.base import EngineDead, EngineError
 
@@ -107,6 +107,10 @@ class Placer:
         """
         if not is_suspect(entry):
             return await self._settle(request_id, entry, reason)
+        if entry.deaths >= DEATHS:
+            # Of engines that die together not all are heard of at once; on the next of them an
+            # innocent request would meet its third death.
+            await asyncio.sleep(WAVE_SECONDS)
         async with self._turn(entry):
             if self._ledger.get(request_id) is not entry:
                 return None  # it has ended while it waited for its trial

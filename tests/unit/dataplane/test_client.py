@@ -18,7 +18,7 @@ from llumnix.dataplane.client import ClusterClient
 from llumnix.dataplane.frames import Cancel, Lost, Outputs, Submit
 from llumnix.dataplane.hosted_request import NO_RESUME, TRIAL_TOKENS
 from llumnix.dataplane.placer import Route
-from llumnix.dataplane.suspects import DEATHS, EXCUSED
+from llumnix.dataplane.suspects import DEATHS, EXCUSED, WAVE_SECONDS
 from llumnix.engine.base import EngineDead
 from tests.kit.loop import on_loop, soon
 from tests.kit.requests import core_request
@@ -148,6 +148,23 @@ async def test_a_request_that_outlives_too_many_owners_is_given_up() -> None:
     reason = f"request r is given up, as 3 engines died while they ran it: x-{DEATHS} died"
     assert failures == [("r", reason, HTTPStatus.INTERNAL_SERVER_ERROR)] and not len(client.ledger)
     await soon(lambda: not client._tasks)
+
+
+@on_loop
+async def test_the_next_engine_is_not_tried_before_all_that_died_together_are_known() -> None:
+    """Two deaths in a moment may be of the same cause as a third that nobody has heard of yet."""
+    exchange = HeldExchange()
+    client = make(exchange, *((f"x-{n}", "x") for n in range(9)))
+    client.bind(lambda *failure: None)
+    await client.add_request_async(core_request("r", [1]))
+    for number in range(DEATHS):
+        await soon(lambda number=number: len(exchange.submitted) == number + 1)
+        instance, epoch = exchange.submitted[-1]
+        client.deliver(Lost(instance, [epoch], ["r"], f"{instance} died", died=True))
+    heard = time.monotonic()
+    await soon(lambda: len(exchange.submitted) == DEATHS + 1)
+    assert time.monotonic() - heard >= WAVE_SECONDS
+    client.shutdown()
 
 
 @on_loop
