@@ -1,6 +1,7 @@
 """Clients that nobody would invite: they leave in the middle, or send what has to be refused."""
 
 import contextlib
+import errno
 import functools
 import gzip
 import json
@@ -102,6 +103,10 @@ class Mob:
                 draw.choice((self._leave, self._send, self._send))(port, draw)
             except (ConnectionError, TimeoutError):
                 self.counts["no answer"] += 1  # from a node that is stopped, or has ended
+            except OSError as error:
+                if error.errno != errno.ENOTCONN:  # it had ended before its client could leave
+                    self.wrongs.append(f"an unwelcome client failed: {error!r}")
+                self.counts["no answer"] += 1
             except Exception as error:
                 self.wrongs.append(f"an unwelcome client failed: {error!r}")
 
