@@ -37,9 +37,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+_ROOT_LEVEL = logging.root.level
+
+
 @pytest.fixture(autouse=True)
 def _log_as_it_was() -> Iterator[None]:
-    """A node's command line gives the log a place of its own, where no later test would look."""
+    """A node's command line gives the log a place of its own, where no later test would look.
+
+    And vLLM's application changes the root's level, in fixtures that come before this one.
+    """
+    logging.root.setLevel(_ROOT_LEVEL)
     log = logging.getLogger("llumnix")
     handlers, level, propagates = list(log.handlers), log.level, log.propagate
     yield
