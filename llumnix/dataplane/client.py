@@ -75,7 +75,7 @@ class ClusterClient(UtilityCalls):
         self._cancels = Cancels(self.placer.cancel)
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._tasks = TaskSet()
-        self.prompt_logprobs = PromptLogprobs(self._tasks)
+        self.prompt_logprobs = PromptLogprobs(self._tasks, self._pass_on_outputs)
         self._on_open = on_open
         self._on_close = on_close
         self._on_failure: Late[OnFailure] = Late("frontend")
@@ -169,20 +169,22 @@ class ClusterClient(UtilityCalls):
             hosted = self._exchange.hosted.get(frame.instance)
             timestamp = frame.timestamp if hosted else _in_our_time(accepted, frame.timestamp)
             engine = self._elsewhere if hosted is None else hosted.slot
-
-            def pass_on(outputs: list[EngineCoreOutput], of: SchedulerStats | None) -> None:
-                self._outputs.put_nowait(
-                    EngineCoreOutputs(
-                        engine_index=engine,
-                        outputs=outputs,
-                        scheduler_stats=of,
-                        timestamp=timestamp,
-                    )
-                )
-
             hold = self.prompt_logprobs.hold
-            at_once = [o for o in accepted if not hold(o, lambda late: pass_on([late], None))]
-            pass_on(at_once, stats)
+            at_once = [output for output in accepted if not hold(output, engine, timestamp)]
+            self._pass_on_outputs(at_once, engine, timestamp, stats)
+
+    def _pass_on_outputs(
+        self,
+        outputs: list[EngineCoreOutput],
+        engine: int,
+        timestamp: float,
+        stats: SchedulerStats | None = None,
+    ) -> None:
+        self._outputs.put_nowait(
+            EngineCoreOutputs(
+                engine_index=engine, outputs=outputs, scheduler_stats=stats, timestamp=timestamp
+            )
+        )
 
     # ---- placing and replacing ----
 

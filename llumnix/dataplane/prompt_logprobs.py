@@ -17,38 +17,41 @@ AT_ONCE = 1024  # logprobs in one turn of the loop
 
 # Gives the frontend a slice for a request; False if it has no such request any more.
 TakeIn = Callable[[str, LogprobsTensors], bool]
-PassOn = Callable[[EngineCoreOutput], None]
+# Hands outputs of one engine, by its index, and of one step, by its time, on to the frontend.
+PassOn = Callable[[list[EngineCoreOutput], int, float], None]
 
 
 class PromptLogprobs:
     """The outputs that wait until the logprobs before them have been taken in."""
 
-    def __init__(self, tasks: TaskSet) -> None:
+    def __init__(self, tasks: TaskSet, pass_on: PassOn) -> None:
         self._tasks = tasks
-        self._waiting: dict[str, list[tuple[EngineCoreOutput, PassOn]]] = {}
+        self._pass_on = pass_on
+        # By request: its outputs, with the engine and the time of each.
+        self._waiting: dict[str, list[tuple[EngineCoreOutput, int, float]]] = {}
         self.take_in: Late[TakeIn] = Late("frontend")
 
-    def hold(self, output: EngineCoreOutput, pass_on: PassOn) -> bool:
+    def hold(self, output: EngineCoreOutput, engine: int, timestamp: float) -> bool:
         """Whether this output has to wait; it is passed on later then, in the request's order."""
         waiting = self._waiting.get(output.request_id)
         if waiting is not None:
-            waiting.append((output, pass_on))
+            waiting.append((output, engine, timestamp))
             return True
         tensors = output.new_prompt_logprobs_tensors
         if tensors is None or tensors.logprobs.numel() <= AT_ONCE:
             return False
-        self._waiting[output.request_id] = [(output, pass_on)]
+        self._waiting[output.request_id] = [(output, engine, timestamp)]
         self._tasks.spawn(self._take_all_in(output.request_id))
         return True
 
     async def _take_all_in(self, request_id: str) -> None:
         waiting = self._waiting[request_id]
         try:
-            for output, pass_on in waiting:  # to which more may be added meanwhile
+            for output, engine, timestamp in waiting:  # to which more may be added meanwhile
                 if output.new_prompt_logprobs_tensors is not None:
                     await self._slice_by_slice(request_id, output.new_prompt_logprobs_tensors)
                     output.new_prompt_logprobs_tensors = None
-                pass_on(output)
+                self._pass_on([output], engine, timestamp)
         finally:
             del self._waiting[request_id]
 

@@ -29,7 +29,7 @@ class Frontend:
         self.turn = 0
         self.left = False
         self.tasks = TaskSet()
-        self.logprobs = PromptLogprobs(self.tasks)
+        self.logprobs = PromptLogprobs(self.tasks, self._pass_on)
         self.logprobs.take_in.bind(self._take_in)
 
     def _take_in(self, request_id: str, part: LogprobsTensors) -> bool:
@@ -37,7 +37,11 @@ class Frontend:
         return not self.left
 
     def hold(self, output: EngineCoreOutput) -> bool:
-        return self.logprobs.hold(output, self.passed.append)
+        return self.logprobs.hold(output, engine=3, timestamp=7.0)
+
+    def _pass_on(self, outputs: list[EngineCoreOutput], engine: int, timestamp: float) -> None:
+        assert (engine, timestamp) == (3, 7.0)
+        self.passed += outputs
 
     async def until_idle(self) -> None:
         while len(self.tasks):
