@@ -165,13 +165,13 @@ class HostedInstance:
         With `epochs`, only what runs in that epoch or an earlier one.
         """
         request_ids = list(request_ids)
-        known = [found for i in dict.fromkeys(request_ids) if (found := self.find(i)) is not None]
         if epochs:
-            latest = dict(zip(request_ids, epochs, strict=True))
-            known = [request for request in known if request.epoch <= latest[request.request_id]]
+            pairs = zip(request_ids, epochs, strict=True)
+            request_ids = [i for i, epoch in pairs if (r := self.find(i)) and r.epoch <= epoch]
         else:
             for request_id in request_ids:
                 self._resolve(request_id, None)
+        known = [found for i in dict.fromkeys(request_ids) if (found := self.find(i)) is not None]
         for request in known:
             self._remove(request)
         if known and self.gone is None:

@@ -262,6 +262,18 @@ async def test_outputs_behind_a_cancellation_go_nowhere() -> None:
 
 
 @on_loop
+async def test_a_cancellation_of_two_epochs_ends_what_runs_in_either() -> None:
+    """A frame may have outputs of both, and nobody wants them; the order says nothing."""
+    async with Hosted() as hosted:
+        await hosted.instance.submit(hosted.home, submit("r1", [1], epoch=2))
+        await hosted.instance.cancel(["r1"], [1])
+        assert len(hosted.instance.requests) == 1
+        await hosted.instance.cancel(["r1", "r1"], [2, 1])
+        assert hosted.instance.requests == []
+        hosted.gate.open()
+
+
+@on_loop
 async def test_a_request_that_comes_again_in_a_newer_epoch_starts_over() -> None:
     """Its API server has seen the link break and dialled again before this node noticed."""
     async with Hosted() as hosted:
