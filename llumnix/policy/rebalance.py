@@ -1,4 +1,7 @@
-"""Who gives a request away, and who takes it: the pairs of one round of rescheduling.
+"""Who gives a request away, who takes it, and which one goes.
+
+The pairs of one round of rescheduling are the leader's; the source of a move puts the rule and the
+room that it has together, in a live cluster and in the simulator.
 
 Source: Llumnix (OSDI'24): instances with a freeness below one threshold are sources, those above
 another are destinations, and the lowest is paired with the highest, the second with the second, and
