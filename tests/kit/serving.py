@@ -17,14 +17,15 @@ async def serving(
     handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
     limits: Limits | None = None,
     max_body: int = 1 << 20,
+    **options: object,
 ) -> AsyncIterator[int]:
-    """The port of a server."""
+    """The port of a server, with vLLM's own options of it, such as `ssl_certfile`."""
     app = web.Application(client_max_size=max_body, middlewares=[openai_errors])
     app.router.add_route("*", "/{path:.*}", handler)
     tls = dict.fromkeys(("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_ciphers", "uds"))
     heads = {"h11_max_incomplete_event_size": 4 << 20, "h11_max_header_count": 256}
     (port,) = free_ports(1)
-    values = {"host": "127.0.0.1", "port": port, "ssl_cert_reqs": 0} | tls | heads
+    values = {"host": "127.0.0.1", "port": port, "ssl_cert_reqs": 0} | tls | heads | options
     listener = Listener(app, argparse.Namespace(**values), limits)
     await listener.open()
     try:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from llumnix.metrics import CLOSED
 from llumnix.server.transport.log_throttle import Seldom
+from llumnix.server.transport.tls_handshakes import Handshakes
 from llumnix.tasks import TaskSet
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,7 @@ class Acceptor:
         handshake_timeout: float,
     ) -> None:
         self._make = make
-        self._context = context
-        self._timeout = handshake_timeout
+        self._handshakes = Handshakes(context, handshake_timeout) if context is not None else None
         self._sockets: list[socket.socket] = []
         self._greeting = TaskSet()
         self._poor = Seldom(logger, "no descriptor for a new connection (%d times)")
@@ -58,7 +58,7 @@ class Acceptor:
     async def close(self) -> None:
         """End the handshakes too."""
         self.refuse_new()
-        if self._context is not None:  # else they are over at once
+        if self._handshakes is not None:  # else they are over at once
             self._greeting.cancel()
         await self._greeting.wait()
 
@@ -81,15 +81,15 @@ class Acceptor:
                 return
             accepted.setblocking(False)
             self._greeting.spawn(self._greet(accepted))
-            if self._context is not None and len(self._greeting) > GREETING:
+            if self._handshakes is not None and len(self._greeting) > GREETING:
                 CLOSED.labels("handshake").inc()
                 self._greeting.drop_oldest()
 
     async def _greet(self, accepted: socket.socket) -> None:
-        timeout = self._timeout if self._context is not None else None
         try:
-            await asyncio.get_running_loop().connect_accepted_socket(
-                self._make, accepted, ssl=self._context, ssl_handshake_timeout=timeout
-            )
+            if self._handshakes is not None:
+                await self._handshakes.greet(accepted, self._make)
+            else:
+                await asyncio.get_running_loop().connect_accepted_socket(self._make, accepted)
         except OSError as error:  # TLS that is none, or a client that has left
             logger.debug("a connection could not be made: %s", error)
