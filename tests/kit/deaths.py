@@ -10,6 +10,7 @@ killed beside one that goes on, and started again. Prints what there is before a
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import itertools
 import os
@@ -19,11 +20,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from multiprocessing import util
+from multiprocessing import shared_memory, util
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llumnix.engine.base import Death, EngineEvents
+from llumnix.engine.sim.executor import ModelledExecutor
 from llumnix.engine.vllm.instance import VllmEngine
 from llumnix.engine.vllm.kv_blocks import Rendezvous
 from llumnix.engine.vllm.launcher import Placement
@@ -32,6 +34,7 @@ from tests.kit.etcd import EtcdCluster
 from tests.kit.node import Node, Nodes, descendants
 from tests.kit.wait import eventually
 
+SEGMENT_SIZE = "LLUMNIX_TEST_SEGMENT"  # in bytes: nobody else's have the same
 DEADLINE = 120.0  # seconds for a start, on a busy machine
 HANG = 0.5  # seconds
 LEASE = ("--lease-ttl", "2")  # which has to end before the next death
@@ -46,6 +49,7 @@ class Count(NamedTuple):
     tasks: int
     children: int
     files: int  # and folders, in the temporary one
+    segments: int  # of shared memory
 
     @classmethod
     def here(cls) -> "Count":
@@ -57,17 +61,36 @@ class Count(NamedTuple):
         descriptors = len(os.listdir("/proc/self/fd"))
         tasks = len(asyncio.all_tasks())
         files = sum(1 for _ in Path(tempfile.gettempdir()).rglob("*"))
-        return cls(descriptors, threads, tasks, len(descendants(os.getpid())), files)
+        children = len(descendants(os.getpid()))
+        return cls(descriptors, threads, tasks, children, files, _segments())
 
     @classmethod
     def of(cls, node: Node, folder: Path) -> "Count":
         """Of a node whose temporary folder this is."""
         entries = sum(1 for _ in folder.rglob("*"))
         children = len(descendants(node.pid))
-        return cls(node.descriptors(), node.threads(), 0, children, entries)
+        return cls(node.descriptors(), node.threads(), 0, children, entries, _segments())
 
 
-def engine_config(model: str, device: str = "llumnix.engine.sim.executor.ModelledExecutor") -> Any:
+class SharingExecutor(ModelledExecutor):
+    """A modelled device with shared memory, as vLLM's message queues have it."""
+
+    def _init_executor(self) -> None:
+        super()._init_executor()
+        size = int(os.environ[SEGMENT_SIZE])
+        self._segment = shared_memory.SharedMemory(create=True, size=size)
+
+
+def _segments() -> int:
+    """Those of the engines here, or that have been: others may have some, of other sizes."""
+    size, found = int(os.environ.get(SEGMENT_SIZE, "-1")), 0
+    for entry in os.scandir("/dev/shm"):
+        with contextlib.suppress(FileNotFoundError):
+            found += entry.stat().st_size == size
+    return found
+
+
+def engine_config(model: str, device: str = "tests.kit.deaths.SharingExecutor") -> Any:
     """An engine core over a modelled device."""
     from vllm.engine.arg_utils import EngineArgs
 
@@ -99,6 +122,7 @@ async def engines_die(
     model: str, folder: Path, deaths: int, tell: Callable[[str], None] = lambda line: None
 ) -> tuple[Count, Count]:
     """What there is after the first deaths, one of each kind, and after so many more."""
+    os.environ[SEGMENT_SIZE] = str(32_768 + os.getpid())
     config = engine_config(model)
     for fatal in FATAL:
         await engine_dies(config, folder, fatal)

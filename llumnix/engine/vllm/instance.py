@@ -5,7 +5,6 @@ import contextlib
 import copy
 import logging
 import os
-import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +22,11 @@ from vllm.v1.executor import Executor
 
 from llumnix.cluster import InstanceId
 from llumnix.engine.base import Death, EngineDead, EngineError, EngineEvents, EngineFacts
-from llumnix.engine.vllm import fault, scheduler
+from llumnix.engine.vllm import fault, scheduler, segments
 from llumnix.engine.vllm.kv_blocks import Rendezvous, VllmBlocks
 from llumnix.engine.vllm.launcher import EngineProcess, Placement
 from llumnix.engine.vllm.resume import with_generated
-from llumnix.engine.vllm.socket_folder import scratch
+from llumnix.engine.vllm.socket_folder import EngineFolder
 from llumnix.engine.vllm.watchdog import Machine, Patience, Watchdog, activity
 
 logger = logging.getLogger(__name__)
@@ -85,11 +84,12 @@ class VllmEngine:
         self._config = copy.deepcopy(config)
         self._patience = patience
         self._process = EngineProcess(instance, log_file)
-        self._sockets = tempfile.TemporaryDirectory(dir=scratch(), prefix="")
+        self._sockets = EngineFolder()
         # vLLM's own sockets, between an engine core and its workers, lie beside ours.
         environment = {
             BASE_PATH: os.environ.get(BASE_PATH, self._sockets.name),
             fault.VARIABLE: f"{self._sockets.name}/{fault.FILE}",
+            segments.VARIABLE: segments.prefix(Path(self._sockets.name)),
         }
         self._placement = replace(placement, environment=environment | placement.environment)
         self.blocks = VllmBlocks(self.call, config.parallel_config.world_size, rendezvous)

@@ -6,7 +6,7 @@ outputs, and a seeded generator stands where the last token left it (see `seeds`
 
 The engine core gets the utilities `migration` and `compile_ahead`, a SIGTERM to it loses no
 request, and it leaves word of the exception that ends it (`fault`). All are seams without a
-plug-in: see `compat`.
+plug-in: see `compat`. Shared memory has names that tell whose it is (`segments`).
 """
 
 import functools
@@ -21,7 +21,7 @@ def register() -> None:
     """Called by vLLM in each of its processes; does nothing in a server that is not llumnix's."""
     if VARIABLE not in os.environ:
         return
-    from llumnix.engine.vllm import compat, fault
+    from llumnix.engine.vllm import compat, fault, segments
     from llumnix.engine.vllm.compiled_code import compile_ahead
     from llumnix.engine.vllm.migration_utility import migration
     from llumnix.engine.vllm.parent_death import end_with_parent
@@ -33,6 +33,7 @@ def register() -> None:
     compat.around_update_states(_taking_outputs)
     compat.lose_no_request_at_shutdown()
     compat.before_death(fault.write)
+    segments.name_segments()
 
 
 def _taking_outputs(module: Any, update_states: Any) -> Any:

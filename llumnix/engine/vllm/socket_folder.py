@@ -16,6 +16,8 @@ import tempfile
 from multiprocessing import util
 from pathlib import Path
 
+from llumnix.engine.vllm import segments
+
 logger = logging.getLogger(__name__)
 
 PREFIX = "llumnix-"
@@ -42,8 +44,20 @@ def scratch() -> Path:
     assert lock is not None, "nobody else knows of it"
     _folders[os.getpid()] = folder, lock
     # With multiprocessing's own: those run in its children too, where atexit's do not.
-    util.Finalize(None, shutil.rmtree, (folder, True), exitpriority=-200)
+    util.Finalize(None, _remove, (folder,), exitpriority=-200)
     return folder
+
+
+class EngineFolder(tempfile.TemporaryDirectory[str]):
+    """A folder in there for one engine, which tells its shared memory, too."""
+
+    def __init__(self) -> None:
+        super().__init__(dir=scratch(), prefix="")
+
+    def cleanup(self) -> None:
+        """Remove all that is left of the engine, which has ended."""
+        segments.remove_engines(Path(self.name))
+        super().cleanup()
 
 
 def hold_sockets() -> None:
@@ -87,12 +101,17 @@ def _home() -> Path | None:
     return None
 
 
+def _remove(folder: Path) -> None:
+    segments.remove_nodes(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _sweep(home: Path) -> None:
-    """Remove the folders that no living process owns."""
+    """Remove the folders that no living process owns, and the shared memory that was theirs."""
     for folder in home.iterdir():
         with contextlib.suppress(OSError):
             if (lock := _lock(folder)) is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder)
                 os.close(lock)
 
 
