@@ -3,11 +3,12 @@
 import argparse
 import json
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import Request
-from vllm import SamplingParams, envs
+from vllm import RequestOutput, SamplingParams, envs
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from llumnix.engine.vllm.compat import failed, stream_handlers
@@ -18,6 +19,8 @@ NO_GRAMMAR = "a modelled engine's tokens follow no grammar"
 # Logprobs of prompt tokens in one answer, each of which costs the event loop 2 microseconds in one
 # piece; or so many for each token of the context, if that is more: the least that can be asked for.
 PROMPT_LOGPROBS, PROMPT_LOGPROBS_PER_TOKEN = 32_768, 2
+# What may leave a grammar no token to go on with; logit_bias makes none impossible.
+_FORBIDDING = ("allowed_token_ids", "bad_words", "min_tokens")
 # The square of max_pattern_size, times min_count: half as many tokens are compared in the engine's
 # scheduler after each token at worst, 20 in a microsecond.
 REPETITION = 65_536
@@ -52,6 +55,20 @@ class DoorLLM(AsyncLLM):
         await self._turns.take(choices)
         return await super().add_request(request_id, prompt, params, *args, **kwargs)
 
+    def generate(
+        self, prompt: Any, sampling_params: SamplingParams, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """The outputs of a request, as vLLM has them.
+
+        Raises vLLM's validation error where a grammar and other parameters leave no token.
+        """
+        outputs: AsyncGenerator[RequestOutput, None]
+        outputs = super().generate(prompt, sampling_params, *args, **kwargs)
+        if getattr(sampling_params, "structured_outputs", None) is None:
+            return outputs
+        forbidding = [name for name in _FORBIDDING if getattr(sampling_params, name)]
+        return _unless_none_is_left(outputs, forbidding) if forbidding else outputs
+
     def _check_logprobs(self, prompt: Any, params: SamplingParams) -> None:
         tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
         if params.prompt_logprobs is None or not tokens:
@@ -66,6 +83,22 @@ class DoorLLM(AsyncLLM):
                 "have: ask for fewer of each, for fewer choices, or for a shorter prompt",
                 HTTPStatus.BAD_REQUEST,
             )
+
+
+async def _unless_none_is_left(
+    outputs: AsyncGenerator[RequestOutput, None], forbidding: list[str]
+) -> AsyncGenerator[RequestOutput, None]:
+    """These outputs; vLLM's engine takes any token where all are forbidden, and its grammar none.
+
+    That ends the request as a server's error, which it is not.
+    """
+    async with aclosing(outputs):
+        async for output in outputs:
+            if any(choice.finish_reason == "error" for choice in output.outputs):
+                names = " and ".join(forbidding)
+                text = f"{names} and the grammar or schema together allow no token to go on with"
+                raise failed(text, HTTPStatus.BAD_REQUEST)
+            yield output
 
 
 def _check_repetition(params: SamplingParams) -> None:

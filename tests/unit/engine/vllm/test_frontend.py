@@ -1,11 +1,14 @@
 """What the door in vLLM's frontend refuses, whatever route it has come by."""
 
 from argparse import Namespace
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
-from vllm import SamplingParams
-from vllm.sampling_params import RepetitionDetectionParams
+from vllm import CompletionOutput, RequestOutput, SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from llumnix.engine.vllm.frontend import DoorLLM
 from tests.kit.loop import on_loop
@@ -48,3 +51,63 @@ async def test_a_search_for_repetitions_that_would_hold_an_engine_up(
     expected = AttributeError if fine else Exception
     with pytest.raises(expected, match="_turns" if fine else "max_pattern_size"):
         await door().add_request("r", {"prompt_token_ids": [1]}, params)
+
+
+def ending(monkeypatch: pytest.MonkeyPatch, finish: str) -> list[str]:
+    """Has vLLM's AsyncLLM end requests so; what has become of them is in the list."""
+    ends: list[str] = []
+
+    async def generate(self: AsyncLLM, *_: Any) -> AsyncGenerator[RequestOutput, None]:
+        try:
+            for tokens, reason in (([1], None), ([1, 0], finish)):
+                parts: dict[str, Any] = {"cumulative_logprob": None, "logprobs": None}
+                choice = CompletionOutput(0, "", tokens, **parts, finish_reason=reason)
+                yield RequestOutput("r", None, [7], None, [choice], reason is not None)
+        finally:
+            ends.append("closed")
+
+    monkeypatch.setattr(AsyncLLM, "generate", generate)
+    return ends
+
+
+@pytest.mark.parametrize(
+    "forbidding", [{"allowed_token_ids": [5]}, {"bad_words": ["a"]}, {"min_tokens": 9}]
+)
+@on_loop
+async def test_a_grammar_that_is_left_no_token_is_its_clients_fault(
+    monkeypatch: pytest.MonkeyPatch, forbidding: dict[str, Any]
+) -> None:
+    ends = ending(monkeypatch, "error")
+    grammar = StructuredOutputsParams(regex="a+")
+    params = SamplingParams(structured_outputs=grammar, **forbidding)
+    (name,), seen = forbidding, 0
+    with pytest.raises(VLLMValidationError, match=f"{name} and the grammar or schema together"):
+        async for _ in door().generate({}, params, "r"):
+            seen += 1
+    assert seen == 1 and ends == ["closed"]
+
+
+@pytest.mark.parametrize("params", [{"min_tokens": 9}, {"structured_outputs": {"regex": "a"}}])
+@on_loop
+async def test_other_errors_are_the_servers(
+    monkeypatch: pytest.MonkeyPatch, params: dict[str, Any]
+) -> None:
+    ending(monkeypatch, "error")
+    if grammar := params.get("structured_outputs"):
+        params = {"structured_outputs": StructuredOutputsParams(**grammar)}
+    last = [output async for output in door().generate({}, SamplingParams(**params), "r")][-1]
+    assert last.outputs[0].finish_reason == "error"
+
+
+@on_loop
+async def test_what_has_room_goes_on_and_ends_with_its_client(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ends = ending(monkeypatch, "stop")
+    grammar = StructuredOutputsParams(regex="a+")
+    params = SamplingParams(structured_outputs=grammar, min_tokens=1)
+    assert len([output async for output in door().generate({}, params, "r")]) == 2
+    left = door().generate({}, params, "r")
+    await anext(left)
+    await left.aclose()
+    assert ends == ["closed"] * 2
