@@ -26,6 +26,7 @@ from vllm.v1.outputs import LogprobsTensors
 from llumnix.dataplane.client import ClusterClient
 from llumnix.engine.base import EngineFacts
 from llumnix.engine.vllm import compat
+from llumnix.engine.vllm.derendering import bound_derendering
 from llumnix.engine.vllm.frontend import DoorLLM, Streams
 from llumnix.engine.vllm.grammars import Grammars
 from llumnix.engine.vllm.list_shapes import Shapes
@@ -81,6 +82,7 @@ class Frontend:
         app = compat.server_symbol("build_app")(arguments, tasks, llm.model_config)
         await compat.server_symbol("init_app_state")(llm, app.state, arguments, tasks)
         bound_stored_responses(app.state, HANDLER)
+        bound_derendering(app.state)
         # Its answer to an engine's errors tells its own server to exit, which is not here.
         app.state.server = SimpleNamespace(should_exit=False)
         # vLLM answers FastAPI's errors in OpenAI's shape; those of the router are Starlette's.
