@@ -31,6 +31,11 @@ class ServerOptions:
         "bytes of all request bodies that are being read or answered at a time, not counting the "
         "first 64 KiB of each; beyond them: 429; 0: no limit",
     )
+    media_budget: Count = knob(
+        4 * 2**30,
+        "bytes of the images, sounds and videos of all requests that are decoded at a time; "
+        "beyond them they wait for each other, for 10 s at most, and get 503; 0: no limit",
+    )
     api_key_file: str = knob(
         "",
         "file with the keys of clients, name:key in each line, beside those of --api-key; read "

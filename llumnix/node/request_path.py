@@ -14,6 +14,7 @@ from llumnix.dataplane.hosted_instance import HostedInstance
 from llumnix.dataplane.peer import PATH, Peers, ThisNode
 from llumnix.dataplane.waiting import WaitLimits
 from llumnix.engine.base import EngineError, EngineFacts
+from llumnix.engine.vllm.media_budgets import MediaRoom
 from llumnix.node.actor_system import Acting
 from llumnix.node.control_plane import ControlPlane
 from llumnix.node.engines import resumes
@@ -103,7 +104,7 @@ class RequestPath:
             moves=Moves(lambda: self._acting.migrations),
             drains=Drains(lambda: self._control.registry, lambda: self._acting.migrations),
             admission=self.admission,
-            contents=Contents(limits, taken_by(model)),
+            contents=Contents(limits, taken_by(model), MediaRoom(config.media_budget)),
             priorities=self.priorities,
             generate=DemoRoute(
                 lambda: self.opening.frontend, self._standing, self.gateway.answering

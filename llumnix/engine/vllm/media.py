@@ -5,15 +5,17 @@ a few megabytes may become hundreds of gigabytes. They are looked at where vLLM 
 does not matter where in a request they were, or whether they were in it or fetched.
 """
 
-import threading
+import asyncio
+import weakref
 from collections.abc import Callable
-from contextvars import ContextVar
+from http import HTTPStatus
 from io import BytesIO
 from typing import Any
 
 import cv2
 import cv2.videoio_registry as videoio
 from PIL import Image
+from vllm import envs
 from vllm.multimodal.media import (
     MEDIA_CONNECTOR_REGISTRY,
     ImageMediaIO,
@@ -23,40 +25,86 @@ from vllm.multimodal.media import (
 )
 
 from llumnix.engine.vllm import compat
+from llumnix.engine.vllm.media_budgets import STILL, VIDEO, MediaBudget, NoRoom, media_budget
 from llumnix.metrics import REFUSALS
 
-STILL_BYTES = 2**30  # of all images and sounds of a request: six of the largest images of vLLM's
+WAITS = 8  # times that one of several parts waits for room
 FRAMES = 1_000_000  # of a video, as it says itself
-VIDEO_BYTES = 6 * 2**30  # of all its videos: 768 frames of 1080 lines, the most that a model asks
 # What clients send. vLLM takes 30 more, of which some hold others, of another size than they say.
 IMAGES = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _PIXEL_BYTES = 4  # in Pillow's memory, of most kinds of images
 _FRAME_BYTES = 3  # of a pixel in a video
-_STILL, _VIDEO = "images and sounds", "videos"
 _TILE = (322, 323)  # the tags of a TIFF for the size of its tiles, which may exceed the image's
 
 
-class MediaBudget:
-    """What one request's media may still become."""
+class _Load:
+    """What one file becomes, which is held as long as that is."""
 
-    def __init__(self, still: int = STILL_BYTES, video: int = VIDEO_BYTES) -> None:
-        self._lock = threading.Lock()  # they are decoded in several threads
-        self._most = {_STILL: still, _VIDEO: video}
-        self._left = dict(self._most)
+    def __init__(self) -> None:
+        self._budget = media_budget.get() or MediaBudget()
+        self._taken: list[tuple[str, int]] = []
+        self._held = self._waits = 0
+        self._ready = 0  # bytes that it holds already, for what is to come
 
     def take(self, kind: str, size: int) -> None:
-        """Raise ValueError if this is more than is left."""
-        with self._lock:
-            if size <= self._left[kind]:
-                self._left[kind] -= size
-                return
-        REFUSALS.labels("content").inc()
-        most = self._most[kind] // 2**20
-        raise ValueError(f"the {kind} of a request must have at most {most} MiB when decoded")
+        """Raises ValueError if it is too much for the request, NoRoom if it is for now."""
+        self._budget.take(kind, size)
+        self._taken.append((kind, size))
+        self.hold(size)
 
+    def hold(self, size: int) -> None:
+        """Hold so much more, or less. Raises NoRoom."""
+        room, ready = self._budget.room, min(self._ready, max(size, 0))
+        self._ready -= ready
+        self._held += size - ready
+        try:
+            if size > ready:
+                room.take(self._budget, size - ready)
+            elif size < 0:
+                room.give(self._budget, -size)
+        except NoRoom:
+            self._held -= size - ready
+            raise
 
-# That of the request whose task this is; None outside of one.
-media_budget: ContextVar[MediaBudget | None] = ContextVar("media_budget", default=None)
+    async def wait(self, size: int) -> None:
+        """Hold so much when there is room. Raises vLLM's error of 503."""
+        self._waits += 1
+        if self._waits > WAITS:
+            raise self.refused()
+        try:
+            await self._budget.room.wait(self._budget, size)
+        except TimeoutError:
+            raise self.refused() from None
+        self._held += size
+        self._ready += size
+
+    def refused(self) -> Exception:
+        """What its client is told: too much is decoded."""
+        REFUSALS.labels("media_budget").inc()
+        text = "this server has too many images, sounds and videos at work; try again soon"
+        return compat.failed(text, HTTPStatus.SERVICE_UNAVAILABLE)
+
+    def undo(self) -> int:
+        """It has become nothing; how many bytes it has held."""
+        for kind, size in self._taken:
+            self._budget.give(kind, size)
+        self._taken.clear()
+        held, self._ready = self._held, 0
+        self.hold(-held)
+        return held
+
+    def keep(self, decoded: Any) -> Any:
+        """It has become this."""
+        owner = getattr(decoded, "media", decoded)
+        owner = owner[0] if isinstance(owner, tuple) else owner
+        room, budget = self._budget.room, self._budget
+        spare, self._ready = self._ready, 0
+        self.hold(-spare)
+        try:
+            weakref.finalize(owner, room.give, budget, self._held).atexit = False
+        except TypeError:  # of another loader's kind, whose end nobody can hear of
+            room.give(budget, self._held)
+        return decoded
 
 
 class BoundedConnector(MediaConnector):
@@ -64,11 +112,31 @@ class BoundedConnector(MediaConnector):
 
     def load_from_url(self, url: str, media_io: MediaIO[Any], **options: Any) -> Any:
         """The media that are at this URL, or in it. Raises ValueError if they are too large."""
-        return super().load_from_url(url, _bounded(media_io), **options)
+        load = _Load()
+        try:
+            return load.keep(super().load_from_url(url, _bounded(media_io, load), **options))
+        except NoRoom:
+            load.undo()
+            raise load.refused() from None
+        except BaseException:
+            load.undo()
+            raise
 
     async def load_from_url_async(self, url: str, media_io: MediaIO[Any], **options: Any) -> Any:
-        """The same, decoded in a thread."""
-        return await super().load_from_url_async(url, _bounded(media_io), **options)
+        """The same, decoded in a thread, and when there is room. Raises vLLM's error of 503."""
+        load, data = _Load(), None
+        _bounded(media_io, load)
+        while True:
+            try:
+                if data is not None:  # it need not be fetched again
+                    return load.keep(await asyncio.to_thread(media_io.load_bytes, data))
+                return load.keep(await super().load_from_url_async(url, media_io, **options))
+            except NoRoom as full:
+                data, size = full.data, full.size + load.undo()
+            except BaseException:
+                load.undo()
+                raise
+            await load.wait(size)
 
 
 def bound_media() -> None:
@@ -76,16 +144,20 @@ def bound_media() -> None:
     MEDIA_CONNECTOR_REGISTRY.register("http")(BoundedConnector)
 
 
-def _bounded(media_io: MediaIO[Any]) -> MediaIO[Any]:
+def _bounded(media_io: MediaIO[Any], load: _Load) -> MediaIO[Any]:
     """The decoder, which is made for one file, with a look at the file and at what has become."""
-    budget = media_budget.get() or MediaBudget()
     if isinstance(media_io, VideoMediaIO):  # its frames may be images
-        _bound(media_io.image_io, lambda data: budget.take(_STILL, _image_bytes(data)))
-        _bound(media_io, lambda data: budget.take(_VIDEO, _video_bytes(media_io, data)))
+        _bound(media_io.image_io, lambda data: load.take(STILL, _image_bytes(data)), part=True)
+        _bound(media_io, lambda data: load.take(VIDEO, _video_bytes(media_io, data)))
     elif isinstance(media_io, ImageMediaIO):
-        _bound(media_io, lambda data: budget.take(_STILL, _image_bytes(data)))
+        _bound(media_io, lambda data: load.take(STILL, _image_bytes(data)))
     else:  # a sound, of which vLLM bounds each
-        _bound(media_io, lambda data: None, lambda sound: budget.take(_STILL, sound[0].nbytes))
+
+        def see(sound: Any) -> None:
+            load.hold(-envs.VLLM_MAX_AUDIO_DECODE_BYTES)
+            load.take(STILL, sound[0].nbytes)
+
+        _bound(media_io, lambda data: load.hold(envs.VLLM_MAX_AUDIO_DECODE_BYTES), see)
     return media_io
 
 
@@ -93,18 +165,22 @@ def _bound(
     media_io: MediaIO[Any],
     look: Callable[[bytes], None],
     see: Callable[[Any], None] = lambda decoded: None,
+    part: bool = False,
 ) -> None:
     decode = media_io.load_bytes
 
     def load_bytes(data: bytes) -> Any:
-        look(data)
         try:
+            look(data)
             decoded = decode(data)
+            see(decoded)
+        except NoRoom as full:
+            full.data = None if part else data
+            raise
         except (ValueError, ImportError, MemoryError):
             raise
         except Exception as error:  # of many libraries; vLLM would take most for its own: 500
             raise ValueError(f"a file of the request can't be decoded: {error}") from error
-        see(decoded)
         return decoded
 
     vars(media_io)["load_bytes"] = load_bytes  # which its other ways of loading call

@@ -9,7 +9,7 @@ import orjson
 from aiohttp import web
 
 from llumnix.engine.vllm.grammars import SPEC_BYTES, asker
-from llumnix.engine.vllm.media import MediaBudget, media_budget
+from llumnix.engine.vllm.media_budgets import MediaBudget, MediaRoom, media_budget
 from llumnix.metrics import REFUSALS
 from llumnix.server.body_checks import limits
 from llumnix.server.body_checks.binary_fields import NOTHING, Taken, check_binary_fields
@@ -43,10 +43,14 @@ _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 class Contents:
     """Refuses bodies that would cost too much, on all routes."""
 
-    def __init__(self, within: BodyLimits, taken: Taken = NOTHING) -> None:
-        """`taken`: what binary data the server takes; all other is refused."""
+    def __init__(
+        self, within: BodyLimits, taken: Taken = NOTHING, room: MediaRoom | None = None
+    ) -> None:
+        """`taken`: what binary data the server takes; all other is refused.
+        `room`: for images, sounds and videos of all requests, when they are decoded."""
         self._within = within
         self._taken = taken
+        self._room = room
 
     @property
     def body_bytes(self) -> int:
@@ -75,12 +79,15 @@ class Contents:
                 return error_response(400, str(error), param=error.field)
             content.set(said)
             asker.set(who(request))
-            media_budget.set(MediaBudget() if self._taken.media_items else None)
+            media = MediaBudget(room=self._room) if self._taken.media_items else None
+            media_budget.set(media)
             try:
                 return await handler(request)
             finally:  # the next request of this connection has the same task
                 asked.set(1)
                 content.set(None)
+                if media is not None:
+                    media.room.leave(media)
 
         return look
 

@@ -15,7 +15,8 @@ from PIL import Image
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaIO
 
 from llumnix.engine.vllm import media
-from llumnix.engine.vllm.media import MediaBudget, bound_media, media_budget
+from llumnix.engine.vllm.media import bound_media
+from llumnix.engine.vllm.media_budgets import MediaBudget, media_budget
 from llumnix.metrics import REFUSALS
 from tests.kit.loop import on_loop
 
