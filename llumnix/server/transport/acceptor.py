@@ -13,6 +13,7 @@ import ssl
 from collections.abc import Callable
 
 from llumnix.metrics import CLOSED
+from llumnix.server.transport.connection import Connection
 from llumnix.server.transport.log_throttle import Seldom
 from llumnix.server.transport.tls_handshakes import Handshakes
 from llumnix.tasks import TaskSet
@@ -29,7 +30,7 @@ class Acceptor:
 
     def __init__(
         self,
-        make: Callable[[], asyncio.Protocol],
+        make: Callable[[], Connection],
         context: ssl.SSLContext | None,
         handshake_timeout: float,
     ) -> None:

@@ -37,7 +37,7 @@ class Connection(web.RequestHandler):
     __slots__ = (
         *("_body", "_body_size", "_deaf", "_leaving", "_places", "_send_timeout", "_share"),
         *("_stuck", "_wire"),
-        *("asks_to_go_on", "busy", "gone", "on_leaving"),
+        *("asks_to_go_on", "busy", "gone", "on_leaving", "received"),
     )
 
     def __init__(
@@ -66,6 +66,7 @@ class Connection(web.RequestHandler):
         self.gone = False  # when the client has left; its handler may still be about to end
         self.busy = False  # while a request is being answered
         self.asks_to_go_on = False  # before it sends the body
+        self.received = 0  # bytes, of requests and of what comes after an upgrade
         self._wire: asyncio.Transport | None = None  # aiohttp forgets its own when it closes it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -85,6 +86,7 @@ class Connection(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a request, which may not be whole."""
+        self.received += len(data)
         if not self.busy:
             self._places.stir(self)
         if self._upgraded:

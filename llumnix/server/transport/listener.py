@@ -128,6 +128,8 @@ def _server_ssl(arguments: argparse.Namespace) -> ssl.SSLContext | None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(arguments.ssl_certfile, arguments.ssl_keyfile)
+    # Each costs as much as a handshake; OpenSSL allows none from 3.0 on, unless it is told to.
+    context.options |= ssl.OP_NO_RENEGOTIATION
     context.verify_mode = _client_certificates(arguments)
     if context.verify_mode != ssl.CERT_NONE:
         _trust(context, arguments)

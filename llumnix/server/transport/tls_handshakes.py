@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from llumnix.loop_turns import Turns
+from llumnix.server.transport.connection import Connection
+from llumnix.server.transport.tls_records import PIECE, Records, Slices, feed
 
 AT_ONCE = 4  # times in one turn of the loop that something of a handshake is taken
 
@@ -24,8 +26,9 @@ class Handshakes:
         self._context = context
         self._timeout = timeout
         self._turns = Turns(AT_ONCE)
+        self._slices = Slices()
 
-    async def greet(self, accepted: Any, make: Callable[[], asyncio.Protocol]) -> None:
+    async def greet(self, accepted: Any, make: Callable[[], Connection]) -> None:
         """Have the client of this socket shake hands, and a protocol made for it.
 
         Raises OSError if it does not; the socket is closed then, and also when this is cancelled.
@@ -44,9 +47,12 @@ class Handshakes:
         except BaseException:
             wire.abort()
             raise
-        gate.step_aside()
-        if tls is not None and not early.lost:
-            early.give_way(tls, make())
+        if tls is None or early.lost:
+            wire.abort()
+            return
+        served = make()
+        early.give_way(tls, served)
+        gate.step_aside(lambda shaken: Records(wire, shaken, tls, served, self._slices))
 
 
 class _Gate(asyncio.Protocol):
@@ -69,11 +75,21 @@ class _Gate(asyncio.Protocol):
         self._wire.set_protocol(self)
         asyncio.get_running_loop().call_soon(self._wait)  # behind TLS's own beginning
 
-    def step_aside(self) -> None:
-        """The handshake is over."""
-        if not self._wire.is_closing():
-            self._wire.set_protocol(self._tls)
-        self._take()
+    def step_aside(self, make: Callable[[Any], asyncio.Protocol]) -> None:
+        """The handshake is over: what is made for its TLS has this place, and what is left."""
+        if self._wire.is_closing():
+            return
+        held, self._held = self._held, b""
+        ended, self._ended = self._ended, False
+        waited, self._waits = self._waits, False
+        after = make(self._tls)
+        self._wire.set_protocol(after)
+        if waited:
+            self._wire.resume_reading()
+        if held:
+            after.data_received(held)
+        if ended and not after.eof_received():
+            self._wire.close()
 
     def data_received(self, data: bytes) -> None:
         """Something has come; nothing else is read before its turn."""
@@ -111,19 +127,17 @@ class _Gate(asyncio.Protocol):
 
     def _take(self) -> None:
         """Have TLS take what is here."""
-        held, self._held = memoryview(self._held), b""
-        while held:
-            buffer = self._tls.get_buffer(len(held))
-            size = min(len(buffer), len(held))
-            buffer[:size] = held[:size]
-            self._tls.buffer_updated(size)
-            held = held[size:]
+        held, self._held = self._held[:PIECE], self._held[PIECE:]
+        feed(self._tls, held)
+        waited, self._waits = self._waits, False
+        if self._held:
+            self._wait()
+            return
         ended, self._ended = self._ended, False
         if ended and not self._tls.eof_received():
             self._wire.close()
-        if self._waits and not self._wire.is_closing():
+        if waited and not self._wire.is_closing():
             self._wire.resume_reading()
-        self._waits = False
 
 
 class _Early(asyncio.Protocol):

@@ -1,10 +1,13 @@
 """Crowds that begin their TLS handshakes in the same moment, and what a client does with one."""
 
+import _ssl
 import asyncio
 import contextlib
+import ctypes
 import socket
 import ssl
 import subprocess
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -64,6 +67,7 @@ async def crowd_at(
     monkeypatch: pytest.MonkeyPatch,
     curve: str | None = None,
     limits: Limits | None = None,
+    handler: Callable[[web.Request], Awaitable[web.StreamResponse]] = ok,
 ) -> AsyncIterator[tuple[int, Crowd]]:
     """The port of a TLS server, which may know one curve alone, and what comes to it."""
     seen = Crowd()
@@ -82,7 +86,7 @@ async def crowd_at(
         return context
 
     monkeypatch.setattr(listener, "_server_ssl", made)
-    async with serving(ok, limits, **certificate) as port:
+    async with serving(handler, limits, **certificate) as port:
         ticking = asyncio.create_task(seen.count_turns())
         try:
             yield port, seen
@@ -283,3 +287,81 @@ def test_the_oldest_handshake_is_given_up_for_a_new_one(
         assert CLOSED.labels("handshake")._value.get() - before == 10
 
     uvloop.run(check())
+
+
+def key_updates(client: TlsClient, number: int) -> bytes:
+    """So many records, each of which changes the keys and asks for as much."""
+    openssl = ctypes.CDLL(_ssl.__file__)
+    openssl.SSL_key_update.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    openssl.SSL_do_handshake.argtypes = [ctypes.c_void_p]
+    # Behind the head of a Python object and the socket, of which there is none.
+    handle = ctypes.c_void_p.from_address(id(client.tls._sslobj) + 24).value  # type: ignore[attr-defined]
+    for _ in range(number):
+        assert openssl.SSL_key_update(handle, 1) == 1 and openssl.SSL_do_handshake(handle) == 1
+    return client.say()
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("first", [True, False], ids=["with the handshake", "later"])
+def test_a_client_that_only_changes_its_keys_is_cut_off(
+    certificate: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    run: Callable[[Awaitable[None]], None],
+    first: bool,
+) -> None:
+    async def check() -> None:
+        before = CLOSED.labels("records")._value.get()
+        async with crowd_at(certificate, monkeypatch) as (port, _):
+            with clients(port, 2, ssl.TLSVersion.TLSv1_3) as (client, other):
+                await other.shake()
+                for _ in range(3):  # as some libraries do after many bytes
+                    other.socket.sendall(key_updates(other, 5))
+                    assert b"200 OK" in await other.ask()
+                await client.shake()
+                if not first:
+                    assert b"200 OK" in await client.ask()
+                flood, spent = client.say() + key_updates(client, 5000), time.thread_time()
+                sending = asyncio.get_running_loop().sock_sendall(client.socket, flood)
+                with pytest.raises((EOFError, OSError)):
+                    await sending
+                    while True:
+                        await client.hear()
+                assert CLOSED.labels("records")._value.get() - before == 1
+                assert time.thread_time() - spent < 0.1, "of some 150 ms with all that it has sent"
+
+    run(check())
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_large_bodies_come_whole_however_slowly_they_are_read(
+    certificate: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    run: Callable[[Awaitable[None]], None],
+) -> None:
+    async def read(request: web.Request) -> web.StreamResponse:
+        size = 0
+        async for piece in request.content.iter_chunked(16 * 1024):
+            size += len(piece)
+            await asyncio.sleep(0)
+        return web.Response(text=str(size))
+
+    async def check() -> None:
+        async with crowd_at(certificate, monkeypatch, handler=read) as (port, _):
+            with clients(port, 4, ssl.TLSVersion.TLSv1_3) as all_of_them:
+                body = bytes(3 << 20)
+                for client in all_of_them:
+                    await client.shake()
+                    client.tls.write(head("POST", "/", {"Content-Length": str(len(body))}))
+                    client.tls.write(body)
+                loop = asyncio.get_running_loop()
+                sent = [loop.sock_sendall(client.socket, client.say()) for client in all_of_them]
+                await asyncio.gather(*sent)
+                for client in all_of_them:
+                    answer = b""
+                    while str(len(body)).encode() not in answer:
+                        try:
+                            answer += client.tls.read()
+                        except ssl.SSLWantReadError:
+                            await client.hear()
+
+    run(check())
