@@ -23,7 +23,10 @@ GENERATING = frozenset(
         *("/v1/responses", "/v1/messages", "/cohere/v2/chat", "/v1/systemone"),
         *("/v1/audio/transcriptions", "/v1/audio/translations"),
         *("/generate", "/inference/v1/generate", "/invocations", "/generative_scoring"),
-        *("/tokenize", "/detokenize"),  # which wait for the one tokenizer, as prompts do
+        # These wait for the one tokenizer, as prompts do.
+        *("/tokenize", "/detokenize", "/v1/messages/count_tokens", "/v1/messages/render"),
+        *("/v1/completions/render", "/v1/chat/completions/render", "/v1/responses/render"),
+        *("/v1/completions/derender", "/v1/chat/completions/derender", "/cohere/v2/chat/render"),
         *("/v1/embeddings", "/v2/embed", "/pooling", "/classify"),
         *("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
     }

@@ -79,6 +79,11 @@ def _measure(texts: Sequence[bytes], values: int, has: str, prose: bool = False)
             raise TooMuch(f"{has} more than {limits.NESTING} levels of objects and arrays")
 
 
+def outside_strings(text: bytes) -> bytes:
+    """What stands outside of the strings of JSON, without blanks."""
+    return _outside(text, len(text))
+
+
 def _may_be_deep(text: bytes) -> bool:
     return text.count(b"[") + text.count(b"{") > limits.NESTING
 

@@ -9,6 +9,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import orjson
+
 from llumnix.server.body_checks import limits
 from llumnix.server.body_checks.json_scan import TooMuch, refuse_halves, scan_texts
 
@@ -33,6 +35,14 @@ def check_strings(said: Any, values: int = limits.VALUES) -> None:
         scan_texts(layers, values)
         for text in layers:
             _refuse_halves(text)
+
+
+def written(value: Any) -> bytes:
+    """A value in JSON."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # half a surrogate, or a large number
+        return json.dumps(value).encode()
 
 
 def _refuse_halves(text: bytes) -> None:

@@ -45,10 +45,30 @@ ITEMS = {
     "logit_bias": 1024,
     "bad_words": 256,
     "logprob_token_ids": 1024,
+    "label_token_ids": 1024,
+    "allowed_token_ids": 16_384,
     "include": 64,
     "metadata": 1024,
     "media_io_kwargs": 1024,
     "vllm_xargs": 256,
+    "images": 2048,
+}
+# What plug-ins of an operator's are told, which vLLM takes as it is: values and bytes.
+EXTRAS = {
+    "vllm_xargs": (16_384, 256 * 1024),
+    "extra_args": (16_384, 256 * 1024),
+}
+# What a body has beside its prompts, times prompts times choices. A value costs the loop 0.4 us for
+# each, and some of them more; a grammar's are passed on as they are, but for one copy.
+COPIED_VALUES = 100_000
+COPIED_BYTES = 16 * 2**20
+VALUE_COSTS = {
+    "bad_words": 8,  # each is tokenised twice
+    "logit_bias": 4,
+    "stop_token_ids": 2,
+    "structured_outputs": 0.25,
+    "response_format": 0.25,
+    "text": 0.25,
 }
 KEYS = 256  # of an object, unless it is a place for what clients like:
 FREE = frozenset(
@@ -59,6 +79,13 @@ FREE = frozenset(
         *("mm_processor_kwargs", "kv_transfer_params", "ec_transfer_params"),
     )
 )
+
+
+def is_free(name: str, top: bool = False) -> bool:
+    """Whether a field is for what clients like, such as what a tool is called with."""
+    return name in FREE or (name == "input" and not top)
+
+
 LENGTH_PENALTY = 100.0  # either way, where use_beam_search is set: a power of the length
 INNER_ITEMS = 256  # of any list within one of the messages: parts of a content, calls of tools
 PROMPTS = 512  # of one completion or embedding
@@ -71,6 +98,10 @@ STRING_BYTES = {  # of the strings of these fields together
     "cache_salt": 1024,
     "session_id": 1024,
     "user": 1024,
+}
+# Fields of a form that are looked at: those above, and what they depend on.
+NAMES = frozenset((*LARGEST, *ITEMS, *STRING_BYTES, "use_beam_search", "length_penalty")) - {
+    *EXTRAS
 }
 
 

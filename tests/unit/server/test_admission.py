@@ -57,7 +57,13 @@ def test_what_ends_after_its_handler_counts_no_more() -> None:
     assert counted(admission) == (0, 0) and not admission._open
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/api/v1/completions", "/v1/models"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/v1/completions", "/api/v1/completions", "/v1/models", "/v1/messages/count_tokens"),
+        *("/v1/completions/render", "/v1/chat/completions/derender"),
+    ],
+)
 @on_loop
 async def test_which_routes_are_limited(path: str) -> None:
     admission = Admission(1, 0, "/api/")

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from llumnix.engine.vllm.grammars import asker
 from llumnix.server.admission import Admission
 from llumnix.server.body_checks import limits
-from llumnix.server.body_checks.contents import Contents, check_form, check_keys, read, weigh
+from llumnix.server.body_checks.contents import Contents, check_keys, read
+from llumnix.server.body_checks.fields import weigh
+from llumnix.server.body_checks.forms import check_form
 from llumnix.server.body_checks.json_scan import TooMuch, _depth, _outside, scan
 from llumnix.server.body_checks.json_strings import check_strings
 from llumnix.server.body_checks.limits import BodyLimits, body_limits
@@ -155,7 +157,7 @@ def test_json_within_strings(content: Any) -> None:
         check_strings(content)
     assert time.thread_time() - began < 0.5
     with pytest.raises(TooMuch, match="JSON within strings"):
-        Contents(BodyLimits())._read("application/json", body)
+        Contents(BodyLimits())._read(body)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +231,13 @@ def test_any_fields_weigh_something(content: dict[str, Any]) -> None:
         ({"input": ["x", "y"]}, 2),
         ({"token_ids": [1], "sampling_params": {"n": 3}}, 3),
         ({"messages": [[{"role": "user"}], [{"role": "user"}]], "n": 2}, 4),
+        ({"query": "x", "documents": ["y"] * 2048}, 2048),
+        ({"query": "x", "documents": {"content": [{}] * 3}}, 3),
+        ({"queries": ["x"] * 400, "documents": ["y"] * 400}, 400),
+        ({"texts": ["x"] * 3}, 3),
+        ({"messages": [{}], "documents": [{}] * 5}, 1),
+        ({"state": "x", "questions": {"a": {}, "b": {}}, "images": ["x"]}, 2),
+        ({"prompt": "x", "n": "0" * 5000 + "4"}, 4),
         ([], 1),
         (None, 1),
     ],
@@ -244,6 +253,12 @@ def test_what_a_body_counts_for(content: Any, requests: int) -> None:
         {"n": 1e300},
         {"n": "16384"},
         {"best_of": 16384},
+        {"n": "0" * 30 + "16384"},
+        {"allowed_token_ids": [1] * 16_385},
+        {"sampling_params": {"extra_args": {"a": [1] * 16_385}}},
+        {"vllm_xargs": {"a": [1] * 16_385}},
+        {"vllm_xargs": {"a": "x" * 300_000}},
+        {"query": "x", "items": ["a"], "label_token_ids": [1] * 1025},
         {"n": 33, "use_beam_search": True},
         {"sampling_params": {"n": 65}},
         {"prompt": ["x"] * 513},
@@ -280,6 +295,8 @@ def test_forms() -> None:
     check_form(xargs + b'{"a": 1}\r\n--b--\r\n')
     with pytest.raises(TooMuch, match="JSON within strings"):
         check_form(xargs + b"[" * 20_000 + b"\r\n--b--\r\n")
+    with pytest.raises(TooMuch, match="written as they are"):
+        check_form(b"--b\r\nContent-Disposition: form-data; name*=utf-8''n\r\n\r\n9\r\n--b--\r\n")
     for form in (part * 100, b"--b\r\nX: " + b"y" * 10**6, b"a=1&" * 100, b"a=" + b"x" * 10**6):
         with pytest.raises(TooMuch):
             check_form(form)
@@ -309,11 +326,14 @@ async def test_refusals_over_http() -> None:
     app = web.Application(client_max_size=contents.body_bytes)
     guarded = Bodies(5.0, 0).guard(contents.guard(admission.guard(answer)))
     app.router.add_post("/v1/completions", guarded)
-    app.router.add_post("/tokenize", guarded)
+    for path in ("/tokenize", "/v1/completions/render", "/generative_scoring"):
+        app.router.add_post(path, guarded)
     async with TestClient(TestServer(app)) as client:
 
-        async def post(body: bytes, path: str = "/v1/completions") -> tuple[int, Any]:
-            headers = {"Content-Type": "application/json"}
+        async def post(
+            body: bytes, path: str = "/v1/completions", kind: str = "application/json"
+        ) -> tuple[int, Any]:
+            headers = {"Content-Type": kind}
             async with client.post(path, data=body, headers=headers) as response:
                 return response.status, await response.read()
 
@@ -342,6 +362,21 @@ async def test_refusals_over_http() -> None:
         text = orjson.dumps({"prompt": "word " * 30_000, "truncate_prompt_tokens": 10})
         status, body = await post(text)
         assert status == 400 and b"at most 131072 bytes" in body
+        assert (await post(text, "/v1/completions/render"))[0] == 400
+        text = orjson.dumps({"query": "word " * 30_000, "items": ["x"]})
+        status, body = await post(text, "/generative_scoring")
+        assert status == 400 and b"query and items must have at most 131072 bytes" in body
+        ids = orjson.dumps({"query": [12345] * 30_000, "items": ["x"]})
+        assert (await post(ids, "/generative_scoring"))[0] == 200
+        form = b"--b\r\nContent-Disposition: form-data; name=n\r\n\r\n0016384\r\n--b--\r\n"
+        for said, kind in (
+            (b"n=%2016384&model=x", "application/x-www-form-urlencoded"),
+            (b'{"prompt":"x","n":16384}', "application/x-www-form-urlencoded"),
+            (form, "multipart/form-data; boundary=b"),
+            (b"\r\n" + form, "multipart/form-data; boundary=b"),
+        ):
+            status, body = await post(said, "/generative_scoring", kind)
+            assert status == 400 and orjson.loads(body)["error"]["param"] == "n"
         admission.requests = 3
         assert (await post(b'{"prompt": "x", "n": 6}'))[0] == 429
 
