@@ -6,6 +6,9 @@ as they are, they would be lines of their own, or colours, titles and worse.
 
 import logging
 import re
+import traceback
+from types import TracebackType
+from typing import Any
 
 # Control characters, line and paragraph separators, and what turns the direction of writing.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -26,30 +29,86 @@ def _written(found: "re.Match[str]") -> str:
     return found[0].encode("unicode_escape").decode()
 
 
+# Characters of a message of a library's, which may repeat what a caller has sent: of a warning or
+# an error, and of any other, as a configuration at start or a prompt that an operator wants logged.
+SHOWN, SHOWN_OF_FACTS = 2_000, 16_384
+_BRIEF = 200  # of an error that is told in a line
+_LINES = 50  # of such a message; one of more is shown as one
+
+# What vLLM answers with 400 where its handlers have caught it.
+_REFUSED = (ValueError, TypeError, OverflowError)
+_REFUSED_BY_NAME = "VLLMClientError"
+_ROUTES = "vllm.entrypoints."
+_ASKED_FOR = "vllm.entrypoints.serve.exception_handling."  # by --log-error-stack
+
+ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
+
+
+def cut(text: str, most: int = SHOWN) -> str:
+    """A text, or as much of it as is to be shown."""
+    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
+
+
 class Record(logging.LogRecord):
     """A record whose message is one line, and whose traceback is indented.
 
-    vLLM's own messages may have several lines: its formatter puts its prefix before each.
+    vLLM's own messages may have several lines: its formatter puts its prefix before each. A
+    message of another's is cut, and so is the text of an exception. Where one of vLLM's routes
+    refuses a request, the record tells of it in a line, and has no traceback.
     """
 
     _traceback: str | None = None
+    _refusal: str = ""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        info = self.exc_info
+        if isinstance(info, tuple) and info[1] is not None and _is_refusal(self.name, info[1]):
+            self._refusal = _brief(info[1])
+            self.exc_info = None
 
     def getMessage(self) -> str:
         """The message as it is to be shown."""
         message = super().getMessage()
-        return _lines(message) if str(self.name).split(".")[0] == "vllm" else one_line(message)
+        package = str(self.name).split(".")[0]
+        if package != "llumnix":
+            message = cut(message, SHOWN if self.levelno >= logging.WARNING else SHOWN_OF_FACTS)
+        message += self._refusal
+        lines = package == "vllm" and message.count("\n") < _LINES
+        return _lines(message) if lines else one_line(message)
 
     @property
     def exc_text(self) -> str | None:
         """The traceback, as it is to be shown; formatters take it instead of making their own."""
         if self._traceback is None and self.exc_info and self.exc_info[0] is not None:
-            plain = logging.Formatter().formatException(self.exc_info)
+            plain = _told(self.exc_info)
             self._traceback = "\n".join(f"  {line}" for line in _lines(plain).split("\n"))
         return self._traceback
 
     @exc_text.setter
     def exc_text(self, text: str | None) -> None:
         self._traceback = text
+
+
+def _told(info: ExcInfo) -> str:
+    """A traceback, in which each exception's text is cut."""
+    told = traceback.TracebackException(*info)
+    return "".join(f"{cut(piece.rstrip())}\n" for piece in told.format()).rstrip("\n")
+
+
+def _is_refusal(logger: str, error: BaseException) -> bool:
+    """Whether an error that was caught in one of vLLM's routes is the caller's."""
+    if not logger.startswith(_ROUTES) or logger.startswith(_ASKED_FOR):
+        return False
+    names = (kind.__name__ for kind in type(error).__mro__)
+    return isinstance(error, _REFUSED) or _REFUSED_BY_NAME in names
+
+
+def _brief(error: BaseException) -> str:
+    """What an error says, and where it comes from, as it may be a fault after all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f": {type(error).__name__}: {cut(str(error), _BRIEF)}{place}"
 
 
 def install() -> None:

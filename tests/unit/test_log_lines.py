@@ -50,6 +50,56 @@ def test_a_traceback_keeps_its_lines_and_none_is_a_message(log: io.StringIO) -> 
     assert rest[-1].endswith(r"ERROR forged\r\x1b]0;title\x07\x9b31m\u2028\u202e")
 
 
+BIG = "m\n" * 500_000
+
+
+def test_a_librarys_message_and_an_errors_text_are_cut(log: io.StringIO) -> None:
+    library = logging.getLogger("vllm.llumnix_test")
+    library.handlers[:], library.propagate = logging.getLogger("llumnix").handlers[:], False
+    library.setLevel(logging.INFO)
+    library.error("Error with model %s", BIG)
+    first = log.getvalue()
+    assert first.endswith("(1000017 characters)\n") and first.count("\n") == 1
+    assert len(first) < 5_000
+    library.info("config %s", "x" * 10_000)
+    assert len(log.getvalue()) > 10_000, "what is told at start is longer"
+    for logger in (library, logging.getLogger("llumnix.server")):
+        before = len(log.getvalue())
+        try:
+            try:
+                raise KeyError(BIG)
+            except KeyError as error:
+                raise RuntimeError(BIG) from error
+        except RuntimeError:
+            logger.exception("it failed")
+        added = log.getvalue()[before:]
+        assert "in test_a_librarys_message" in added and "RuntimeError: m" in added
+        assert len(added) < 10_000
+
+
+def test_a_refusal_of_vllms_routes_is_one_line(log: io.StringIO) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    library = logging.getLogger("vllm.entrypoints.anthropic.api_router")
+    handlers, propagate = library.handlers[:], library.propagate
+    library.handlers[:], library.propagate = logging.getLogger("llumnix").handlers[:], False
+    try:
+        for error in (ValueError(BIG), VLLMValidationError("too long"), RuntimeError("a bug")):
+            before = len(log.getvalue())
+            try:
+                raise error
+            except Exception as caught:
+                library.exception("Error in count_tokens: %s", caught)
+            added = log.getvalue()[before:]
+            if isinstance(error, RuntimeError):
+                assert "  Traceback (most recent call last):" in added
+            else:
+                assert added.count("\n") == 1 and len(added) < 5_000
+                assert f"{type(error).__name__}: " in added and "test_log_lines.py:" in added
+    finally:
+        library.handlers[:], library.propagate = handlers, propagate
+
+
 def test_vllm_builds_on_it_in_an_engines_processes_too() -> None:
     """Only line breaks are left to its formatter, which puts its own prefix before each line."""
     program = (

@@ -2,6 +2,8 @@
 
 import asyncio
 import functools
+import itertools
+import time
 
 from llumnix.loop_turns import Turns
 from tests.kit.loop import on_loop
@@ -61,3 +63,38 @@ async def test_what_is_called_in_turns_is_done_in_order_a_few_at_a_time() -> Non
         await asyncio.sleep(0)
         most, before = max(most, len(done) - before), len(done)
     assert done == list(range(100)) and most <= 8
+
+
+@on_loop
+async def test_requests_that_cost_much_are_alone_in_their_turn() -> None:
+    """Sixteen of them in one turn would hold the loop for sixteen times as long."""
+    turns, order = Turns(seconds=0.004), []
+
+    async def come(number: int) -> None:
+        await turns.take()
+        order.append(number)
+        until = time.perf_counter() + 0.005
+        while time.perf_counter() < until:
+            pass
+
+    tasks = [asyncio.create_task(come(n)) for n in range(40)]
+    passed = [0]
+    while len(order) < 40:
+        await asyncio.sleep(0)
+        passed.append(len(order))
+    assert order == list(range(40)), "in order"
+    assert max(b - a for a, b in itertools.pairwise(passed)) == 1
+    await asyncio.gather(*tasks)
+    assert not turns._again and not turns._waiting
+    await asyncio.wait_for(turns.take(32), 1)
+
+
+@on_loop
+async def test_with_time_left_as_many_pass_as_ever() -> None:
+    turns, most = Turns(seconds=60.0), 0
+    tasks = [asyncio.create_task(turns.take()) for _ in range(160)]
+    while not all(task.done() for task in tasks):
+        before = sum(task.done() for task in tasks)
+        await asyncio.sleep(0)
+        most = max(most, sum(task.done() for task in tasks) - before)
+    assert most == 16

@@ -13,7 +13,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from llumnix.engine.vllm.compat import failed, stream_handlers
 from llumnix.engine.vllm.grammars import Grammars
-from llumnix.loop_turns import Turns
+from llumnix.loop_turns import SLICE, Turns
 
 NO_GRAMMAR = "a modelled engine's tokens follow no grammar"
 # Logprobs of prompt tokens in one answer, each of which costs the event loop 2 microseconds in one
@@ -36,7 +36,7 @@ class DoorLLM(AsyncLLM):
 
     def __init__(self, *args: Any, grammars: Grammars | None = None, **kwargs: Any) -> None:
         self._grammars = grammars
-        self._turns = Turns()
+        self._turns = Turns(seconds=SLICE)
         super().__init__(*args, **kwargs)
 
     async def add_request(
