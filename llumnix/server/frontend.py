@@ -31,6 +31,7 @@ from llumnix.engine.vllm.frontend import DoorLLM, Streams
 from llumnix.engine.vllm.grammars import Grammars
 from llumnix.engine.vllm.list_shapes import Shapes
 from llumnix.engine.vllm.media import bound_media
+from llumnix.engine.vllm.off_the_loop import spare_the_loop
 from llumnix.engine.vllm.stored_responses import bound_stored_responses
 from llumnix.server.stored import HANDLER
 
@@ -83,6 +84,7 @@ class Frontend:
         await compat.server_symbol("init_app_state")(llm, app.state, arguments, tasks)
         bound_stored_responses(app.state, HANDLER)
         bound_derendering(app.state)
+        spare_the_loop(app)
         # Its answer to an engine's errors tells its own server to exit, which is not here.
         app.state.server = SimpleNamespace(should_exit=False)
         # vLLM answers FastAPI's errors in OpenAI's shape; those of the router are Starlette's.

@@ -34,6 +34,16 @@ def of_type(annotation: Any) -> SchemaValidator | None:
     return _validator(adapter.core_schema)
 
 
+def lists_stopping(schema: Any) -> Any:
+    """A schema of pydantic's core in which lists stop at the first error; it makes the same."""
+    if isinstance(schema, list | tuple):
+        return type(schema)(map(lists_stopping, schema))
+    if not isinstance(schema, dict):
+        return schema
+    new = {k: part if k in _APART else lists_stopping(part) for k, part in schema.items()}
+    return new | {"fail_fast": True} if schema.get("type") in _LISTS else new
+
+
 def _adapter(annotation: Any) -> TypeAdapter[Any]:
     try:
         return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
