@@ -16,6 +16,7 @@ from llumnix.server import asgi
 from llumnix.server.access_log import shown
 from llumnix.server.admission import Admission
 from llumnix.server.body_checks.contents import Contents, content
+from llumnix.server.door.callers import CALLER
 from llumnix.server.door.guard import Guard
 from llumnix.server.door.routes import RouteTable
 from llumnix.server.drain_routes import Drains
@@ -157,6 +158,14 @@ def refuse(request: web.Request, body: bytes) -> web.Response | None:
     return None
 
 
+@web.middleware
+async def _vouch(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Behind the door: a caller that it knows may take long for his answer."""
+    if CALLER in request and isinstance(request.protocol, Connection):
+        request.protocol.vouch()
+    return await handler(request)
+
+
 @dataclass(frozen=True)
 class AppParts:
     """Who answers requests, and who looks at them before."""
@@ -184,7 +193,7 @@ def make_app(parts: AppParts) -> web.Application:
         inner = parts.admission.guard(parts.priorities.guard(handler))
         return parts.admission.door(bodies.guard(parts.contents.guard(inner)))
 
-    middlewares = [parts.origins, openai_errors, parts.door.middleware]
+    middlewares = [parts.origins, openai_errors, parts.door.middleware, _vouch]
     app = web.Application(client_max_size=parts.contents.body_bytes, middlewares=middlewares)
     own: dict[str, dict[str, Handler]] = {
         "/livez": {"GET": admin.livez},

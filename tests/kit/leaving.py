@@ -51,6 +51,13 @@ class Client:
         """Everything up to the end of the connection."""
         return b"".join(iter(self.read, b""))
 
+    def some(self, size: int) -> bytes:
+        """As many bytes, unless the connection ends before."""
+        got = b""
+        while len(got) < size and (more := self.read()):
+            got += more
+        return got
+
     def leave(self, way: str) -> None:
         """Go away in one of the WAYS."""
         if way == "half":

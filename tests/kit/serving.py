@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 from aiohttp import web
 
@@ -10,6 +12,15 @@ from llumnix.server.errors import openai_errors
 from llumnix.server.transport.connection_places import Limits
 from llumnix.server.transport.listener import Listener
 from tests.kit.etcd import free_ports
+
+
+def self_signed(folder: Path) -> dict[str, str]:
+    """A certificate that is made there, as vLLM's options name it."""
+    paths = {"ssl_certfile": f"{folder}/cert.pem", "ssl_keyfile": f"{folder}/key.pem"}
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=node"]
+    command += ["-keyout", paths["ssl_keyfile"], "-out", paths["ssl_certfile"]]
+    subprocess.run(command, check=True, capture_output=True)
+    return paths
 
 
 @contextlib.asynccontextmanager

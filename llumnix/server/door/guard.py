@@ -1,5 +1,7 @@
 """The door of a node: decides by the head of a request, before anything of its body is read."""
 
+from urllib.parse import quote
+
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 
@@ -18,6 +20,11 @@ def _bodiless() -> web.Response:
     return response
 
 
+def _moved(path: str) -> web.Response:
+    """As vLLM has it, but for the query, with which a stranger would get long answers."""
+    return web.Response(status=307, headers={hdrs.LOCATION: quote(path)})
+
+
 class Guard:
     """Lets through what the table of routes and the caller allow. What nobody knows is closed."""
 
@@ -30,7 +37,10 @@ class Guard:
         """The answer to one who may not; None, and the caller kept in the request, if it may."""
         access = self.routes.access(request.path)
         if access in (Access.PUBLIC, Access.PEER):
-            return _bodiless() if request.body_exists else None
+            if request.body_exists:
+                return _bodiless()
+            bare = request.path.rstrip("/")
+            return _moved(bare) if access is Access.PUBLIC and bare != request.path else None
         if is_preflight(request):
             return self._preflight(access, request)
         caller = self._callers.caller(request)

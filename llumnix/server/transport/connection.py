@@ -1,9 +1,9 @@
 """One client's connection: aiohttp's, and what has to be seen below HTTP that it does not see."""
 
 import asyncio
-import logging
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import Any, cast
 
 from aiohttp import web
@@ -12,13 +12,15 @@ from aiohttp.web_protocol import _ErrInfo
 
 from llumnix.metrics import CLOSED, REFUSALS
 from llumnix.server.errors import error_response
-from llumnix.server.transport.connection_places import Places
+from llumnix.server.transport.connection_places import Limits, Places
 from llumnix.server.transport.departed_clients import Leaving
-from llumnix.server.transport.unfinished_heads import PIECE, HeadRefused, Heads, Share
-
-logger = logging.getLogger(__name__)
+from llumnix.server.transport.unfinished_heads import PIECE, HeadRefused, Heads, Share, cost
+from llumnix.server.transport.unsent import Unsent
 
 PIPELINED = 32  # requests behind the one that is being answered, which nobody has in earnest
+# Seconds for which what is behind it may keep the connection from being read: who leaves meanwhile
+# is not seen. It takes 64 KiB behind an upgrade, or 128 KiB of a waiting request's body.
+UNREAD = 0.5
 # Of a body in chunks: bytes that may be frames and nothing else, and the share of all that come.
 # A chunk costs the parser as much whether it brings one byte or a thousand.
 FRAMES_FREE, FRAMES_SHARE = 16 * 1024, 0.25
@@ -35,8 +37,8 @@ class Connection(web.RequestHandler):
     """
 
     __slots__ = (
-        *("_body", "_body_size", "_deaf", "_leaving", "_places", "_send_timeout", "_share"),
-        *("_stuck", "_wire"),
+        *("_body", "_body_size", "_deaf", "_leaving", "_paused_since", "_places", "_share"),
+        *("_unsent", "_wire"),
         *("asks_to_go_on", "busy", "gone", "on_leaving", "received"),
     )
 
@@ -46,12 +48,10 @@ class Connection(web.RequestHandler):
         places: Places,
         heads: Heads,
         leaving: Leaving,
-        send_timeout: float,
+        limits: Limits,
         **options: Any,
     ) -> None:
-        """`leaving`: the turns of all clients that leave;
-        `send_timeout`: seconds for which the client may read nothing of an answer; 0: for ever;
-        `options` are aiohttp's."""
+        """`leaving`: the turns of all clients that leave; `options` are aiohttp's."""
         super().__init__(manager, **options)
         self._places = places
         self._share = Share(heads)
@@ -59,8 +59,8 @@ class Connection(web.RequestHandler):
         self._body_size = 0  # bytes that came of it, with its chunks' frames
         self._deaf = False  # whether whatever still comes is no request
         self._leaving = leaving
-        self._send_timeout = send_timeout
-        self._stuck: asyncio.TimerHandle | None = None
+        self._unsent = Unsent(limits)
+        self._paused_since: asyncio.TimerHandle | None = None  # while it is not read
         # Called when the client has left, before its handler ends: at once, so it must cost little.
         self.on_leaving: Callable[[], None] | None = None
         self.gone = False  # when the client has left; its handler may still be about to end
@@ -71,14 +71,17 @@ class Connection(web.RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client has connected."""
-        self._wire = cast(asyncio.Transport, transport)  # uvloop's are none by their class
+        # uvloop's are none by their class.
+        self._wire = self._unsent.wire = cast(asyncio.Transport, transport)
         super().connection_made(transport)
         self._places.enter(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """The connection is no more: what it has asked for ends, and its handler in its turn."""
-        self._wire = None
-        self._unstick()
+        self._wire = self._unsent.wire = None
+        self._unsent.settle()
+        if self._paused_since is not None:
+            self._paused_since.cancel()
         self._places.leave(self)
         self._share.release()
         self._leave()
@@ -91,14 +94,14 @@ class Connection(web.RequestHandler):
             self._places.stir(self)
         if self._upgraded:
             super().data_received(data)
+            if self._payload_parser is None:  # nobody has taken it over, and it waits
+                self._wait(len(data))
             return
         self._take(data[:PIECE] if len(data) > PIECE else data)
         for start in range(PIECE, len(data), PIECE):
             self._take(data[start : start + PIECE])
-        if len(self._messages) >= PIPELINED and self._wire is not None:
-            # aiohttp would read no more, and so not hear of it when the client leaves.
-            CLOSED.labels("pipelined").inc()
-            self._wire.abort()
+        if len(self._messages) >= PIPELINED:
+            self._too_much_behind()  # aiohttp would read no more
 
     def _take(self, piece: bytes) -> None:
         """Have a piece parsed, so small that little of a next head can follow what ends in it."""
@@ -107,7 +110,7 @@ class Connection(web.RequestHandler):
         of_a_head = self._body.is_eof()
         seen = self._request_count
         super().data_received(piece)
-        came = self._request_count > seen
+        came = self._request_count - seen
         if came:
             message, self._body = self._messages[-1]
             self._body_size = 0
@@ -120,9 +123,43 @@ class Connection(web.RequestHandler):
             if of_a_head or came:
                 self._share.more(len(piece), message if came else None)
             if of_a_head or (self.busy and self._messages):  # of a request that waits
-                self._share.wait(len(piece))
+                new = islice(reversed(self._messages), came)
+                self._share.wait(len(piece) + sum(cost(message) for message, _ in new))
         except HeadRefused as refused:
-            self._refuse(refused, came or not of_a_head)
+            self._refuse(refused, bool(came) or not of_a_head)
+
+    def _wait(self, size: int) -> None:
+        """Bytes have come behind an upgrade that is not answered yet, in which nothing is seen."""
+        try:
+            self._share.wait(size)
+        except HeadRefused:
+            self._too_much_behind()
+
+    def _too_much_behind(self) -> None:
+        if self._wire is not None:
+            CLOSED.labels("pipelined").inc()
+            self._wire.abort()
+
+    def _pause_transport_reading(self) -> None:
+        """aiohttp has too much that nobody reads, and reads no more until somebody does."""
+        super()._pause_transport_reading()
+        if self._paused_since is None and self._wire is not None:
+            loop = asyncio.get_running_loop()
+            self._paused_since = loop.call_later(UNREAD, self._look_why_paused)
+
+    def _look_why_paused(self) -> None:
+        """End who has what is behind his request keep it from being seen that he leaves.
+
+        The body of the request itself is another matter: nothing runs before it has been read.
+        """
+        self._paused_since = None
+        if self._wire is None or not (self._reading_paused or self._buffer_paused):
+            return
+        if self.busy and (self._messages or (self._upgraded and self._payload_parser is None)):
+            self._too_much_behind()
+        else:
+            loop = asyncio.get_running_loop()
+            self._paused_since = loop.call_later(UNREAD, self._look_why_paused)
 
     def _frames(self, size: int) -> None:
         """More of a body has come, which must not be frames of chunks for the most part."""
@@ -166,7 +203,19 @@ class Connection(web.RequestHandler):
     def resume_writing(self) -> None:
         """The client has read again."""
         super().resume_writing()
-        self._unstick()
+        self._unsent.settle()
+        self._expect_of_strangers()  # there is less, and still some
+
+    def set_parser(self, *given: Any) -> None:
+        """The client speaks another protocol from now on, as only nodes do that prove it."""
+        self.vouch()
+        super().set_parser(*given)
+
+    async def finish_response(self, *given: Any) -> tuple[web.StreamResponse, bool]:
+        """Send the answer, or what is left of it."""
+        finished = await super().finish_response(*given)
+        self._expect_of_strangers()
+        return finished
 
     def handle_error(
         self,
@@ -195,9 +244,13 @@ class Connection(web.RequestHandler):
         """A request has come."""
         self.busy = True
         self._places.begin(self)
-        self._share.release()
-        if self._stuck is not None and not self.writing_paused:
-            self._unstick()
+        self._share.keep(sum(map(_size, self._messages)) if self._messages else 0)
+        self._unsent.begin(self.writing_paused)
+
+    def vouch(self) -> None:
+        """The request's caller is known."""
+        self._unsent.vouch()
+        self._places.unstick(self)
 
     def rest(self) -> None:
         """The request has been answered, but for what is still to be sent."""
@@ -213,10 +266,14 @@ class Connection(web.RequestHandler):
     @property
     def unsent(self) -> int:
         """Bytes that the client has not taken yet."""
-        return self._wire.get_write_buffer_size() if self._wire is not None else 0
+        return self._unsent.size
 
     def end(self) -> None:
-        """Close it."""
+        """Close it, with little time for its client to do so too, or to take what is unsent."""
+        if self.unsent and not self._unsent.known:
+            self.hang_up()
+            return
+        self._unsent.part()
         self.force_close()
 
     def hang_up(self) -> None:
@@ -226,9 +283,13 @@ class Connection(web.RequestHandler):
 
     def expect(self) -> None:
         """Have the client take what is unsent, or be cut off."""
-        if self._send_timeout and self._stuck is None:
-            loop = asyncio.get_running_loop()
-            self._stuck = loop.call_later(self._send_timeout, self._cut_off)
+        if not self._unsent.known:
+            self._places.stick(self)
+        self._unsent.expect()
+
+    def _expect_of_strangers(self) -> None:
+        if not self._unsent.known and self.unsent:
+            self.expect()
 
     def _leave(self) -> None:
         self.gone = True
@@ -236,18 +297,8 @@ class Connection(web.RequestHandler):
             leave, self.on_leaving = self.on_leaving, None
             leave()
 
-    def _unstick(self) -> None:
-        if self._stuck is not None:
-            self._stuck.cancel()
-            self._stuck = None
 
-    def _cut_off(self) -> None:
-        self._stuck = None
-        if self._wire is None or not self.unsent:
-            return
-        CLOSED.labels("stuck").inc()
-        logger.info(
-            "client %s is cut off: it has read nothing of its answer for %g s",
-            *(self._wire.get_extra_info("peername"), self._send_timeout),
-        )
-        self._wire.abort()  # close() would wait for what it does not read
+def _size(waiting: tuple[Any, StreamReader]) -> int:
+    """Bytes of a request that waits, or of an error in its place."""
+    message, body = waiting
+    return 0 if isinstance(message, _ErrInfo) else cost(message, head=True) + body.total_bytes

@@ -5,6 +5,9 @@ deadlines, and at the limit the one that has been without for longest gives its 
 Only when all have requests, new ones are turned away: then probes, operators and other nodes still
 get in, by places kept for them. What a connection is for shows in its first head, so such a place
 is given to anybody, for no longer than that.
+
+Whoever does not take the answer to a request that needs no key, or has shown none, gives way before
+all others. One that is closed counts until its descriptor is free, which its client may delay.
 """
 
 import logging
@@ -20,6 +23,7 @@ from llumnix.server.transport.log_throttle import Seldom
 logger = logging.getLogger(__name__)
 
 LOOKS = 32  # connections that are looked at to find one that can give way
+NEWEST = 16  # connections that do not give way before they had time to ask, if there is another way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,9 @@ class Holder(Protocol):
     def end(self) -> None:
         """Close it."""
 
+    def hang_up(self) -> None:
+        """Cut it off."""
+
     def expect(self) -> None:
         """Have its client take what is unsent soon, or be cut off."""
 
@@ -60,6 +67,8 @@ class Places:
         # Those without a request, the oldest first, with the time since which they are.
         self._heads: dict[Holder, float] = {}  # of which a head is to come
         self._idle: dict[Holder, float] = {}  # which have had an answer, and have not asked again
+        self._stuck: dict[Holder, None] = {}  # strangers that have not taken their answers
+        self._closing: dict[Holder, None] = {}  # that have been ended, and have descriptors still
         self._full = Seldom(
             logger, f"all {limits.connections} connections have requests; refused %d more"
         )
@@ -71,11 +80,18 @@ class Places:
 
     def enter(self, holder: Holder) -> None:
         """A connection has been made; it, or another one, may be ended for it."""
+        over = len(self._open) + len(self._closing) - len(self._extra) - self._limits.connections
+        for closing in list(islice(self._closing, max(over + 1, 0))):
+            del self._closing[closing]
+            closing.hang_up()
         if len(self._open) - len(self._extra) >= self._limits.connections:
-            waiting = next(self._without_request(), None)
-            if waiting is not None:
-                self._end(waiting, "displaced")
-            elif not self._enter_reserve(holder):
+            if self._displace(NEWEST):
+                pass
+            elif self._reserve():
+                self._extra[holder] = None
+            elif not self._displace():
+                self.refuse()
+                holder.hang_up()
                 return
         self._open.add(holder)
         self._heads[holder] = self._clock()
@@ -89,6 +105,8 @@ class Places:
         self._extra.pop(holder, None)
         self._heads.pop(holder, None)
         self._idle.pop(holder, None)
+        self._stuck.pop(holder, None)
+        self._closing.pop(holder, None)
 
     def stir(self, holder: Holder) -> None:
         """Bytes have come that belong to no request yet."""
@@ -104,6 +122,22 @@ class Places:
         """Its request has ended."""
         if holder in self._open:
             self._idle[holder] = self._clock()
+
+    def stick(self, holder: Holder) -> None:
+        """A stranger has not taken all of his answer."""
+        if holder in self._open:
+            self._stuck[holder] = None
+
+    def unstick(self, holder: Holder) -> None:
+        """It was none."""
+        self._stuck.pop(holder, None)
+
+    def move(self, holder: Holder) -> bool:
+        """Give a reserved place back for another one, if one without a request has that."""
+        if len(self._open) - len(self._extra) >= self._limits.connections and not self._displace():
+            return False
+        self._extra.pop(holder, None)
+        return True
 
     def reserved(self, holder: Holder) -> bool:
         """Whether its place is one of those kept for probes, operators and nodes."""
@@ -128,25 +162,39 @@ class Places:
             else:
                 self._end(holder, "idle")
 
-    def _enter_reserve(self, holder: Holder) -> bool:
-        if len(self._extra) >= self._limits.reserve:
-            silent = next((other for other in self._extra if other in self._heads), None)
-            if silent is None:
-                self.refuse()
-                holder.end()
-                return False
-            self._end(silent, "displaced")
-        self._extra[holder] = None
+    def _reserve(self) -> bool:
+        """Whether a reserved place is free; one that has asked for nothing gives it back."""
+        if len(self._extra) < self._limits.reserve:
+            return True
+        silent = next((other for other in self._extra if other in self._heads), None)
+        if silent is None:
+            return False
+        self._end(silent, "displaced")
         return True
 
-    def _without_request(self) -> Iterator[Holder]:
-        for group in (self._heads, self._idle):
-            for holder in islice(group, LOOKS):
+    def _displace(self, newest: int = 0) -> bool:
+        """End one for another; not the `newest` ones of which a head is to come."""
+        waiting = next(self._giving_way(newest), None)
+        if waiting is not None:
+            self._end(waiting, "displaced")
+        return waiting is not None
+
+    def _giving_way(self, newest: int) -> Iterator[Holder]:
+        for holder in list(islice(self._stuck, LOOKS)):
+            if not holder.unsent:
+                del self._stuck[holder]
+            elif holder not in self._extra:
+                yield holder
+        looks = LOOKS + len(self._extra)
+        heads = max(0, min(looks, len(self._heads) - newest))
+        for group, number in ((self._heads, heads), (self._idle, looks)):
+            for holder in islice(group, number):
                 if holder not in self._extra and not holder.unsent:
                     yield holder
 
     def _end(self, holder: Holder, reason: str) -> None:
         self.leave(holder)
+        self._closing[holder] = None
         CLOSED.labels(reason).inc()
         holder.end()
 

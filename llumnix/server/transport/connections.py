@@ -48,7 +48,7 @@ class Doors(web.Server):
             self._places,
             self._heads,
             self._leaving,
-            self._limits.send_timeout,
+            self._limits,
             loop=asyncio.get_running_loop(),
             **self._options,
         )
@@ -72,7 +72,9 @@ class Doors(web.Server):
                 await self._beginning.take()
                 if connection.gone:
                     raise asyncio.CancelledError
-            if not self._places.reserved(connection):
+            if not self._places.reserved(connection) or (
+                not _goes_first(request) and self._places.move(connection)
+            ):
                 return await self._answer(request)
             return await self._answer_reserved(request)
         finally:

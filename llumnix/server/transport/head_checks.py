@@ -3,6 +3,7 @@
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion, HttpVersion10
 
+from llumnix.dataplane.peer import PATH as PEER
 from llumnix.server.errors import error_response
 
 _NEWEST = HttpVersion(1, 1)
@@ -12,6 +13,8 @@ TARGET_PARTS = 64
 # It becomes part of a request's id, which is in logs, in frames between nodes, and in etcd's keys.
 REQUEST_ID = "X-Request-Id"
 REQUEST_ID_SIZE = 256
+# Where another protocol than HTTP may be asked for: what comes behind that can't be parsed.
+UPGRADES = (PEER, "/v1/realtime")
 
 
 def problem(request: web.BaseRequest) -> web.Response | None:
@@ -37,6 +40,8 @@ def _found(request: web.BaseRequest) -> tuple[int, str] | None:
         return 414, f"a path and its query may have {TARGET_BYTES} bytes together"
     if target.partition("?")[0].count("/") > TARGET_PARTS:
         return 414, f"a path may have {TARGET_PARTS} parts"
+    if _upgrades(request) and not request.path.rstrip("/").endswith(UPGRADES):
+        return 400, "at this path there is no upgrade to another protocol"
     headers = request.headers
     codings = headers.getall(hdrs.TRANSFER_ENCODING, None)
     if codings is not None and [coding.strip().lower() for coding in codings] != ["chunked"]:
@@ -47,3 +52,11 @@ def _found(request: web.BaseRequest) -> tuple[int, str] | None:
     if (expected := headers.get(hdrs.EXPECT)) is not None:  # 100-continue has been taken out
         return 417, f"this server can't meet the expectation {expected[:40]!r}"
     return None
+
+
+def _upgrades(request: web.BaseRequest) -> bool:
+    """Whether what follows is taken for another protocol; of those it knows not, nobody minds."""
+    if request.method == hdrs.METH_CONNECT:
+        return True
+    wanted = request.headers.get(hdrs.UPGRADE, "").lower()
+    return bool(request._message.upgrade) and wanted in ("websocket", "tcp")

@@ -11,6 +11,8 @@ from llumnix.server.errors import RETRY_SOON
 
 PIECE = 16 * 1024  # bytes that the parser gets at a time while it looks for the end of a head
 FREE = 8 * 1024  # bytes of each connection that the budget does not count: most have no more
+# Bytes that a parsed request takes beside its own, and each of its headers, however short.
+MESSAGE, HEADER = 1024, 128
 
 
 class HeadRefused(Exception):
@@ -71,16 +73,28 @@ class Share:
         self._held += more
         heads.held += more
 
+    def keep(self, size: int) -> None:
+        """A request has begun, behind which as many bytes wait, and maybe some of a head."""
+        self._size = size + self._begun
+        held = max(0, self._size - FREE)
+        self._heads.held += held - self._held
+        self._held = held
+
     def release(self) -> None:
-        """A request has begun, or the connection has ended."""
-        self._heads.held -= self._held
-        self._size = self._held = 0
+        """The connection has ended."""
+        self._begun = 0
+        self.keep(0)
 
     def _refuse(self) -> None:
         raise HeadRefused(
             *("head", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE),
             f"the head of a request must have at most {self._heads.largest} bytes",
         )
+
+
+def cost(message: Any, head: bool = False) -> int:
+    """Bytes that a request takes while it waits, beside those of its head, or with them."""
+    return MESSAGE + HEADER * len(message.raw_headers) + (_size(message) if head else 0)
 
 
 def _size(message: Any) -> int:

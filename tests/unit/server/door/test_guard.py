@@ -66,6 +66,21 @@ async def test_routes_for_anybody_read_nothing_of_anybody() -> None:
 
 
 @on_loop
+async def test_public_routes_with_a_slash_are_answered_briefly() -> None:
+    """vLLM's redirect repeats the query: eight kilobytes, for anybody."""
+    for config in ({"root_path": None}, {"root_path": "/base"}):
+        async with door(given=KEYS | config, admin_token="boss") as node:
+            for path in paths(Access.PUBLIC):
+                path = (config["root_path"] or "") + path
+                for slashes in ("/", "///"):
+                    query = f"?{'a' * 8000}"
+                    status, text = await node.ask(path + slashes + query, allow_redirects=False)
+                    assert status == 307 and node.headers["Location"] == path
+                    assert sum(map(len, node.headers.values())) + len(text) < 300
+            assert not node.read
+
+
+@on_loop
 async def test_a_route_that_nobody_has_classified_is_closed() -> None:
     async with door(given=KEYS, admin_token="boss") as node:
         for path in ("/nowhere", "/v1/batches", "/llumnix", "//v1/models", "/metricsx", "/"):

@@ -43,6 +43,20 @@ async def read(client: Client, all_of_it: bool = False) -> bytes:
     return await asyncio.to_thread(client.rest if all_of_it else client.read)
 
 
+async def read_all(client: Client, patience: float) -> bytes:
+    """What comes until the connection ends, or nothing comes for a while."""
+
+    def take() -> bytes:
+        client.socket.settimeout(patience)
+        got = b""
+        with contextlib.suppress(TimeoutError):
+            while more := client.read():
+                got += more
+        return got
+
+    return await asyncio.to_thread(take)
+
+
 async def ok(request: web.Request) -> web.StreamResponse:
     return web.Response(text="ok")
 
@@ -396,6 +410,66 @@ def test_what_waits_behind_a_request_counts_as_well() -> None:
             assert answers[0].count(b"200 OK") >= 1 and b" 503 " in answers[0]
             for client in clients:
                 client.close()
+
+    uvloop.run(check())
+
+
+def with_headers(number: int) -> bytes:
+    return head("GET", "/", dict.fromkeys([f"{name:03x}" for name in range(number)], ""))
+
+
+@pytest.mark.parametrize("at_once", (True, False))
+def test_what_waits_counts_as_much_as_it_takes(at_once: bool) -> None:
+    """A header of four bytes takes a hundred; and what waits still does so when one has begun."""
+
+    async def check() -> None:
+        until, running = asyncio.Event(), 0
+
+        async def wait(request: web.Request) -> web.StreamResponse:
+            nonlocal running
+            running += 1
+            await until.wait()
+            return web.Response(text="ok")
+
+        async with serving(wait, Limits(heads_budget=600_000)) as port:
+            clients = []
+            for number in (1, 2):
+                clients.append(client := Client(port))
+                if at_once:
+                    client.send(GET + with_headers(200) * 15)
+                else:
+                    client.send(GET)
+                    await soon(lambda number=number: running == number)
+                    client.send(with_headers(200) * 15)
+                await soon(lambda number=number: running == number)
+                await asyncio.sleep(0.1)
+            until.set()
+            first, second = [await read_all(client, 0.5) for client in clients]
+            assert first.count(b"200 OK") == 16 and b" 503 " not in first
+            assert second.count(b"200 OK") < 16 and b" 503 " in second
+            for client in clients:
+                client.close()
+
+    uvloop.run(check())
+
+
+@pytest.mark.parametrize("path", ("/v1/completions", "/", "/llumnix/drain"))
+def test_upgrades_are_refused_where_there_are_none(path: str) -> None:
+    async def check() -> None:
+        async with serving(ok) as port:
+            asked = {"Connection": "Upgrade", "Upgrade": "websocket"}
+            client = Client(port).send(post(path, {}, asked) + bytes(100_000))
+            status, message = error(await read(client, all_of_it=True))
+            assert status == 400 and "upgrade" in message
+            client.close()
+            # As Java's client asks, and goes on without.
+            client = Client(port).send(post(path, {}, asked | {"Upgrade": "h2c"}))
+            assert b"200 OK" in await read(client)
+            assert b"200 OK" in await read(client.send(GET))
+            client.close()
+            client = Client(port).send(b"CONNECT here:80 HTTP/1.1\r\nHost: here:80\r\n\r\n")
+            assert error(await read(client, all_of_it=True))[0] == 400
+            client.close()
 
     uvloop.run(check())
 

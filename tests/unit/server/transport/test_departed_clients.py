@@ -1,8 +1,13 @@
 """Clients that leave, at a server without a node: the application hears of it, and lets go."""
 
 import asyncio
+import contextlib
 import gc
+import socket
+import ssl
+import struct
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,12 +22,12 @@ from llumnix.server import asgi, engine_requests
 from llumnix.server.app import Gateway
 from llumnix.server.door.routes import RouteTable
 from llumnix.server.status_routes import Standing
-from llumnix.server.transport.connection import Connection
+from llumnix.server.transport.connection import UNREAD, Connection
 from llumnix.server.transport.connection_places import Limits
 from llumnix.server.transport.departed_clients import ENDING
 from tests.kit.leaving import SMALL, WAYS, Client, head, post
 from tests.kit.loop import soon
-from tests.kit.serving import serving
+from tests.kit.serving import self_signed, serving
 
 
 class Tokens:
@@ -165,6 +170,96 @@ def test_requests_stop_when_their_client_leaves(goes_on: bool) -> None:
             client.leave("close")
             await soon(lambda: "ended" in states)
             assert stopped == ([] if goes_on else ["first", "late"])
+
+    uvloop.run(check())
+
+
+CHUNKED = head("POST", "/v1/completions", {"Transfer-Encoding": "chunked"})
+BEHIND = {
+    "upgrade": ({"Connection": "Upgrade", "Upgrade": "websocket"}, bytes(600_000)),
+    "body": ({}, head("POST", "/", {"Content-Length": "3000000"}) + bytes(600_000)),
+    "chunks": ({}, CHUNKED + b"8\r\n01234567\r\n" * 40_000),
+    "more": ({}, post("/", {}) * 100),
+}
+
+
+@pytest.mark.parametrize("over", ("tcp", "unix", "tls"))
+@pytest.mark.parametrize("behind", BEHIND)
+def test_those_that_leave_are_seen_whatever_they_have_sent(
+    behind: str, over: str, tmp_path: Path
+) -> None:
+    """Behind their request, where nobody reads it; the rest of it is in the kernels' buffers."""
+    headers, more = BEHIND[behind]
+    path = "/v1/realtime" if behind == "upgrade" else "/"
+    running = 0
+    options = {"uds": str(tmp_path / "socket")} if over == "unix" else {}
+    options |= self_signed(tmp_path) if over == "tls" else {}
+
+    async def wait(request: web.Request) -> web.StreamResponse:
+        nonlocal running
+        await request.read()
+        running += 1
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            running -= 1
+        raise AssertionError
+
+    def ask(port: int) -> socket.socket:
+        unix = over == "unix"
+        client = socket.socket(socket.AF_UNIX if unix else socket.AF_INET)
+        client.settimeout(30)
+        client.connect(options["uds"] if unix else ("127.0.0.1", port))
+        if over == "tls":
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            client = context.wrap_socket(client)
+        client.sendall(post(path, {}, headers))
+        return client
+
+    def leave(client: socket.socket, way: str) -> None:
+        with contextlib.suppress(OSError):
+            client.settimeout(0.1)
+            client.sendall(more)
+        with contextlib.suppress(OSError):
+            if way == "half":
+                client.shutdown(socket.SHUT_WR)
+                return
+            if way == "reset":
+                linger = struct.pack("ii", 1, 0)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        client.close()
+
+    async def check() -> None:
+        async with serving(wait, **options) as port:
+            clients = [await asyncio.to_thread(ask, port) for _ in WAYS]
+            await soon(lambda: running == len(WAYS))
+            for client, way in zip(clients, WAYS, strict=True):
+                await asyncio.to_thread(leave, client, way)
+            await soon(lambda: not running, within=5)
+            for client in clients:
+                client.close()
+
+    uvloop.run(check())
+
+
+def test_a_body_that_is_large_and_slow_is_no_reason_to_close() -> None:
+    """What keeps the connection from being read is the request's own body, until its turn comes."""
+
+    async def slow(request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(2 * UNREAD)
+        size = 0
+        async for piece in request.content.iter_chunked(100_000):
+            size += len(piece)
+            await asyncio.sleep(UNREAD / 4)
+        return web.Response(text=f"<{size}>")
+
+    async def check() -> None:
+        async with serving(slow) as port:
+            client = Client(port)
+            await asyncio.to_thread(client.send, post("/", bytes(1_000_000)))
+            assert b"<1000000>" in await asyncio.to_thread(client.read)
+            client.close()
 
     uvloop.run(check())
 

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import socket
 import ssl
-import subprocess
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -22,7 +21,7 @@ from llumnix.server.transport import listener, tls_handshakes
 from llumnix.server.transport.connection_places import Limits
 from tests.kit.leaving import head
 from tests.kit.loop import soon
-from tests.kit.serving import serving
+from tests.kit.serving import self_signed, serving
 
 GET = head("GET", "/livez", {})
 CROWD = 60
@@ -49,12 +48,7 @@ class Crowd:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("tls")
-    paths = {"ssl_certfile": f"{folder}/cert.pem", "ssl_keyfile": f"{folder}/key.pem"}
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=node"]
-    command += ["-keyout", paths["ssl_keyfile"], "-out", paths["ssl_certfile"]]
-    subprocess.run(command, check=True, capture_output=True)
-    return paths
+    return self_signed(tmp_path_factory.mktemp("tls"))
 
 
 async def ok(request: web.Request) -> web.StreamResponse:

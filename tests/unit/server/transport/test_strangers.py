@@ -1,0 +1,180 @@
+"""What those without a key may keep of a server: a place, for a while, unless somebody needs it."""
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Awaitable, Callable
+
+import pytest
+import uvloop
+from aiohttp import web
+
+from llumnix.metrics import CLOSED, CONNECTIONS
+from llumnix.server.transport.connection import Connection
+from llumnix.server.transport.connection_places import Limits
+from tests.kit.leaving import SMALL, Client, head, post
+from tests.kit.loop import descriptors, soon
+from tests.kit.serving import self_signed, serving
+
+LARGE = 8 << 20  # bytes, for which no kernel has room
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+PROBE = head("GET", "/livez", {})
+
+
+def closed(reason: str) -> float:
+    value: float = CLOSED.labels(reason)._value.get()
+    return value
+
+
+def opened() -> float:
+    value: float = CONNECTIONS._value.get()
+    return value
+
+
+async def answer(client: Client) -> bytes:
+    return await asyncio.to_thread(client.read)
+
+
+async def whole(request: web.Request) -> web.StreamResponse:
+    return web.Response(body=bytes(LARGE if request.path == "/large" else 10))
+
+
+async def streamed(request: web.Request) -> web.StreamResponse:
+    if request.path != "/large":
+        return await whole(request)
+    response = web.StreamResponse()
+    await response.prepare(request)
+    for _ in range(LARGE >> 16):
+        await response.write(bytes(1 << 16))
+    return response
+
+
+def known(request: web.Request) -> None:
+    assert isinstance(request.protocol, Connection)
+    request.protocol.vouch()
+
+
+def stuck(port: int, number: int) -> list[Client]:
+    return [Client(port, SMALL).send(head("GET", "/large", {})) for _ in range(number)]
+
+
+@pytest.mark.parametrize("handler", (whole, streamed))
+def test_who_does_not_take_his_answer_gives_way(handler: Handler) -> None:
+    """Before all others, also while it is being written."""
+
+    async def check() -> None:
+        async with serving(handler, Limits(connections=10, reserve=2, header_timeout=60)) as port:
+            clients = stuck(port, 10)
+            await soon(lambda: opened() == 10)
+            await asyncio.gather(*(asyncio.to_thread(client.read, 1) for client in clients))
+            before = closed("displaced")
+            ordinary = [Client(port) for _ in range(5)]
+            for client in ordinary:
+                assert b"200 OK" in await answer(client.send(post("/", {})))
+            probe = Client(port).send(PROBE)
+            assert b"200 OK" in await answer(probe)
+            assert closed("displaced") - before == 6 and opened() == 10
+            for client in (*clients, *ordinary, probe):
+                client.close()
+            await soon(lambda: not opened())
+
+    uvloop.run(check())
+
+
+@pytest.mark.parametrize("handler", (whole, streamed))
+def test_a_stranger_has_little_time_for_his_answer(handler: Handler) -> None:
+    """And whoever has shown a key has --send-timeout."""
+
+    async def vouched(request: web.Request) -> web.StreamResponse:
+        if request.method == "POST":
+            known(request)
+        return await handler(request)
+
+    async def check() -> None:
+        async with serving(vouched, Limits(header_timeout=0.4)) as port:
+            client = Client(port, SMALL).send(post("/large", {}))
+            before = closed("stuck")
+            strangers = stuck(port, 4)
+            await soon(lambda: closed("stuck") - before == 4)
+            await soon(lambda: opened() == 1)
+            assert len(await asyncio.to_thread(client.some, LARGE)) >= LARGE
+            for each in (client, *strangers):
+                each.close()
+
+    uvloop.run(check())
+
+
+def test_the_newest_has_time_to_ask() -> None:
+    """While all others have requests, one that comes does not end the one that came before it."""
+
+    async def check() -> None:
+        until = asyncio.Event()
+        busy = 0
+
+        async def wait(request: web.Request) -> web.StreamResponse:
+            nonlocal busy
+            if request.path == "/wait":
+                busy += 1
+                await until.wait()
+            return web.Response(text="ok")
+
+        async with serving(wait, Limits(connections=4, reserve=4)) as port:
+            waiting = [Client(port).send(post("/wait", {})) for _ in range(3)]
+            await soon(lambda: busy == 3)
+            newest = [Client(port) for _ in range(5)]
+            await soon(lambda: opened() == 8)
+            assert b"200 OK" in await answer(newest[0].send(PROBE))
+            # An ordinary request has the place of one that has none, not one that is reserved.
+            assert b"200 OK" in await answer(newest[1].send(post("/", {})))
+            assert b"200 OK" in await answer(newest[2].send(PROBE))
+            until.set()
+            for client in (*waiting, *newest):
+                client.close()
+
+    uvloop.run(check())
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return self_signed(tmp_path_factory.mktemp("tls"))
+
+
+def silent(port: int) -> ssl.SSLSocket:
+    """A client that shakes hands, and then neither says nor reads anything."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context.wrap_socket(socket.create_connection(("127.0.0.1", port), 30))
+
+
+def sockets() -> int:
+    return sum("socket:" in what for _, what in descriptors())
+
+
+def test_descriptors_of_closed_connections_count(certificate: dict[str, str]) -> None:
+    """TLS waits for the client to close as well, who need not do so."""
+
+    async def check() -> None:
+        limits = Limits(connections=6, reserve=2, header_timeout=60)
+        async with serving(whole, limits, **certificate) as port:
+            before = sockets()
+            clients = []
+            for _ in range(40):
+                clients.append(await asyncio.to_thread(silent, port))
+            await soon(lambda: sockets() - before - len(clients) <= 6 + 2 + 1)
+            for client in clients:
+                client.close()
+
+    uvloop.run(check())
+
+
+def test_tls_does_not_wait_for_those_whose_time_is_over(certificate: dict[str, str]) -> None:
+    async def check() -> None:
+        async with serving(whole, Limits(header_timeout=0.5), **certificate) as port:
+            before = sockets()
+            clients = [await asyncio.to_thread(silent, port) for _ in range(5)]
+            await soon(lambda: not opened())
+            await soon(lambda: sockets() - before == len(clients), within=5)
+            for client in clients:
+                client.close()
+
+    uvloop.run(check())
