@@ -21,6 +21,30 @@ def _nothing() -> Mapping[Any, Any]:
     return MappingProxyType({})
 
 
+def instance_name(node: NodeId, slot: int) -> InstanceId:
+    """The name of the instance in a slot of a node, of which there are 0, 1, …."""
+    return f"{node}-{slot}"
+
+
+def slot_at(node: NodeId, instance: InstanceId) -> int | None:
+    """The slot of an instance of this node; None for one of another node."""
+    number = instance.removeprefix(f"{node}-")
+    return int(number) if number != instance and number.isdecimal() else None
+
+
+def server_name(node: NodeId, index: int) -> NodeId:
+    """By which name other nodes know an API server of a node that is a process of its own.
+
+    No node has such a name, as # is in none.
+    """
+    return f"{node}#{index}"
+
+
+def is_server_of(name: NodeId, node: NodeId) -> bool:
+    """Whether it is the name of such an API server of this node."""
+    return name.rpartition("#")[0] == node
+
+
 def kv_blocks(tokens: int, block_size: int) -> int:
     """KV blocks that a sequence of so many tokens asks for: room for these and the next one."""
     return -(-(tokens + 1) // block_size)
@@ -38,8 +62,8 @@ class InstanceState(StrEnum):
 class NodeInfo:
     """A node as it presents itself to the others.
 
-    `address` is host:port of its HTTP server (API and peer channel); `epoch` is new with each
-    start of the node's process, so that a restarted node is not taken for its predecessor.
+    `address` is host:port of its HTTP server; `epoch` is new with each start of the node's process,
+    so that a restarted node is not taken for its predecessor.
     """
 
     id: NodeId
@@ -49,6 +73,7 @@ class NodeInfo:
     max_instances: Count = 0  # most that it runs, whatever is desired there; 0: not known
     initial_instances: Count = 0  # as long as no number is desired there; 0: none, or unknown
     token_mark: str = ""  # shows which token it has out of etcd; empty if it was given one
+    peer_address: str = ""  # where the others dial it; empty: at `address`
 
 
 @dataclass(frozen=True, slots=True)

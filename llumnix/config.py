@@ -170,10 +170,10 @@ class Config(ServerOptions):
     autoscale_max: int = knob(16, "most instances in the cluster for --autoscale to go up to")
     drain_timeout: Seconds = knob(60.0, "seconds that running requests get to end at SIGTERM")
     max_requests: Count = knob(
-        2048, "requests open at this API server, running or waiting; beyond them: 429; 0: no limit"
+        2048, "requests open at this node, running or waiting; beyond them: 429; 0: no limit"
     )
     max_prompt_tokens: Count = knob(
-        0, "prompt tokens of the requests open at this API server; beyond them: 429; 0: no limit"
+        0, "prompt tokens of the requests open at this node; beyond them: 429; 0: no limit"
     )
     send_timeout: Seconds = knob(
         300.0, "seconds after which a client that reads nothing of its stream is cut off; 0: never"

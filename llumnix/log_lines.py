@@ -116,6 +116,17 @@ def install() -> None:
     logging.setLogRecordFactory(Record)
 
 
+def to_stderr(prefix: str = "") -> None:
+    """Show llumnix's own log, whatever the libraries do with the root logger."""
+    install()
+    logger = logging.getLogger("llumnix")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
 def in_json(text: str) -> str:
     """Encoded JSON, with those control characters escaped as well that JSON would let through."""
     return _CONTROL_IN_LINES.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

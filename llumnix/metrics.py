@@ -19,7 +19,9 @@ DISPATCH_SECONDS = Histogram(
     buckets=(1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2, 0.1, 1.0),
 )
 REFUSALS = Counter("llumnix_refusals", "Requests refused by a limit", ["limit"])
-CONNECTIONS = Gauge("llumnix_connections", "Open connections to this node's address")
+CONNECTIONS = Gauge(
+    "llumnix_connections", "Open connections to this node's address", multiprocess_mode="livesum"
+)
 CLOSED = Counter("llumnix_connections_closed", "Connections that the node has ended", ["reason"])
 KEY_FAULTS = Counter(
     "llumnix_key_faults", "Times that a key was found as no node has written it", ["about"]
@@ -52,6 +54,20 @@ FAILOVER_SECONDS = Histogram(
     buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0),
 )
 
+# Names and texts of what each API server counts.
+OPEN_REQUESTS = "llumnix_open_requests", "Requests of this node's clients"
+DISPATCHES = "llumnix_dispatches", "Requests dispatched"
+DROPPED_OUTPUTS = "llumnix_dropped_outputs", "Outputs refused by the ledger"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What an API server has open and has done."""
+
+    open_requests: int = 0
+    dispatched: Mapping[str, int] = field(default_factory=dict)  # by instance
+    dropped: Mapping[str, int] = field(default_factory=dict)  # outputs refused, by reason
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -61,9 +77,7 @@ class Snapshot:
     view: ClusterView
     view_age: float  # seconds
     loads: tuple[InstanceLoad, ...]  # of this node's instances
-    open_requests: int
-    dispatched: Mapping[str, int] = field(default_factory=dict)  # by instance
-    dropped: Mapping[str, int] = field(default_factory=dict)  # outputs refused, by reason
+    counts: Counts | None  # None: each API server has its own, in a process of its own
     peers: int = 0
     classes: Mapping[int, str] = field(default_factory=dict)  # names of priority classes
     mean_freeness: float = 0.0  # KV blocks a request
@@ -86,8 +100,10 @@ class NodeCollector(Collector):
         yield from _of_instances(now.loads)
         if now.classes:
             yield _of_classes(now.loads, now.classes)
-        yield _counter("llumnix_dispatches", "Requests dispatched", "instance", now.dispatched)
-        yield _counter("llumnix_dropped_outputs", "Refused by the ledger", "reason", now.dropped)
+        if now.counts is not None:
+            yield GaugeMetricFamily(*OPEN_REQUESTS, now.counts.open_requests)
+            yield _counter(*DISPATCHES, "instance", now.counts.dispatched)
+            yield _counter(*DROPPED_OUTPUTS, "reason", now.counts.dropped)
 
 
 def _of_cluster(now: Snapshot) -> Iterator[Metric]:
@@ -104,7 +120,6 @@ def _of_cluster(now: Snapshot) -> Iterator[Metric]:
         "llumnix_view_age_seconds", "Since the view was last proven current", now.view_age
     )
     yield GaugeMetricFamily("llumnix_peers", "Open links to other nodes", now.peers)
-    yield GaugeMetricFamily("llumnix_open_requests", "In this node's ledger", now.open_requests)
 
 
 def _of_instances(loads: tuple[InstanceLoad, ...]) -> Iterator[Metric]:

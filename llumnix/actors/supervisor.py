@@ -11,7 +11,14 @@ from pykka import ActorDeadError
 from llumnix.actors.base import Actor, Handle, P
 from llumnix.actors.instance import InstanceActor, Life, Report
 from llumnix.actors.supervision import Deaths
-from llumnix.cluster import ClusterView, InstanceId, InstanceInfo, InstanceState, NodeId
+from llumnix.cluster import (
+    ClusterView,
+    InstanceId,
+    InstanceInfo,
+    InstanceState,
+    NodeId,
+    instance_name,
+)
 from llumnix.dataplane.hosted_instance import HostedInstance
 
 logger = logging.getLogger(__name__)
@@ -207,7 +214,7 @@ class NodeActor(Actor):
         self._command(number, InstanceActor.keep)
 
     def _open(self, number: int) -> None:
-        instance = f"{self._node}-{number}"
+        instance = instance_name(self._node, number)
         reference = InstanceActor.start(
             instance,
             lambda: self._around.make(instance, number),

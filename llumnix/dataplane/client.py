@@ -20,6 +20,7 @@ from llumnix.dataplane.frames import HandOver, Lost, News
 from llumnix.dataplane.hosted_request import NO_RESUME, why_pinned
 from llumnix.dataplane.interruptions import Interruptions
 from llumnix.dataplane.ledger import Acceptance, Entry, Ledger
+from llumnix.dataplane.peer_link import Link
 from llumnix.dataplane.placer import Dispatcher, Placer, Route
 from llumnix.dataplane.prompt_logprobs import PromptLogprobs
 from llumnix.dataplane.suspects import DeathWave, is_given_up
@@ -166,9 +167,10 @@ class ClusterClient(UtilityCalls):
             ids, epochs = map(list, zip(*unwanted, strict=True))
             self._tasks.spawn(self.placer.cancel(frame.instance, ids, epochs))
         if accepted or stats is not None:
-            hosted = self._exchange.hosted.get(frame.instance)
-            timestamp = frame.timestamp if hosted else _in_our_time(accepted, frame.timestamp)
-            engine = self._elsewhere if hosted is None else hosted.slot
+            slot = self._exchange.slot(frame.instance)
+            here = slot is not None
+            timestamp = frame.timestamp if here else _in_our_time(accepted, frame.timestamp)
+            engine = self._elsewhere if slot is None else slot
             hold = self.prompt_logprobs.hold
             at_once = [output for output in accepted if not hold(output, engine, timestamp)]
             self._pass_on_outputs(at_once, engine, timestamp, stats)
@@ -188,9 +190,9 @@ class ClusterClient(UtilityCalls):
 
     # ---- placing and replacing ----
 
-    def node_found(self, node: NodeId) -> None:
+    def node_found(self, link: Link) -> None:
         """There is a new connection to a node."""
-        self.placer.trust_node(node)
+        self.placer.trust_node(link.node)
 
     async def _place(self, request_id: str, reason: str = "") -> None:
         """Send a request to an instance; whatever goes wrong, its client hears of it."""

@@ -8,13 +8,14 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol
 
-from llumnix.cluster import InstanceId, NodeId
+from llumnix.cluster import InstanceId, NodeId, slot_at
 from llumnix.dataplane.frames import (
     Call,
     Cancel,
     Frame,
     HandOver,
     Lost,
+    NodeNews,
     Outputs,
     Reply,
     Submit,
@@ -47,19 +48,24 @@ class ApiServer(Origin, Protocol):
     def node_lost(self, node: NodeId, reason: str) -> None:
         """The connection to a node has ended, for this reason."""
 
-    def node_found(self, node: NodeId) -> None:
+    def node_found(self, link: Link) -> None:
         """There is a new connection to a node."""
 
 
 class Exchange:
-    """Carries requests to instances, near and far; lives on the node's event loop."""
+    """Carries requests to instances, near and far; lives on its process's event loop."""
 
-    def __init__(self, node: NodeId, peers: Peers) -> None:
+    def __init__(self, node: NodeId, peers: Peers, host: NodeId | None = None) -> None:
+        """`node`: by which name others know this process. `host`: the node that it belongs to, if
+        it hosts no instances itself: an API server in a process of its own."""
         self.node = node
+        self._host = node if host is None else host
         self.hosted: dict[InstanceId, HostedInstance] = {}
         self.procedures: dict[str, Procedure] = {}
         # Others than the node's API server that are told of a lost connection, and why.
         self.on_node_lost: list[Callable[[NodeId, str], None]] = []
+        self.on_news: Callable[[NodeNews], None] | None = None  # of the node of this API server
+        self.own: set[str] = set()  # the lives of this node's API servers in other processes
         self._home: Late[ApiServer] = Late("API server")
         self._peers = peers
         self._tasks = TaskSet()
@@ -109,6 +115,10 @@ class Exchange:
             link.cancel()
         await asyncio.gather(*links, return_exceptions=True)
 
+    def slot(self, instance: InstanceId) -> int | None:
+        """The slot of an instance of this machine's node; None for all others."""
+        return slot_at(self._host, instance)
+
     async def close(self) -> None:
         """End all links and tasks; the hosted instances are stopped by their owners."""
         await self._tasks.close()
@@ -117,7 +127,10 @@ class Exchange:
     async def take(self, link: Link, frame: Frame) -> None:
         """Serve a frame that has come over a link."""
         match frame:
-            case Outputs() | Lost() | HandOver():
+            case Outputs():
+                stats = frame.stats if link.node == self._host else None
+                self._home().deliver(frame, stats)
+            case Lost() | HandOver():
                 self._home().deliver(frame)
             case Submit():
                 await self._submit(link, frame)
@@ -126,12 +139,14 @@ class Exchange:
             case Call():
                 # In a task of its own: a slow call must not hold up the frames behind it.
                 self._tasks.spawn(self._reply(link, frame), name=f"reply-{frame.method}")
+            case NodeNews() if link.node == self._host and self.on_news is not None:
+                self.on_news(frame)
             case _:
                 logger.warning("ignored a %s from node %s", type(frame).__name__, link.node)
 
-    def opened(self, node: NodeId) -> None:
+    def opened(self, link: Link) -> None:
         """There is a new link to a node."""
-        self._home().node_found(node)
+        self._home().node_found(link)
 
     async def closed(self, link: Link) -> None:
         """A link has ended, and so has all that came over it."""
@@ -164,7 +179,8 @@ class Exchange:
 
     async def _reply(self, link: Link, frame: Call) -> None:
         try:
-            if frame.method not in CALLABLE_BY_PEERS and frame.method not in self.procedures:
+            known = frame.method in CALLABLE_BY_PEERS or frame.method in self.procedures
+            if not known and link.life not in self.own:
                 raise EngineError(f"a peer may not call {frame.method}")
             result = await self._call(frame.instance, frame.method, tuple(frame.args))
             reply = Reply(frame.id, result)

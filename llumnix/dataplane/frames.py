@@ -10,9 +10,12 @@ from typing import Any
 
 import msgspec
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import CUSTOM_TYPE_RAW_VIEW, MsgpackDecoder, MsgpackEncoder, bytestr
 
 from llumnix.cluster import InstanceId, NodeId
+from llumnix.control.view_change import ViewChange
+from llumnix.engine.base import EngineFacts
 
 
 class FrameError(Exception):
@@ -68,6 +71,7 @@ class Outputs(Frame, array_like=True, gc=False):
     epochs: list[int]  # one for each output
     positions: list[int]  # of each output's first token
     outputs: list[EngineCoreOutput]
+    stats: SchedulerStats | None = None  # for one API server process of the node itself
 
 
 class Lost(Frame, array_like=True, gc=False):
@@ -102,6 +106,21 @@ class Reply(Frame, array_like=True, gc=False):
     error: str | None = None
 
 
+# ---- to an API server process of the node itself ----
+
+
+class NodeNews(Frame, array_like=True, gc=False):
+    """What a node knows, for those of its API servers that are processes of their own."""
+
+    change: ViewChange | None  # of the cluster since the last one; None: nothing has changed
+    anew: bool  # whether it is the first on its link, and tells of all that there is
+    age: float  # seconds since the view was last proven current
+    fault: str  # what of the node has died or hangs; empty if nothing
+    warnings: list[dict[str, Any]]  # of what was found wrong in etcd lately
+    stopping: bool  # whether the node takes no new requests any more
+    facts: EngineFacts | None  # of one of its instances that is up
+
+
 # ---- to the node that has dialled ----
 
 
@@ -113,7 +132,7 @@ class Hello(Frame, array_like=True, gc=False):
     proof: str = ""
 
 
-AnyFrame = Submit | Cancel | Call | Outputs | Lost | HandOver | Reply | Hello
+AnyFrame = Submit | Cancel | Call | Outputs | Lost | HandOver | Reply | Hello | NodeNews
 
 # What goes to an API server about its requests.
 News = Outputs | Lost | HandOver

@@ -29,13 +29,13 @@ class HostedInstance:
         self,
         engine: Engine,
         slot: int,
-        home: Origin,
+        home: Callable[[], Origin | None],
         on_load: Callable[[], None],
         by_priority: bool = False,
     ) -> None:
-        """`home`: the API server of this node, which gets the engine's statistics. `on_load`: told
-        of each change of the load, cheaply. `by_priority`: whether the engine's queue goes by it.
-        """
+        """`home`: the API server of this node that gets the engine's statistics, if there is one.
+        `on_load`: told of each change of the load, cheaply. `by_priority`: whether the engine's
+        queue goes by it."""
         self.engine = engine
         self.id: InstanceId = engine.id
         self.slot = slot  # 0, 1, … on this node; the `engine` label of vLLM's own metrics
@@ -235,12 +235,13 @@ class HostedInstance:
 
     def _deliver(self, frames: dict[Origin, Outputs], step: EngineCoreOutputs) -> None:
         stats = step.scheduler_stats
+        home = self._home() if stats is not None else None
         if stats is not None:
             self._usage = stats.kv_cache_usage
-            if self._home not in frames:
-                frames[self._home] = Outputs(self.id, step.timestamp, [], [], [])
+        if home is not None and home not in frames:
+            frames[home] = Outputs(self.id, step.timestamp, [], [], [])
         for origin, frame in frames.items():
-            origin.deliver(frame, stats if origin is self._home else None)
+            origin.deliver(frame, stats if origin is home else None)
         self._on_load()
 
     def _has(self, request: HostedRequest) -> bool:

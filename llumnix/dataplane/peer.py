@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import aiohttp
 from aiohttp import web
 
-from llumnix.cluster import NodeId
+from llumnix.cluster import NodeId, is_server_of
 from llumnix.dataplane.frames import Codec, Frame, FrameError, Hello
-from llumnix.dataplane.peer_link import HEARTBEAT, MAX_FRAME, Link
+from llumnix.dataplane.peer_link import HEARTBEAT, MAX_FRAME, OWN_HEARTBEAT, Link
 from llumnix.dataplane.peer_proof import (
     PROOF,
     Door,
@@ -55,7 +55,7 @@ class Receiver(Protocol):
     async def take(self, link: Link, frame: Frame) -> None:
         """Serve a frame; the next one of its link waits for that."""
 
-    def opened(self, node: NodeId) -> None:
+    def opened(self, link: Link) -> None:
         """There is a new link to a node."""
 
     async def closed(self, link: Link) -> None:
@@ -126,7 +126,8 @@ class Peers:
         except GreetingError as error:
             self._complain(f"refused a peer connection from {request.remote}: {error}")
             raise web.HTTPUnauthorized(text="wrong or missing proof of the cluster token") from None
-        socket = web.WebSocketResponse(heartbeat=HEARTBEAT, max_msg_size=MAX_FRAME, compress=False)
+        beat = OWN_HEARTBEAT if is_server_of(who.node, self._me.node) else HEARTBEAT
+        socket = web.WebSocketResponse(heartbeat=beat, max_msg_size=MAX_FRAME, compress=False)
         await socket.prepare(request)
         link = Link(socket, who.node, who.life)
         link.send(Hello(self._me.node, self._me.version, proof))
@@ -159,8 +160,9 @@ class Peers:
         async with asked as reply:
             challenge = convinced(self._key, who, reply.status, reply.headers)
         headers = answer(self._key, who, challenge)
+        beat = OWN_HEARTBEAT if is_server_of(me.node, node) else HEARTBEAT
         socket = await self._session.ws_connect(
-            url, headers=headers, heartbeat=HEARTBEAT, max_msg_size=MAX_FRAME, ssl=ssl
+            url, headers=headers, heartbeat=beat, max_msg_size=MAX_FRAME, ssl=ssl
         )
         try:
             hello = await _hello(socket)
@@ -194,7 +196,7 @@ class Peers:
                 link.node,
                 host,
             )
-        self._receiver().opened(link.node)
+        self._receiver().opened(link)
 
     def _complain(self, sentence: str) -> None:
         """Say it, but strangers must not fill the log."""

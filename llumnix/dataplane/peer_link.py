@@ -17,12 +17,15 @@ from aiohttp import web
 from vllm.v1.metrics.stats import SchedulerStats
 
 from llumnix.cluster import InstanceId, NodeId
-from llumnix.dataplane.frames import Call, Codec, Frame, FrameError, News, Reply
+from llumnix.dataplane.frames import Call, Codec, Frame, FrameError, News, Outputs, Reply
 from llumnix.engine.base import EngineDead, EngineError
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT = 2.0  # seconds between pings; a peer that misses one answer is cut off
+# Between a node and its own API servers: of a process of this machine that has died the kernel
+# tells at once, and one that opens vLLM's frontend has a busy loop for seconds.
+OWN_HEARTBEAT = 15.0
 QUEUE_FRAMES = 65_536  # a peer this far behind is cut off
 MAX_FRAME = 256 * 2**20  # bytes; images and embeddings travel in requests
 
@@ -53,6 +56,8 @@ class Link:
         """Send outputs back to where their requests came from."""
         if self.closed:
             return
+        if stats is not None and isinstance(frame, Outputs):
+            frame.stats = stats
         try:
             self.send(frame)
         except EngineError as error:

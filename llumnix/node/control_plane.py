@@ -18,7 +18,7 @@ from tenacity import (
 
 from llumnix import __version__
 from llumnix.addresses import parts
-from llumnix.cluster import ClusterView, NodeInfo
+from llumnix.cluster import ClusterView, NodeId, NodeInfo
 from llumnix.config import Config
 from llumnix.control.alarms import Alarms, Sentinel
 from llumnix.control.codec import encode_node, encode_text
@@ -77,6 +77,7 @@ class ControlPlane:
         self._endpoints: list[str] = []
         self._etcd: Etcd
         self.token = config.cluster_token
+        self.peer_address = ""  # where other nodes dial this one, if not where clients do
         self.session: Session
         self.registry: Registry
         self.election: Election
@@ -112,6 +113,7 @@ class ControlPlane:
             max_instances=config.max_instances,
             initial_instances=config.initial_instances,
             token_mark=self._agree(),
+            peer_address=self.peer_address,
         )
         key, alone = self._keys.node(config.node), not config.etcd_endpoints
         self._claim = Claim(self._etcd, key, self._me, alone=alone)
@@ -205,6 +207,11 @@ class ControlPlane:
     def view(self) -> ClusterView:
         """The cluster as this node sees it now."""
         return self.registry.view
+
+    def address_of(self, node: NodeId) -> str | None:
+        """Where a node is dialled; None if it is not in the cluster."""
+        info = self.view().nodes.get(node)
+        return (info.peer_address or info.address) if info else None
 
     def standstill(self) -> str:
         """One sentence that names what of the control loop hangs or has died; empty if nothing."""

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from llumnix.cluster import InstanceId, InstanceInfo, InstanceLoad, InstanceState
 from llumnix.control.registry import LoadReporter, Registry
+from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.hosted_instance import HostedInstance
+from llumnix.node.api_servers import ApiServers
 from llumnix.node.engines import MakeEngine
-from llumnix.node.request_path import RequestPath
 
 
 class Hosting:
@@ -16,7 +17,8 @@ class Hosting:
 
     def __init__(
         self,
-        path: RequestPath,
+        exchange: Exchange,
+        servers: ApiServers,
         registry: Registry,
         make_engine: MakeEngine,
         by_priority: bool,
@@ -25,8 +27,8 @@ class Hosting:
         """`by_priority`: whether the engines' queues go by it. `look`: called on the loop when the
         frontend may be opened."""
         self._loop = asyncio.get_running_loop()
-        self._path = path
-        self._hosted = path.exchange.hosted
+        self._servers = servers
+        self._hosted = exchange.hosted
         self._registry = registry
         self._make_engine = make_engine
         self._by_priority = by_priority
@@ -37,7 +39,7 @@ class Hosting:
         """A new engine in a slot; on the loop."""
         engine = self._make_engine(instance, slot)
         changed = self._reporter.changed
-        hosted = HostedInstance(engine, slot, self._path.client, changed, self._by_priority)
+        hosted = HostedInstance(engine, slot, self._servers.home, changed, self._by_priority)
         self._hosted[instance] = hosted
         return hosted
 
@@ -52,7 +54,7 @@ class Hosting:
         None of this node's is ready for others while the frontend has not been opened: that keeps
         the loop busy for seconds, in which no token would get through.
         """
-        if info.state is InstanceState.READY and not self._path.opening.tried:
+        if info.state is InstanceState.READY and not self._servers.tried:
             info = dataclasses.replace(info, state=InstanceState.STARTING)
             self._loop.call_soon_threadsafe(self._look)
         self._registry.announce_instance(info)

@@ -1,15 +1,22 @@
 """What probes, operators and scrapes are told of a node."""
 
 import asyncio
+from collections.abc import Callable
 
 from llumnix.actors.supervision import Supervision
 from llumnix.cluster import ClusterView, NodeId
+from llumnix.dataplane.exchange import Exchange
+from llumnix.dataplane.frames import NodeNews
+from llumnix.dataplane.peer import Peers
+from llumnix.engine.base import EngineFacts
 from llumnix.metrics import Snapshot
+from llumnix.node.api_server import ApiServer
+from llumnix.node.api_servers import ApiServers
 from llumnix.node.control_plane import ControlPlane
-from llumnix.node.request_path import RequestPath
 from llumnix.policy.priority_classes import Classes
 from llumnix.policy.scaling import mean_freeness
 
+FOR_EVER = 1e9  # seconds, for the age of a view that was never proven current
 SCRAPE_SECONDS = 10.0  # for which a scrape of the metrics waits for the loop
 
 
@@ -22,21 +29,34 @@ class Observation:
         classes: Classes,
         control: ControlPlane,
         supervision: Supervision,
-        path: RequestPath,
+        exchange: Exchange,
+        peers: Peers,
+        servers: Callable[[], ApiServers],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._node = node
         self._classes = classes
         self._control = control
         self._supervision = supervision
-        self._path = path
+        self._exchange = exchange
+        self._peers = peers
+        self._servers = servers
+        self.server: ApiServer | None = None  # that in this process; else each counts in its own
 
     def fault(self) -> str:
         """What has died or hangs of the parts that nothing restarts; empty if nothing."""
-        frontend = self._path.opening.frontend
-        if frontend is not None and not frontend.sound:
-            return "vLLM's frontend has died"
-        return self._supervision.fault or self._control.standstill()
+        return self._servers().fault or self._supervision.fault or self._control.standstill()
+
+    def facts(self) -> EngineFacts | None:
+        """What an instance of this node knows of itself, if one is up."""
+        return next((h.facts for h in self._exchange.hosted.values() if h.facts), None)
+
+    def news(self) -> NodeNews:
+        """What the API servers in other processes are told, but for what has changed."""
+        age = min(self._control.registry.age, FOR_EVER)
+        return NodeNews(
+            None, False, age, self.fault(), self._control.alarms.now(), False, self.facts()
+        )
 
     def view_and_age(self) -> tuple[ClusterView, float]:
         """The cluster as this node sees it, and for how many seconds it has."""
@@ -53,16 +73,13 @@ class Observation:
 
     def _snapshot(self) -> Snapshot:
         view, age = self.view_and_age()
-        client = self._path.client
         return Snapshot(
             node=self._node,
             view=view,
             view_age=age,
-            loads=tuple(h.load() for h in self._path.exchange.hosted.values() if h.facts),
-            open_requests=len(client.ledger),
-            dispatched=dict(client.placer.dispatched),
-            dropped={str(k): v for k, v in client.ledger.dropped.items()},
-            peers=self._path.peers.open,
+            loads=tuple(h.load() for h in self._exchange.hosted.values() if h.facts),
+            counts=self.server.counts if self.server is not None else None,
+            peers=self._peers.open,
             classes={p: made.name for p, made in self._classes.by_priority.items()},
             mean_freeness=mean_freeness(view, self._classes),
         )

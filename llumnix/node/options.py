@@ -49,6 +49,11 @@ class NodeOptions:
         return str(names[0] if names else self.arguments.model)
 
     @property
+    def api_servers(self) -> int:
+        """How many API servers the node has; more than one are processes of their own."""
+        return self.arguments.api_server_count or 1
+
+    @property
     def root_path(self) -> str:
         """What vLLM's application takes off the beginning of a path."""
         return self.arguments.root_path or ""

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from aiohttp import web
 from vllm.v1.engine import EngineCoreRequest
@@ -46,6 +47,22 @@ class Slot:
     over: bool = False
 
 
+class SharedCounts(Protocol):
+    """What all API servers of a node have open, each of which tells the others."""
+
+    def tell(self, requests: int, tokens: int) -> None:
+        """This one has so many requests open, with prompts of so many tokens."""
+
+    def others(self) -> tuple[int, int]:
+        """Requests, and tokens of their prompts, that all others have open together."""
+
+    def listens(self) -> None:
+        """This one takes connections from now on."""
+
+    def is_ahead(self) -> bool:
+        """Whether another one that takes connections has fewer requests open."""
+
+
 # Set in the handler's task, and so in all tasks that vLLM makes of it.
 _slot: ContextVar[Slot | None] = ContextVar("slot", default=None)
 
@@ -59,8 +76,16 @@ class Admission:
     in the background, if it has one.
     """
 
-    def __init__(self, max_requests: int, max_prompt_tokens: int, root_path: str = "") -> None:
-        """`root_path` is what vLLM's application takes off the beginning of a path."""
+    def __init__(
+        self,
+        max_requests: int,
+        max_prompt_tokens: int,
+        root_path: str = "",
+        shared: SharedCounts | None = None,
+    ) -> None:
+        """`root_path` is what vLLM's application takes off the beginning of a path. `shared`: the
+        counts of all API servers that the limits are for; None: of this one alone."""
+        self._shared = shared
         self._max_requests = max_requests
         self._max_prompt_tokens = max_prompt_tokens
         self._root = root_path.rstrip("/")
@@ -128,9 +153,10 @@ class Admission:
                 f"has open at once, {self._max_requests}"
             )
             return error_response(400, sentence)
-        if 0 < self._max_requests < self.requests + requests:
+        others, tokens = self._shared.others() if self._shared else (0, 0)
+        if 0 < self._max_requests < self.requests + others + requests:
             limit, text = "requests", f"{self._max_requests} requests"
-        elif 0 < self._max_prompt_tokens <= self.prompt_tokens:
+        elif 0 < self._max_prompt_tokens <= self.prompt_tokens + tokens:
             limit, text = "prompt_tokens", f"prompts of {self._max_prompt_tokens} tokens"
         else:
             return None
@@ -157,3 +183,5 @@ class Admission:
         slot.tokens += tokens
         self.requests += requests
         self.prompt_tokens += tokens
+        if self._shared is not None:
+            self._shared.tell(self.requests, self.prompt_tokens)

@@ -1,33 +1,29 @@
 """The route by which operators have a node or an instance emptied, and see what is left there."""
 
-import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import orjson
 from aiohttp import web
 
 from llumnix.cluster import ClusterView
-from llumnix.control.etcd.errors import EtcdError
-from llumnix.control.registry import Registry
-from llumnix.migration.service import Migrations
 from llumnix.server.errors import RETRY_AFTER, error_response
+from llumnix.server.operations import OperationError, Operations
 from llumnix.server.status_routes import json_response
 
 
 class Drains:
     """Begins and cancels drains, and lists those there are."""
 
-    def __init__(
-        self, registry: Callable[[], Registry], migrations: Callable[[], Migrations]
-    ) -> None:
-        self._registry = registry
-        self._migrations = migrations
+    def __init__(self, operations: Operations) -> None:
+        self._operations = operations
 
     async def list(self, request: web.Request) -> web.Response:
         """What is drained, each with the requests that are left there."""
-        view = self._registry().view
-        requests = await self._migrations().requests()
+        try:
+            requests = await self._operations.requests()
+        except OperationError as error:
+            return refusal(error)
+        view = self._operations.view()
         return json_response([left(view, name, requests) for name in sorted(view.draining)])
 
     async def drain(self, request: web.Request) -> web.Response:
@@ -42,16 +38,21 @@ class Drains:
             return error_response(400, 'the body must be JSON: {"name": …, "cancel": false}')
         if not isinstance(name, str) or not isinstance(cancel, bool):
             return error_response(400, "name must be a string, and cancel true or false")
-        registry = self._registry()
-        if (problem := unknown(registry.view, name, cancel)) is not None:
+        if (problem := unknown(self._operations.view(), name, cancel)) is not None:
             return error_response(404, problem)
-        change = registry.delete_drain if cancel else registry.put_drain
         try:
-            await asyncio.to_thread(change, name)
-        except EtcdError as error:
-            return error_response(503, str(error), RETRY_AFTER)
-        found = left(registry.view, name, await self._migrations().requests())
+            await self._operations.drain(name, cancel)
+            requests = await self._operations.requests()
+        except OperationError as error:
+            return refusal(error)
+        found = left(self._operations.view(), name, requests)
         return json_response(found | {"drained": not cancel})
+
+
+def refusal(error: OperationError) -> web.Response:
+    """The answer that tells an operator why it can't be; 503 may be asked again."""
+    again = RETRY_AFTER if error.status == 503 else None
+    return error_response(error.status, str(error), again)
 
 
 def unknown(view: ClusterView, name: str, cancel: bool) -> str | None:

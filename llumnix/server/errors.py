@@ -43,6 +43,11 @@ def error_response(
     )
 
 
+async def elsewhere(request: web.Request) -> web.StreamResponse:
+    """The answer to a node that wants a link where clients are served."""
+    return error_response(404, "the links of nodes have an address of their own here")
+
+
 @web.middleware
 async def openai_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turn aiohttp's own refusals, and bugs, into OpenAI-shaped errors."""

@@ -1,25 +1,25 @@
 """The routes by which operators see requests and move them."""
 
-from collections.abc import Callable
-
 import orjson
 from aiohttp import web
 
-from llumnix.engine.base import EngineError
-from llumnix.migration.service import Migrations
 from llumnix.server.errors import error_response
+from llumnix.server.operations import OperationError, Operations
 from llumnix.server.status_routes import json_response
 
 
 class Moves:
     """Lists the cluster's requests, and moves one by hand."""
 
-    def __init__(self, migrations: Callable[[], Migrations]) -> None:
-        self._migrations = migrations
+    def __init__(self, operations: Operations) -> None:
+        self._operations = operations
 
     async def requests(self, request: web.Request) -> web.Response:
         """All requests of the cluster, running and waiting."""
-        return json_response(await self._migrations().requests())
+        try:
+            return json_response(await self._operations.requests())
+        except OperationError as error:
+            return error_response(error.status, str(error))
 
     async def migrate(self, request: web.Request) -> web.Response:
         """Move `request` to the instance `to`; answers when it has moved, or why it has not.
@@ -34,8 +34,6 @@ class Moves:
         if not (isinstance(request_id, str) and isinstance(destination, str) and request_id):
             return error_response(400, "request and to must be strings")
         try:
-            return json_response(await self._migrations().migrate(request_id, destination))
-        except LookupError as error:
-            return error_response(404, str(error.args[0]))
-        except EngineError as error:
-            return error_response(409, str(error))
+            return json_response(await self._operations.migrate(request_id, destination))
+        except OperationError as error:
+            return error_response(error.status, str(error))

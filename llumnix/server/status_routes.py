@@ -1,7 +1,7 @@
 """The routes by which operators and probes look at a node."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,6 +28,11 @@ class Standing:
         return self.serving or self.awaiting
 
 
+async def scrape_process() -> bytes:
+    """The metrics of this process; they are long, so they are written beside the loop."""
+    return await asyncio.to_thread(generate_latest)
+
+
 class Admin:
     """Probes, the status page and the metrics of one node."""
 
@@ -38,12 +43,15 @@ class Admin:
         view: Callable[[], tuple[ClusterView, float]],
         fault: Callable[[], str],
         warnings: Callable[[], list[dict[str, object]]] = list,
+        scrape: Callable[[], Awaitable[bytes]] = scrape_process,
     ) -> None:
+        """`scrape`: writes the metrics, in Prometheus's format."""
         self._node = node
         self._standing = standing
         self._view = view  # and its age in seconds
         self._fault = fault  # what has died or hangs, as a sentence; empty if nothing
         self._writing = asyncio.Lock()  # one scrape at a time
+        self._scrape = scrape
         self._warnings = warnings  # of what was found wrong in etcd lately
 
     async def livez(self, request: web.Request) -> web.Response:
@@ -72,9 +80,9 @@ class Admin:
         return json_response(describe(self._node, view, age) | {"warnings": self._warnings()})
 
     async def metrics(self, request: web.Request) -> web.Response:
-        """vLLM's metrics and llumnix's, for Prometheus; they are long, so beside the loop."""
+        """vLLM's metrics and llumnix's, for Prometheus."""
         async with self._writing:
-            text = await asyncio.to_thread(generate_latest)
+            text = await self._scrape()
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 

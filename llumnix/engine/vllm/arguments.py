@@ -197,7 +197,6 @@ def _name(location: Sequence[Any]) -> str:
 # Options of vLLM's own server that would do nothing here, and that somebody would count on; the
 # value that is harmless, and what to do instead.
 _MISLEADING = {
-    "api_server_count": (1, "each node is one API server: start more nodes"),
     "headless": (False, "a node always has its API server"),
     "grpc": (False, "a node speaks HTTP alone"),
     "grpc_port": (None, "a node speaks HTTP alone"),
@@ -206,6 +205,12 @@ _MISLEADING = {
     "data_parallel_multi_port_external_lb": (False, "it belongs to vLLM's own scale-out"),
     "data_parallel_external_lb": (False, "it belongs to vLLM's own scale-out"),
     "data_parallel_hybrid_lb": (False, "it belongs to vLLM's own scale-out"),
+}
+
+# Variables of vLLM's under which one of several API servers would know what the others do not.
+_OF_ONE_SERVER = {
+    "VLLM_ENABLE_RESPONSES_API_STORE": "a stored response",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "an adapter that is loaded",
 }
 
 # Those that change nothing that anybody relies on.
@@ -221,6 +226,16 @@ def check_ignored(parser: argparse.ArgumentParser, arguments: argparse.Namespace
     for name, (harmless, instead) in _MISLEADING.items():
         if getattr(arguments, name, None) not in (None, harmless):
             raise config.ConfigError(f"{_option(name)} does nothing here: {instead}")
+    servers = getattr(arguments, "api_server_count", None)
+    if servers is not None and servers < 1:
+        raise config.ConfigError(f"--api-server-count is {servers}, but must be 1 or more")
+    if (servers or 1) > 1:
+        for variable, what in _OF_ONE_SERVER.items():
+            if os.environ.get(variable, "0").lower() in ("1", "true"):
+                raise config.ConfigError(
+                    f"{variable} goes with one API server alone: {what} is known to the server "
+                    "that was asked, not to the others of --api-server-count"
+                )
     for name in _HARMLESS:
         if getattr(arguments, name, None) != parser.get_default(name):
             logger.warning("%s does nothing here: the server is not vLLM's", _option(name))

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -50,16 +50,48 @@ class Placement:
     cores: frozenset[int] = frozenset()  # empty: not bound
 
 
-def start_fork_server() -> ForkServerContext:
+# What an API server in a process of its own imports besides.
+_API_SERVER = ["vllm.entrypoints.openai.api_server", "llumnix.node.api_process"]
+
+_joined = False  # whether this process uses the fork server of its node
+
+
+def start_fork_server(api_servers: bool = False) -> ForkServerContext:
     """Start the fork server if it is not running, and let it import vLLM meanwhile.
 
     Call it as early as possible: it imports on another core while the caller goes on.
+    `api_servers`: whether API servers are to be forked from it, too.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    compiled_code.place()
-    _keeper.submit(_run_fork_server).result()
+    if not _joined:
+        context.set_forkserver_preload([*_PRELOAD, *(_API_SERVER if api_servers else ())])
+        compiled_code.place()
+        _keeper.submit(_run_fork_server).result()
     return context
+
+
+def fork_server_address() -> str:
+    """Where this node's fork server is reached, for `join_fork_server` in its children."""
+    start_fork_server()
+    return str(_server()._forkserver_address)
+
+
+def join_fork_server(address: str) -> None:
+    """Have processes of this one, which is a child of a node's fork server, forked from there, too.
+
+    multiprocessing would start a fork server of its own, which imports vLLM once more. What it
+    takes to talk to the parent is there already, but for the address.
+    """
+    global _joined
+    _joined = True
+    server = _server()
+    server._forkserver_address = address
+    server.ensure_running = resource_tracker.ensure_running
+
+
+def _server() -> Any:
+    """multiprocessing's own object, of which it keeps one for a process."""
+    return forkserver._forkserver
 
 
 def _run_fork_server() -> None:

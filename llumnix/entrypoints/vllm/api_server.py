@@ -26,15 +26,18 @@ _ONLY_LOOKS = ("-h", "--help", "--print-config", "--validate-config")
 def main(argv: list[str] | None = None) -> int:
     """Run a node until SIGTERM or SIGINT; the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    _log_to_stderr()
+    log_lines.to_stderr()
     os.umask(0o077)  # logs, keys and etcd's data are for this user alone
     # Actors' threads run beside a busy event loop: hand the interpreter over more often.
     sys.setswitchinterval(0.001)
     looks = any(word.partition("=")[0] in _ONLY_LOOKS for word in argv)
-    if not looks and not _modelled(argv):
+    several = not looks and _several(argv)
+    if several:
+        _share_metrics()
+    if not looks and (several or not _modelled(argv)):
         from llumnix.engine.vllm.launcher import start_fork_server
 
-        start_fork_server()  # it imports vLLM on another core while this process does the same
+        start_fork_server(several)  # it imports vLLM on another core while this process does too
     if not looks:
         logger.info("loading vLLM")
 
@@ -48,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         print(arguments.show(parser, parsed), end="")
         return 0
     _check(parser, config, parsed)
+    if (parsed.api_server_count or 1) > 1 and not several and not looks:
+        parser.error("--api-server-count must be given in the command line, not in a file")
     engines = arguments.engine_config(parser, parsed)
     if parsed.validate_config:
         return _validate(config, engines)
@@ -70,6 +75,24 @@ def _modelled(argv: list[str]) -> bool:
     """Whether the modelled engine is asked for, as far as that shows before vLLM is imported."""
     given: list[str] = re.findall(r"--engine[= ](\w+)", " ".join(argv))
     return (given or [os.environ.get("LLUMNIX_ENGINE", "")])[-1] == "sim"
+
+
+def _several(argv: list[str]) -> bool:
+    """Whether several API servers are asked for, as far as that shows before vLLM is imported."""
+    given = re.findall(r"--api[-_]server[-_]count[= ](\d+)|-asc[= ](\d+)", " ".join(argv))
+    return bool(given) and int("".join(given[-1])) > 1
+
+
+def _share_metrics() -> None:
+    """Have the metrics of all processes of this node added up.
+
+    Before prometheus_client is imported, which looks at its variable once; vLLM's users may have
+    set that.
+    """
+    from llumnix.engine.vllm.socket_folder import scratch
+
+    folder = os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", str(scratch() / "metrics"))
+    os.makedirs(folder, mode=0o700, exist_ok=True)
 
 
 def _check(
@@ -101,16 +124,6 @@ def _validate(config: "Config", engines: "VllmConfig") -> int:
         return 2
     print("the configuration is valid")
     return 0
-
-
-def _log_to_stderr() -> None:
-    """Show llumnix's own log, whatever the libraries do with the root logger."""
-    log_lines.install()
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
 
 
 def _run(config: "Config", parsed: "argparse.Namespace", engines: "VllmConfig") -> int:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 AT_ONCE = 16  # connections that are accepted in one turn of the loop
 GREETING = 256  # TLS handshakes under way; beyond them the oldest is given up
+GIVE_WAY = 0.002  # seconds in which another process may take a connection in this one's place
 PAUSE = 0.1  # seconds for which none is accepted when there is no descriptor for it
 
 
@@ -33,7 +34,11 @@ class Acceptor:
         make: Callable[[], Connection],
         context: ssl.SSLContext | None,
         handshake_timeout: float,
+        gives_way: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`gives_way`: whether another process, which listens on the same sockets, is to have the
+        next connection if it takes it: the first to wake up would have them all."""
+        self._gives_way = gives_way
         self._make = make
         self._handshakes = Handshakes(context, handshake_timeout) if context is not None else None
         self._sockets: list[socket.socket] = []
@@ -69,6 +74,20 @@ class Acceptor:
             loop.add_reader(listening.fileno(), self._accept, listening)
 
     def _accept(self, listening: socket.socket) -> None:
+        if self._gives_way():
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(listening.fileno())
+            loop.call_later(GIVE_WAY, self._take, listening)
+        else:
+            self._take_all(listening)
+
+    def _take(self, listening: socket.socket) -> None:
+        """Take what nobody else has taken meanwhile, and go on."""
+        if listening in self._sockets:
+            self._watch(listening)
+            self._take_all(listening)
+
+    def _take_all(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         for _ in range(AT_ONCE):
             try:

@@ -5,6 +5,8 @@ import asyncio
 import dataclasses
 import logging
 import ssl
+from collections.abc import Callable, Sequence
+from socket import socket
 
 from aiohttp import web
 
@@ -35,8 +37,11 @@ class Listener:
         arguments: argparse.Namespace,
         limits: Limits | None = None,
         admin_address: str = "",
+        gives_way: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`admin_address`: host:port of a second socket; the application tells the two apart."""
+        """`admin_address`: host:port of a second socket; the application tells the two apart.
+        `gives_way`: whether another process on the same sockets is to have the next connection."""
+        self._gives_way = gives_way
         self._app = web.AppRunner(app)
         self._arguments = arguments
         limits = limits or Limits()
@@ -63,21 +68,30 @@ class Listener:
         self._bound: list[asyncio.AbstractServer] = []  # which keep the addresses, and no more
         self._watching: asyncio.Task[None] | None = None
 
-    async def open(self) -> None:
-        """Begin to listen. Raises OSError if the address is taken."""
+    async def open(self, sockets: Sequence[socket] = ()) -> None:
+        """Begin to listen: on sockets that others have bound, or at the addresses.
+
+        Raises OSError if an address is taken.
+        """
         await self._app.setup()
         assert self._app.server is not None
         self._doors = Doors(self._app.server, self._limits, **self._options)
         loop = asyncio.get_running_loop()
         arguments = self._arguments
-        self._acceptor = Acceptor(self._doors, _server_ssl(arguments), self._limits.header_timeout)
-        if getattr(arguments, "uds", None):
+        self._acceptor = Acceptor(
+            *(self._doors, _server_ssl(arguments), self._limits.header_timeout), self._gives_way
+        )
+        if sockets:
+            for given in sockets:
+                server = loop.create_server(self._doors, sock=given, start_serving=False)
+                self._bound.append(await server)
+        elif getattr(arguments, "uds", None):
             self._bound.append(
                 await loop.create_unix_server(self._doors, arguments.uds, start_serving=False)
             )
         else:
             await self._bind(arguments.host, arguments.port)
-        if self._admin_address:
+        if self._admin_address and not sockets:
             await self._bind(*parts(self._admin_address))
         for bound in self._bound:
             self._acceptor.listen(bound, BACKLOG)

@@ -74,5 +74,5 @@ def test_keys_and_values_of_any_kind(snapshots: list[dict[str, bytes]]) -> None:
         assert view.revision == revision
         orjson.dumps(describe("a", view, 0.0))
         registry = CollectorRegistry()
-        registry.register(NodeCollector(lambda view=view: Snapshot("a", view, 0.0, (), 0)))
+        registry.register(NodeCollector(lambda view=view: Snapshot("a", view, 0.0, (), None)))
         generate_latest(registry)

@@ -38,6 +38,9 @@ class HeldExchange:
     def bind(self, home: Any) -> None:
         self.home = home
 
+    def slot(self, instance: str) -> None:
+        """None of its instances is of this machine's node."""
+
     async def submit(self, node: str, frame: Submit) -> None:
         self.submitted.append((frame.instance, frame.epoch))
         if node == "n":

@@ -32,11 +32,13 @@ def test_no_request_stays_in_the_report_of_an_instance_that_is_gone(how: str) ->
     async def check() -> None:
         reports: list[Sequence[InstanceLoad]] = []
         home = Nobody()
-        path: Any = Namespace(exchange=Namespace(hosted={}), client=home)
+        exchange: Any = Namespace(hosted={})
+        servers: Any = Namespace(home=lambda: home, tried=True)
         registry: Any = Namespace(report_loads=reports.append, withdraw_instance=lambda i: None)
         gate = Gate()
         hosting = Hosting(
-            *(path, registry, lambda instance, slot: SimEngine(instance, SMALL, gate.clock())),
+            *(exchange, servers, registry),
+            make_engine=lambda instance, slot: SimEngine(instance, SMALL, gate.clock()),
             by_priority=False,
             look=lambda: None,
         )

@@ -1,0 +1,121 @@
+"""Makes the API servers of a node: one in its own process, or several in processes of theirs."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, generate_latest
+
+from llumnix.actors.dispatcher import Dispatching
+from llumnix.dataplane.exchange import Exchange
+from llumnix.dataplane.peer import Peers
+from llumnix.engine.vllm.launcher import fork_server_address
+from llumnix.engine.vllm.socket_folder import scratch
+from llumnix.node.actor_system import Acting
+from llumnix.node.api_process import Settings
+from llumnix.node.api_processes import ApiProcesses, peer_app
+from llumnix.node.api_server import ApiServer
+from llumnix.node.api_servers import OneApiServer
+from llumnix.node.control_plane import ControlPlane
+from llumnix.node.host_calls import serve_host
+from llumnix.node.observation import Observation
+from llumnix.node.operations import NodeOperations
+from llumnix.node.options import NodeOptions, Policies
+from llumnix.node.shared_counts import CountsFile
+from llumnix.node.sockets import Sockets
+from llumnix.server.door.guard import Guard
+from llumnix.server.status_routes import Admin
+from llumnix.server.transport.limits import connection_limits
+from llumnix.server.transport.listener import Listener
+
+
+@dataclass(frozen=True)
+class Behind:
+    """The parts of a node on which its API servers stand."""
+
+    options: NodeOptions
+    policies: Policies
+    control: ControlPlane
+    acting: Acting
+    exchange: Exchange
+    peers: Peers
+    observation: Observation
+    door: Guard
+
+
+def in_this_process(
+    node: Behind, on_try: Callable[[], None], on_open: Callable[[], None]
+) -> OneApiServer:
+    """One API server, on the node's own loop; `on_try` and `on_open` as those of ApiServer."""
+    control, acting = node.control, node.acting
+    server = ApiServer(
+        *(node.options, node.policies.terms.classes, node.exchange),
+        dispatching=Dispatching(control.view, lambda: acting.dispatch),
+        view=control.view,
+        facts=node.observation.facts,
+        door=node.door,
+        on_try=on_try,
+        on_open=on_open,
+    )
+    node.observation.server = server
+    admin = Admin(
+        node.options.config.node,
+        server.standing,
+        node.observation.view_and_age,
+        node.observation.fault,
+        control.alarms.now,
+    )
+    return OneApiServer(server, admin, NodeOperations(control, acting), node.peers.accept)
+
+
+def in_processes(
+    node: Behind,
+    sockets: Sockets,
+    registry: CollectorRegistry,
+    admin_token: str,
+    on_try: Callable[[], None],
+) -> ApiProcesses:
+    """As many API servers as the options say, which listen on these sockets.
+
+    `registry`: of the node's own metrics. `admin_token`: that the node has made; "" if none.
+    """
+    options, config = node.options, node.options.config
+    counts = scratch() / "counts"
+    fork_server = fork_server_address()
+
+    def settings(index: int, life: str, first: bool) -> Settings:
+        return Settings(
+            *(index, options.api_servers, life, first and index == 0),
+            node=config.node,
+            address=sockets.peer_address,
+            token=node.control.token,
+            admin_token=admin_token,
+            config=config,
+            arguments=options.arguments,
+            vllm=options.vllm,
+            sockets=sockets.public,
+            counts=counts,
+            fork_server=fork_server,
+        )
+
+    listener = Listener(
+        peer_app(node.peers.accept, node.door), options.arguments, connection_limits(config)
+    )
+    servers = ApiProcesses(
+        options.api_servers,
+        settings,
+        CountsFile(counts, options.api_servers),
+        node.exchange,
+        listener,
+        sockets,
+        node.observation.news,
+        node.control.view,
+        on_try,
+    )
+    serve_host(
+        node.exchange,
+        NodeOperations(node.control, node.acting),
+        lambda: asyncio.to_thread(generate_latest, registry),
+        servers.has_tried,
+    )
+    return servers
