@@ -7,18 +7,19 @@ they do.
 import asyncio
 import functools
 import inspect
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import orjson
 import torch
 from pydantic_core import SchemaValidator
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from llumnix.engine.vllm.first_errors import lists_stopping
 
 NUMBERS = 16_384  # of an answer, which are encoded in one piece: a millisecond
+_AT_ONCE = 16 * NUMBERS  # of an answer that is sent in one piece
 
 # Who answers with numbers, by which method, and in which field of each item.
 _ANSWERS = (
@@ -95,26 +96,41 @@ def _encode_in_pieces(serving: Any, method: str, field: str) -> None:
             for output in outputs
         ]
         said = orjson.loads(answer(without, *args, **kwargs).body)
-        for item, output in zip(said["data"], outputs, strict=True):
-            item[field] = orjson.Fragment(_encoded(output.outputs.data))
-        return Response(orjson.dumps(said), media_type="application/json")
+        for item in said["data"]:
+            item[field] = _PLACE
+        numbers = [output.outputs.data for output in outputs]
+        pieces = _spliced(orjson.dumps(said).split(_NUL), numbers)
+        if (
+            sum(data.numel() for data in numbers) > _AT_ONCE
+        ):  # each in a thread, when it is its turn
+            return StreamingResponse(pieces, media_type="application/json")
+        return Response(b"".join(pieces), media_type="application/json")
 
     setattr(serving, method, in_pieces)
 
 
+_NUL = b"\0"
+_PLACE = orjson.Fragment(_NUL)  # no sign of JSON, where it is written as \\u0000
 _NO_NUMBERS = SimpleNamespace(data=torch.empty(0))
 
 
-def _encoded(numbers: torch.Tensor) -> bytes:
-    """A tensor as JSON."""
+def _spliced(around: list[bytes], numbers: list[torch.Tensor]) -> Iterator[bytes]:
+    for text, data in zip(around, numbers, strict=False):
+        yield text
+        yield from _encoded(data)
+    yield around[-1]
+
+
+def _encoded(numbers: torch.Tensor) -> Iterator[bytes]:
+    """A tensor as JSON, some numbers at a time."""
     if not numbers.numel():
-        return orjson.dumps(numbers.tolist())
+        yield orjson.dumps(numbers.tolist())
+        return
     if numbers.dtype in (torch.bfloat16, torch.float16):
         numbers = numbers.float()
     array = numbers.contiguous().numpy()
     rows = max(1, NUMBERS * len(array) // array.size)
-    pieces = (
-        orjson.dumps(array[start : start + rows], option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
-        for start in range(0, len(array), rows)
-    )
-    return b"[" + b",".join(pieces) + b"]"
+    for start in range(0, len(array), rows):
+        piece = orjson.dumps(array[start : start + rows], option=orjson.OPT_SERIALIZE_NUMPY)
+        yield (b"," if start else b"[") + piece[1:-1]
+    yield b"]"

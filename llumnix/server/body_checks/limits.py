@@ -61,11 +61,11 @@ EXTRAS = {
 # What a body has beside its prompts, times prompts times choices. A value costs the loop 0.4 us for
 # each, and some of them more; a grammar's are passed on as they are, but for one copy.
 COPIED_VALUES = 100_000
-COPIED_BYTES = 16 * 2**20
+COPIED_BYTES = 8 * 2**20
 VALUE_COSTS = {
     "bad_words": 8,  # each is tokenised twice
     "logit_bias": 4,
-    "stop_token_ids": 2,
+    "stop_token_ids": 4,
     "structured_outputs": 0.25,
     "response_format": 0.25,
     "text": 0.25,

@@ -1,6 +1,5 @@
 """What vLLM's handlers do in pieces or in a thread, and that they answer the same."""
 
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -61,8 +60,13 @@ def test_a_body_that_may_be_of_many_kinds(app: Any) -> None:
 
 def answer_of(serving: Any, method: str, outputs: list[Any], kind: str) -> Any:
     """An answer that a real handler of vLLM's makes of these outputs."""
-    answer = getattr(serving, method)
-    return json.loads(answer(outputs, "r1", 7, "m", kind, "float32", "native").body)
+    answer = getattr(serving, method)(outputs, "r1", 7, "m", kind, "float32", "native")
+    app = FastAPI()
+    app.add_api_route("/", lambda: answer)
+    with TestClient(app) as client:
+        said = client.get("/")
+    assert said.status_code == 200 and said.headers["content-type"] == "application/json"
+    return said.json()
 
 
 def outputs_of(*data: torch.Tensor) -> list[Any]:
