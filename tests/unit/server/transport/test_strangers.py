@@ -4,6 +4,7 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 import uvloop
@@ -129,6 +130,48 @@ def test_the_newest_has_time_to_ask() -> None:
             assert b"200 OK" in await answer(newest[2].send(PROBE))
             until.set()
             for client in (*waiting, *newest):
+                client.close()
+
+    uvloop.run(check())
+
+
+@pytest.mark.parametrize("tls", (False, True))
+def test_who_finds_no_place_is_cut_off(tls: bool, tmp_path: Path) -> None:
+    """Where all places have requests, those that are kept as well."""
+    options = self_signed(tmp_path) if tls else {}
+
+    def connect(port: int) -> socket.socket:
+        return silent(port) if tls else socket.create_connection(("127.0.0.1", port), 30)
+
+    def rest(client: socket.socket) -> bytes:
+        try:
+            return client.recv(100)
+        except OSError:
+            return b""
+
+    async def check() -> None:
+        until, busy = asyncio.Event(), 0
+
+        async def wait(request: web.Request) -> web.StreamResponse:
+            nonlocal busy
+            busy += 1
+            await until.wait()
+            return web.Response(text="ok")
+
+        async with serving(wait, Limits(connections=2, reserve=1), **options) as port:
+            clients = []
+            for asked in (post("/", {}), post("/", {}), PROBE):
+                clients.append(await asyncio.to_thread(connect, port))
+                await asyncio.to_thread(clients[-1].sendall, asked)
+                await soon(lambda: busy == len(clients))
+            before, refused = sockets(), closed("refused")
+            last = await asyncio.to_thread(connect, port)
+            assert await asyncio.to_thread(rest, last) == b""
+            await soon(lambda: sockets() == before + 1)  # the client's own
+            assert closed("refused") - refused == 1 and opened() == 3
+            until.set()
+            assert b"200 OK" in await asyncio.to_thread(rest, clients[0])
+            for client in (*clients, last):
                 client.close()
 
     uvloop.run(check())
