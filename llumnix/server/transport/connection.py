@@ -206,10 +206,10 @@ class Connection(web.RequestHandler):
         self._unsent.settle()
         self._expect_of_strangers()  # there is less, and still some
 
-    def set_parser(self, *given: Any) -> None:
+    def set_parser(self, *given: Any, **named: Any) -> None:
         """The client speaks another protocol from now on, as only nodes do that prove it."""
         self.vouch()
-        super().set_parser(*given)
+        super().set_parser(*given, **named)
 
     async def finish_response(self, *given: Any) -> tuple[web.StreamResponse, bool]:
         """Send the answer, or what is left of it."""
