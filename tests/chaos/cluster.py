@@ -20,6 +20,7 @@ CLUSTER = "chaos"
 PREFIX = f"/llumnix/{CLUSTER}/"
 START = 240.0  # seconds for the first start, when every node imports vLLM at once
 PROFILE = "cpu-steady"
+SERVERS = {"c": 2}  # API servers of a node that has several
 ETCD = "etcd"  # all its members, for the proxies
 PASSWORD = "chaos"
 EXECUTOR = "tests.chaos.executor.FaultyExecutor"
@@ -70,6 +71,8 @@ class Arena:
             self._fronts[name] = self.proxies.front(name, port)
         front = ("--advertise-address", f"127.0.0.1:{self._fronts[name]}")
         count = ("--initial-instances", str(self.instances))
+        if name in SERVERS:
+            count += ("--api-server-count", str(SERVERS[name]))
         user = ("--etcd-user", USER, "--etcd-password", PASSWORD)
         node = self._starter.start(
             name,
@@ -108,6 +111,11 @@ class Arena:
                 if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"VLLM::EngineCore"):
                     found[f"{name}:{pid}"] = pid
         return found
+
+    def api_servers(self, name: str) -> list[int]:
+        """The processes of a node's API servers, where it has several."""
+        said = re.findall(r"API server \d+ is process (\d+)", self.nodes[name].said)
+        return sorted(alive({int(pid) for pid in said}) & descendants(self.nodes[name].pid))
 
     def remember(self) -> None:
         """Note all processes that run now, for them to be gone in the end."""

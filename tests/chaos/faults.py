@@ -2,13 +2,14 @@
 
 import contextlib
 import itertools
+import os
 import random
 import signal
 import time
 from collections.abc import Callable
 from functools import partial
 
-from tests.chaos.cluster import ETCD, NAMES, PREFIX, START, Arena, later
+from tests.chaos.cluster import ETCD, NAMES, PREFIX, SERVERS, START, Arena, later
 from tests.chaos.engine_faults import ENGINE_FAULTS
 from tests.chaos.fault import Deed, Fault, Inject
 from tests.chaos.load import Load
@@ -78,6 +79,17 @@ def _leader(deed: Callable[[Arena, Load, str], Deed]) -> Inject:
 
 def _any_node(deed: Callable[[Arena, Load, str], Deed]) -> Inject:
     return lambda arena, load, draw: deed(arena, load, draw.choice(NAMES))
+
+
+def _kill_api_servers(arena: Arena, load: Load, draw: random.Random) -> Deed:
+    """One, or all: then who connects waits for one that is started again."""
+    name = draw.choice(sorted(SERVERS))
+    running = arena.api_servers(name)
+    victims = running if draw.random() < 0.3 else draw.sample(running, min(1, len(running)))
+    arena.remember()
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    return Deed(f"{len(victims)} of node {name}'s", homes=frozenset({name}))
 
 
 # ---- etcd ----
@@ -222,6 +234,7 @@ FAULTS = (
     Fault("node SIGSTOP", _any_node(_freeze_node), DEATH, hold=10.0),
     Fault("node SIGTERM", _terminate_node, r"finishing what runs", within=START, weight=1),
     Fault("rolling restart", _rolling_restart, r"finishing what runs", within=START, weight=1),
+    Fault("API server SIGKILL", _kill_api_servers, r"API server \d+ has ended", hold=8.0),
     Fault("leader SIGKILL", _leader(_kill_node), r"leads", hold=8.0, within=START, weight=1),
     Fault("leader SIGSTOP", _leader(_freeze_node), r"leads", hold=10.0),
     Fault("etcd member killed", _kill_member, SILENCE, hold=8.0),

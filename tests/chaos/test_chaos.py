@@ -16,7 +16,7 @@ from tests.kit.proxy import Proxies
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 CLIENTS = 9
-CHOSEN = ("link dead", "etcd leader frozen", "lease revoked", "node SIGTERM")
+CHOSEN = ("link dead", "etcd leader frozen", "API server SIGKILL", "lease revoked", "node SIGTERM")
 
 
 @pytest.fixture(scope="module")
