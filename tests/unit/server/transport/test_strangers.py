@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import uvloop
-from aiohttp import web
+from aiohttp import ClientSession, web
 
+from llumnix.dataplane.peer import PATH
 from llumnix.metrics import CLOSED, CONNECTIONS
 from llumnix.server.transport.connection import Connection
 from llumnix.server.transport.connection_places import Limits
@@ -101,6 +102,34 @@ def test_a_stranger_has_little_time_for_his_answer(handler: Handler) -> None:
             assert len(await asyncio.to_thread(client.some, LARGE)) >= LARGE
             for each in (client, *strangers):
                 each.close()
+
+    uvloop.run(check())
+
+
+def test_a_node_that_is_linked_is_no_stranger() -> None:
+    """Its WebSocket may stay behind for longer than an answer to who has shown nothing."""
+
+    async def link(request: web.Request) -> web.StreamResponse:
+        link = web.WebSocketResponse(heartbeat=30, compress=False)
+        await link.prepare(request)
+        await link.receive()
+        for _ in range(LARGE >> 16):
+            await link.send_bytes(bytes(1 << 16))
+        await link.close()
+        return link
+
+    async def check() -> None:
+        async with serving(link, Limits(header_timeout=0.2)) as port, ClientSession() as session:
+            before = closed("stuck")
+            url = f"http://127.0.0.1:{port}{PATH}"
+            async with session.ws_connect(url, max_msg_size=0) as peer:
+                await peer.send_str("go")
+                assert peer._conn is not None
+                peer._conn.transport.pause_reading()
+                await asyncio.sleep(0.8)  # in which a stranger would be cut off
+                peer._conn.transport.resume_reading()
+                size = sum([len(message.data) async for message in peer])
+            assert size == LARGE and closed("stuck") == before
 
     uvloop.run(check())
 
