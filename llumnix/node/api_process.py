@@ -7,6 +7,7 @@ whose instances its requests run. It has no keys in etcd, and no lease.
 import argparse
 import asyncio
 import dataclasses
+import gc
 import logging
 import os
 import random
@@ -94,6 +95,7 @@ def serve(settings: Settings) -> None:
     """The main function of the process."""
     import uvloop
 
+    gc.freeze()  # what the fork server has imported is never garbage: collections leave it out
     os.setpgid(0, 0)  # a Ctrl-C at the terminal is the node's business
     end_with_node()
     os.umask(0o077)

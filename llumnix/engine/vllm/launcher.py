@@ -50,8 +50,17 @@ class Placement:
     cores: frozenset[int] = frozenset()  # empty: not bound
 
 
-# What an API server in a process of its own imports besides.
-_API_SERVER = ["vllm.entrypoints.openai.api_server", "llumnix.node.api_process"]
+# What an API server in a process of its own imports besides; some of it in the middle of its start.
+_API_SERVER = [
+    "vllm.entrypoints.openai.api_server",
+    "vllm.entrypoints.generate.api_router",
+    "vllm.entrypoints.anthropic.serving",
+    "vllm.entrypoints.openai.responses.serving",
+    "vllm.renderers.hf",
+    "prometheus_fastapi_instrumentator",
+    "model_hosting_container_standards.sagemaker",
+    "llumnix.node.api_process",
+]
 
 _joined = False  # whether this process uses the fork server of its node
 
