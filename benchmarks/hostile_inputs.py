@@ -171,6 +171,12 @@ def different_schemas(target: Target) -> list[bytes]:
     return [post(COMPLETIONS, grammar(json=s)(), target.headers) for s in schemas]
 
 
+def of_prompts(number: int, **parameters: Any) -> Callable[[], dict[str, Any]]:
+    """So many prompts of a word, and parameters that each of them has."""
+    said = {"model": "smol", "prompt": ["x"] * number, "max_tokens": 1}
+    return lambda: said | parameters
+
+
 def talk(number: int, message: Any) -> Callable[[], Any]:
     """A chat of so many messages."""
     return lambda: {"model": "smol", "messages": [message] * number, "max_tokens": 1}
@@ -228,6 +234,14 @@ ATTACKS: tuple[Attack, ...] = (
         COMPLETIONS, lambda: {"model": "smol", "prompt": ["x"] * 512, "max_tokens": 1})),
     Attack("choices of prompts", "32 prompts, n = 64", **ask(COMPLETIONS, lambda: {
         **{"model": "smol", "prompt": ["x"] * 32, "n": 64, "max_tokens": 1}})),
+    Attack("parameters of prompts", "512 prompts, 90,000 values in vllm_xargs", **ask(
+        COMPLETIONS, of_prompts(512, vllm_xargs={"a": [1] * 90_000}))),
+    Attack("some parameters of prompts", "512 prompts, 190 values in vllm_xargs", **ask(
+        COMPLETIONS, of_prompts(512, vllm_xargs={"a": [1] * 190}))),
+    Attack("words of prompts", "512 prompts, 24 bad_words", **ask(
+        COMPLETIONS, of_prompts(512, bad_words=[f"w{n:04}" for n in range(24)]))),
+    Attack("hidden choices", "n = 16,384 behind 30 zeros", **ask(
+        COMPLETIONS, prompt(10, n="0" * 30 + "16384"))),
     Attack("ids", "a prompt of 100,000 token ids", **ask(
         COMPLETIONS, lambda: {"model": "smol", "prompt": [7] * 100_000})),
     Attack("long numbers", "1,000 numbers of 4,000 digits", **ask(
