@@ -58,22 +58,23 @@ class Record(logging.LogRecord):
     """
 
     _traceback: str | None = None
-    _refusal: str = ""
+    _refusal: BaseException | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         info = self.exc_info
         if isinstance(info, tuple) and info[1] is not None and _is_refusal(self.name, info[1]):
-            self._refusal = _brief(info[1])
+            self._refusal = info[1]
             self.exc_info = None
 
     def getMessage(self) -> str:
         """The message as it is to be shown."""
         message = super().getMessage()
+        if self._refusal is not None:
+            message = _brief(message, self._refusal)
         package = str(self.name).split(".")[0]
         if package != "llumnix":
             message = cut(message, SHOWN if self.levelno >= logging.WARNING else SHOWN_OF_FACTS)
-        message += self._refusal
         lines = package == "vllm" and message.count("\n") < _LINES
         return _lines(message) if lines else one_line(message)
 
@@ -104,11 +105,14 @@ def _is_refusal(logger: str, error: BaseException) -> bool:
     return isinstance(error, _REFUSED) or _REFUSED_BY_NAME in names
 
 
-def _brief(error: BaseException) -> str:
-    """What an error says, and where it comes from, as it may be a fault after all."""
+def _brief(message: str, error: BaseException) -> str:
+    """A message with what an error says, and whence, as it may be a fault after all."""
+    text = str(error)
+    short = cut(text, _BRIEF)
+    said = message.replace(text, short) if text and text in message else f"{message}: {short}"
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f": {type(error).__name__}: {cut(str(error), _BRIEF)}{place}"
+    place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    return f"{said} ({type(error).__name__}{place})"
 
 
 def install() -> None:
