@@ -2,10 +2,11 @@
 
     python benchmarks/overhead.py --engine modelled   # only the servers' cost counts
     python benchmarks/overhead.py --engine cpu        # real vLLM on the CPU
+    python benchmarks/overhead.py --api-servers 2     # each with so many API servers
 
 Both servers run stock vLLM's engine core and scheduler in a process of their own. With `modelled`
 the executor beneath it is llumnix.engine.sim.executor, whose steps take no time, so that tokens
-for each CPU second of the server's process compare the two servers.
+for each CPU second of the server's process (or processes) compare the two servers.
 """
 
 import argparse
@@ -29,12 +30,13 @@ ENGINES = {
 
 def measure(server: Server, args: argparse.Namespace, round_number: int) -> dict[str, float]:
     """One round of load on a running server."""
-    before = server.cpu_seconds()
+    used = server.cpu_seconds if args.api_servers == 1 else server.whole_cpu_seconds
+    before = used()
     first = round_number * 1_000_000  # prompts of its own, for no prefix cache to help
     outcome = asyncio.run(
         load.run(server.url, "smol", args.requests, args.concurrency, args.tokens, first)
     )
-    cpu = server.cpu_seconds() - before
+    cpu = used() - before
     return outcome.summary() | {
         "server_cpu_seconds": cpu,
         "tokens_per_cpu_second": outcome.tokens / cpu,
@@ -49,6 +51,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--profile", default="instant", help="step times of the modelled engine")
+    parser.add_argument("--api-servers", type=int, default=1, help="of each system")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -56,6 +59,8 @@ def main() -> None:
         "--model", model_folder(), "--max-model-len", "2048", "--block-size", "32",
         "--no-enable-log-requests", *ENGINES[args.engine],
     ]  # fmt: skip
+    if args.api_servers > 1:
+        engine += ["--api-server-count", str(args.api_servers)]
     results: dict[str, list[dict[str, float]]] = {"vllm": [], "llumnix": []}
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "LLUMNIX_SIM_PROFILE": args.profile}
     quiet = ["--disable-uvicorn-access-log"]

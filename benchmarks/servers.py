@@ -1,5 +1,6 @@
 """Servers under test: started the same way, measured the same way, ended by their process id."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -92,6 +93,17 @@ class Server:
         """CPU time that the server's own process has used."""
         times = self.process.cpu_times()
         return float(times.user + times.system)
+
+    def whole_cpu_seconds(self) -> float:
+        """Likewise of all processes of a server that has several, but its engines and etcd."""
+        total = 0.0
+        for process in self._family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                title = " ".join(process.cmdline()[:1])
+                if not any(word in title for word in ("EngineCore", "Worker", "etcd")):
+                    times = process.cpu_times()
+                    total += float(times.user + times.system)
+        return total
 
     def _family(self) -> list[psutil.Process]:
         try:
