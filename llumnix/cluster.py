@@ -14,7 +14,8 @@ import msgspec
 
 NodeId = str
 InstanceId = str
-Count = Annotated[int, msgspec.Meta(ge=0)]  # which is checked where it comes from etcd
+# Which is checked where it comes from etcd: what has more bits can be told to no other process.
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 def _nothing() -> Mapping[Any, Any]:

@@ -15,6 +15,11 @@ class ServerOptions:
         "connections open at this node; beyond them those without a request give way, and then new "
         "ones get 503, but probes and nodes have places of their own; 0: what descriptors allow",
     )
+    peer_address: Address = knob(
+        "",
+        "host:port at which other nodes reach this one where it has several API servers (default: "
+        "any free port at the host of --advertise-address)",
+    )
     header_timeout: SomeSeconds = knob(
         10.0, "seconds within which the head of a request must be there, from its first byte"
     )

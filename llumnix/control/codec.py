@@ -116,8 +116,8 @@ def decode_desired(value: bytes) -> Desired:
         number = int(value.decode().strip().strip('"'))
     except ValueError:
         raise ValueError("it is no whole number") from None
-    if number < 0:
-        raise ValueError("it is negative")
+    if not 0 <= number < 2**63:
+        raise ValueError("it is negative, or no number of instances")
     return Desired(number)
 
 

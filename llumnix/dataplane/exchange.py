@@ -65,7 +65,8 @@ class Exchange:
         # Others than the node's API server that are told of a lost connection, and why.
         self.on_node_lost: list[Callable[[NodeId, str], None]] = []
         self.on_news: Callable[[NodeNews], None] | None = None  # of the node of this API server
-        self.own: set[str] = set()  # the lives of this node's API servers in other processes
+        # Procedures between a node and its API servers, which no other node may call.
+        self.own_procedures: dict[str, Procedure] = {}
         self._home: Late[ApiServer] = Late("API server")
         self._peers = peers
         self._tasks = TaskSet()
@@ -128,7 +129,7 @@ class Exchange:
         """Serve a frame that has come over a link."""
         match frame:
             case Outputs():
-                stats = frame.stats if link.node == self._host else None
+                stats = frame.stats if link.own else None
                 self._home().deliver(frame, stats)
             case Lost() | HandOver():
                 self._home().deliver(frame)
@@ -139,7 +140,7 @@ class Exchange:
             case Call():
                 # In a task of its own: a slow call must not hold up the frames behind it.
                 self._tasks.spawn(self._reply(link, frame), name=f"reply-{frame.method}")
-            case NodeNews() if link.node == self._host and self.on_news is not None:
+            case NodeNews() if link.own and self.on_news is not None:
                 self.on_news(frame)
             case _:
                 logger.warning("ignored a %s from node %s", type(frame).__name__, link.node)
@@ -180,9 +181,12 @@ class Exchange:
     async def _reply(self, link: Link, frame: Call) -> None:
         try:
             known = frame.method in CALLABLE_BY_PEERS or frame.method in self.procedures
-            if not known and link.life not in self.own:
+            if not (known or link.own):
                 raise EngineError(f"a peer may not call {frame.method}")
-            result = await self._call(frame.instance, frame.method, tuple(frame.args))
+            if link.own and (own := self.own_procedures.get(frame.method)) is not None:
+                result = await own(frame.instance, *frame.args)
+            else:
+                result = await self._call(frame.instance, frame.method, tuple(frame.args))
             reply = Reply(frame.id, result)
         except EngineError as error:
             reply = Reply(frame.id, error=str(error))

@@ -71,7 +71,11 @@ class Peers:
         token: str,
         address_of: Callable[[NodeId], str | None],
         ssl: Any = None,
+        own_node: tuple[NodeId, str] | None = None,
     ) -> None:
+        """`own_node`: for an API server in a process of its own, the node that it belongs to, and
+        the socket file by which that is reached."""
+        self._own_node = own_node
         self._me = me
         self._key = Key(token)
         self._door = Door(self._key, me.node, me.life, me.address)
@@ -82,6 +86,7 @@ class Peers:
         self._dialling: dict[NodeId, asyncio.Lock] = {}
         self._tasks = TaskSet()
         self._session: aiohttp.ClientSession | None = None
+        self._near: aiohttp.ClientSession | None = None  # to the own node
         self._closed = False
         self._complaint = ""
         self._complained = float("-inf")
@@ -115,21 +120,27 @@ class Peers:
             self._tasks.spawn(self._serve(link), name=f"peer-{node}")
             return self._links[node]  # the one that is used from now on, if both have dialled
 
-    async def accept(self, request: web.Request) -> web.StreamResponse:
+    async def accept_own(self, request: web.Request) -> web.StreamResponse:
+        """Likewise, for this node's API servers, which come by a socket file that it has alone."""
+        return await self.accept(request, own=True)
+
+    async def accept(self, request: web.Request, own: bool = False) -> web.StreamResponse:
         """The HTTP handler of PATH: a challenge first, and a link for who has answered one."""
         try:
             who = Introduction.read(request.headers)
             if PROOF not in request.headers:
                 return web.Response(status=401, headers=self._door.ask(who))
             proof = self._door.admit(who, request.headers)
+            if is_server_of(who.node, self._me.node) is not own:
+                raise GreetingError(f"{who.node} comes another way")
             self._has_place(who.node, who.life)
         except GreetingError as error:
             self._complain(f"refused a peer connection from {request.remote}: {error}")
             raise web.HTTPUnauthorized(text="wrong or missing proof of the cluster token") from None
-        beat = OWN_HEARTBEAT if is_server_of(who.node, self._me.node) else HEARTBEAT
+        beat = OWN_HEARTBEAT if own else HEARTBEAT
         socket = web.WebSocketResponse(heartbeat=beat, max_msg_size=MAX_FRAME, compress=False)
         await socket.prepare(request)
-        link = Link(socket, who.node, who.life)
+        link = Link(socket, who.node, who.life, own)
         link.send(Hello(self._me.node, self._me.version, proof))
         self._keep(link, request.remote or "")
         await self._serve(link)
@@ -140,8 +151,9 @@ class Peers:
         self._closed = True
         await asyncio.gather(*(link.close() for link in self._running))
         await self._tasks.wait()
-        if self._session is not None:
-            await self._session.close()
+        for session in (self._session, self._near):
+            if session is not None:
+                await session.close()
 
     async def _dial(self, node: NodeId) -> Link:
         """A new link. Raises GreetingError if what is there is not that node, and others."""
@@ -150,18 +162,19 @@ class Peers:
             raise EngineDead(f"node {node} has left the cluster")
         if self._closed:
             raise EngineDead("this node has left the cluster")
-        if self._session is None:
-            self._session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
+        own = self._own_node is not None and node == self._own_node[0]
+        session = self._own_session() if own else self._far_session()
         me = self._me
         who = Introduction(me.node, me.life, me.version, node, address)
-        url = f"{'https' if self._ssl else 'http'}://{address}{PATH}"
-        ssl = self._ssl or True
-        asked = self._session.get(url, headers=who.headers(), ssl=ssl, allow_redirects=False)
+        secure = self._ssl is not None and not own
+        url = f"{'https' if secure else 'http'}://{address}{PATH}"
+        ssl = self._ssl if secure else True
+        asked = session.get(url, headers=who.headers(), ssl=ssl, allow_redirects=False)
         async with asked as reply:
             challenge = convinced(self._key, who, reply.status, reply.headers)
         headers = answer(self._key, who, challenge)
-        beat = OWN_HEARTBEAT if is_server_of(me.node, node) else HEARTBEAT
-        socket = await self._session.ws_connect(
+        beat = OWN_HEARTBEAT if own else HEARTBEAT
+        socket = await session.ws_connect(
             url, headers=headers, heartbeat=beat, max_msg_size=MAX_FRAME, ssl=ssl
         )
         try:
@@ -171,9 +184,22 @@ class Peers:
         except BaseException:
             await socket.close()
             raise
-        link = Link(socket, node, challenge.life)
-        self._keep(link, address.rpartition(":")[0].strip("[]"))
+        link = Link(socket, node, challenge.life, own)
+        self._keep(link, "" if own else address.rpartition(":")[0].strip("[]"))
         return link
+
+    def _far_session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
+        return self._session
+
+    def _own_session(self) -> aiohttp.ClientSession:
+        assert self._own_node is not None
+        if self._near is None:
+            connector = aiohttp.UnixConnector(self._own_node[1])
+            cookies = aiohttp.DummyCookieJar()
+            self._near = aiohttp.ClientSession(connector=connector, cookie_jar=cookies)
+        return self._near
 
     def _has_place(self, node: NodeId, life: str) -> None:
         """Who has the token can't take the place of a node that is connected."""

@@ -17,7 +17,7 @@ from aiohttp import web
 from vllm.v1.metrics.stats import SchedulerStats
 
 from llumnix.cluster import InstanceId, NodeId
-from llumnix.dataplane.frames import Call, Codec, Frame, FrameError, News, Outputs, Reply
+from llumnix.dataplane.frames import Call, Codec, Frame, FrameError, Lost, News, Outputs, Reply
 from llumnix.engine.base import EngineDead, EngineError
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,9 @@ OnFrame = Callable[["Link", Frame], Awaitable[None]]
 class Link:
     """One open connection to another node; also the origin of the requests that came over it."""
 
-    def __init__(self, socket: Socket, node: NodeId, life: str = "") -> None:
+    def __init__(self, socket: Socket, node: NodeId, life: str = "", own: bool = False) -> None:
+        """`own`: whether the other end is the same node, or one of its API servers."""
+        self.own = own
         self._socket = socket
         self._node = node
         self.life = life  # of the process at the other end; a node has another after a restart
@@ -61,10 +63,31 @@ class Link:
         try:
             self.send(frame)
         except EngineError as error:
-            # Positions would be missing for good: the other end has to start those requests anew.
-            logger.error("closing the connection to node %s: %s", self._node, error)
-            self.closed = True
-            self._wake.set()
+            if isinstance(frame, Outputs):
+                self._deliver_each(frame)
+            else:
+                self._give_up(error)
+
+    def _deliver_each(self, frame: Outputs) -> None:
+        """Send the outputs of a frame that can't go one by one: what can't is its request's end."""
+        instance, timestamp = frame.instance, frame.timestamp
+        each = zip(frame.outputs, frame.epochs, frame.positions, strict=True)
+        for output, epoch, position in each:
+            try:
+                self.send(Outputs(instance, timestamp, [epoch], [position], [output]))
+            except EngineError as error:
+                lost = Lost(instance, [epoch], [output.request_id], str(error), retry=False)
+                try:
+                    self.send(lost)
+                except EngineError as again:
+                    self._give_up(again)
+                    return
+
+    def _give_up(self, error: EngineError) -> None:
+        """Positions would be missing for good: the other end has to start those requests anew."""
+        logger.error("closing the connection to node %s: %s", self._node, error)
+        self.closed = True
+        self._wake.set()
 
     def send(self, frame: Frame) -> None:
         """Queue a frame. Raises EngineDead if the link is closed, EngineError if it can't go."""

@@ -19,16 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.plugins import load_general_plugins
 
 from llumnix import __version__, log_lines
 from llumnix.actors.dispatcher import DispatcherActor, Dispatching
 from llumnix.actors.supervision import Supervision
 from llumnix.cluster import ClusterView, InstanceId, NodeId, server_name
-from llumnix.config import Config
+from llumnix.config import Config, ConfigError
 from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.frames import NodeNews
 from llumnix.dataplane.peer import Peers, ThisNode
 from llumnix.engine.base import EngineError
+from llumnix.engine.vllm.arguments import load_parsers
 from llumnix.engine.vllm.launcher import join_fork_server
 from llumnix.engine.vllm.parent_death import end_with_node
 from llumnix.node.api_server import ApiServer
@@ -47,7 +49,9 @@ from llumnix.tasks import TaskSet
 
 logger = logging.getLogger(__name__)
 
+LARGEST = 26 * 2**20  # bytes of a body that each server can hold, whatever its share
 AGAIN = 0.1  # seconds between two tries to reach the node, about
+SAID = 50  # tries in vain after which it is said
 LOOK = 0.2  # seconds between two looks whether the link to it is there
 
 
@@ -60,7 +64,8 @@ class Settings:
     life: str  # by which the node knows its process
     at_once: bool  # whether it listens before it can serve, to answer probes
     node: NodeId
-    address: str  # where the node is dialled
+    address: str  # where other nodes dial the node
+    own_path: str  # the socket file by which its API servers do
     token: str  # of the peer channel
     admin_token: str  # that the node has made; empty if it has made none
     config: Config
@@ -79,14 +84,17 @@ class Settings:
     def shared(self) -> Config:
         """The configuration with this server's share of what is for a whole node."""
 
-        def share(whole: int) -> int:
-            return -(-whole // self.of)  # 0 is no limit, and stays that
-
         config = self.config
+        largest = max(config.max_body_bytes, LARGEST)
+
+        def share(whole: int, least: int = 0) -> int:
+            part = -(-whole // self.of)  # 0 is no limit, and stays that
+            return max(part, min(whole, least))
+
         return dataclasses.replace(
             config,
             max_connections=share(config.max_connections),
-            body_budget=share(config.body_budget),
+            body_budget=share(config.body_budget, least=2 * largest),
             media_budget=share(config.media_budget),
         )
 
@@ -102,6 +110,8 @@ def serve(settings: Settings) -> None:
     sys.setswitchinterval(0.001)  # actors' threads run beside a busy event loop
     log_lines.to_stderr(f"api server {settings.index}: ")
     join_fork_server(settings.fork_server)
+    load_general_plugins()
+    load_parsers(settings.arguments)
     uvloop.run(_serve(settings))
 
 
@@ -131,10 +141,11 @@ class ApiProcess:
         self._follower = follower = Follower(node, settings.address)
         me = ThisNode(settings.name, "", __version__, settings.life)
         ssl = Listener.client_ssl(settings.arguments)
-        self._peers = Peers(me, settings.token, follower.address_of, ssl)
+        own = node, settings.own_path
+        self._peers = Peers(me, settings.token, follower.address_of, ssl, own)
         self._exchange = Exchange(settings.name, self._peers, host=node)
         self._exchange.on_news = self._heard
-        self._exchange.procedures[OPEN] = self._open
+        self._exchange.own_procedures[OPEN] = self._open
         self._supervision = Supervision(asyncio.get_running_loop(), self._give_up)
         self._dispatch = self._supervision.keep(
             lambda: DispatcherActor.start(
@@ -190,24 +201,32 @@ class ApiProcess:
 
     async def _follow(self) -> None:
         """Be linked to the node as long as this process lives."""
+        tries = 0
         while True:
             try:
                 link = await self._peers.link(self._settings.node)
             except EngineError as error:
-                logger.debug("%s", error)
+                tries += 1
+                if tries % SAID == 0:
+                    logger.warning("the node does not answer its API server: %s", error)
                 await asyncio.sleep(AGAIN * (1 + random.random()))
                 continue
+            tries = 0
             if self._server.opening.tried:  # which may not have got through before
                 self._tasks.spawn(self._tell_tried())
-            while not link.closed:
+            while not (link.closed or self._follower.astray):
+                if not self._server.sound:
+                    self._give_up("vLLM's frontend has died")
                 await asyncio.sleep(LOOK)
+            await link.close()
+            self._follower.astray = False
 
     def _heard(self, news: NodeNews) -> None:
         self._follower.heard(news)
         if news.stopping and not self._stopping:
             self._stopping = True
             self._server.admit_no_more()
-            self._tasks.spawn(self._server.refuse_new())
+            self._tasks.spawn(self._refuse_new())
         self._server.look()
 
     async def _open(self, instance: InstanceId) -> list[Any]:
@@ -224,9 +243,19 @@ class ApiProcess:
 
     async def _listen(self) -> None:
         """Take connections from now on; others of the node may have done so all the time."""
-        if not self._listens and not self._stopping:
-            self._listens = True
+        if self._listens or self._stopping:
+            return
+        self._listens = True
+        try:
             await self._server.listen(*self._parts)
+        except (OSError, ConfigError) as error:
+            self._give_up(f"it can't listen: {error}")
+
+    async def _refuse_new(self) -> None:
+        """Take no connection any more, and leave none waiting for one that never accepts."""
+        await self._server.refuse_new()
+        for bound in self._settings.sockets:
+            bound.close()
 
     def _tried(self) -> None:
         self._tasks.spawn(self._listen())

@@ -2,17 +2,12 @@
 
 import asyncio
 import logging
-import secrets
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerProcess
 
 from aiohttp import web
-from prometheus_client.multiprocess import mark_process_dead
 from vllm.v1.metrics.stats import SchedulerStats
 
-from llumnix.backoff import Backoff
 from llumnix.cluster import ClusterView
 from llumnix.control.view_change import change
 from llumnix.dataplane.exchange import Exchange
@@ -21,10 +16,11 @@ from llumnix.dataplane.hosted_request import Origin
 from llumnix.dataplane.peer import PATH
 from llumnix.dataplane.peer_link import Link
 from llumnix.engine.base import EngineError
-from llumnix.engine.vllm.launcher import start_fork_server
-from llumnix.node.api_process import Settings, serve
+from llumnix.node.api_process import Settings
 from llumnix.node.api_servers import Open
 from llumnix.node.host_calls import OPEN
+from llumnix.node.process_metrics import forget_process
+from llumnix.node.server_process import ServerProcess
 from llumnix.node.shared_counts import CountsFile
 from llumnix.node.sockets import Sockets
 from llumnix.server.door.guard import Guard
@@ -37,22 +33,27 @@ logger = logging.getLogger(__name__)
 TOGETHER = 0.01  # seconds in which changes of the view become one
 EVERY = 1.0  # seconds between two news where nothing changes
 OPEN_SECONDS = 1.0  # for a server to say what it has open
-SETTLED = 60.0  # seconds after which a server that ends is started again as if for the first time
-LONGEST = 10.0  # seconds before it is started again and again
 END_SECONDS = 5.0  # for a server to end when it is told to
+POLL = 0.05
+HOPELESS = 5  # ends of each server, when none has ever opened its frontend
 
 
 @dataclass
-class _Server:
-    """One API server."""
+class Listeners:
+    """What answers other nodes, and this node's own API servers, by a socket file."""
 
-    index: int
-    backoff: Backoff
-    process: ForkServerProcess | None = None
-    life: str = ""
-    starts: int = 0
-    link: Link | None = None
-    told: ClusterView | None = None  # the view that it has been told last over its link
+    of_nodes: Listener
+    of_servers: Listener
+
+    async def open(self, sockets: Sockets) -> None:
+        """Begin to answer."""
+        await self.of_nodes.open([sockets.peer])
+        await self.of_servers.open([sockets.own])
+
+    async def close(self) -> None:
+        """Close everything."""
+        await self.of_servers.close()
+        await self.of_nodes.close()
 
 
 class ApiProcesses:
@@ -68,29 +69,30 @@ class ApiProcesses:
         settings: Callable[[int, str, bool], Settings],
         counts: CountsFile,
         exchange: Exchange,
-        listener: Listener,
+        listeners: Listeners,
         sockets: Sockets,
         news: Callable[[], NodeNews],
         view: Callable[[], ClusterView],
         on_try: Callable[[], None],
+        give_up: Callable[[str], None],
     ) -> None:
-        """`settings`: with which the server of an index is started, under a life, and whether that
-        is the first time. `listener` answers other nodes. `news`: what the servers are told, but
-        for the change of the `view`. `on_try`: called once, when one of them has opened its
-        frontend, or could not."""
-        self._settings = settings
+        """`settings`: see ServerProcess. `listeners` answer nodes, and the servers. `news`: what
+        the servers are told, but for the change of the `view`. `on_try`: called once, when one of
+        them has opened its frontend, or could not; `give_up`: with a sentence, when none comes up.
+        """
         self._counts = counts
         self._exchange = exchange
-        self._listener = listener
+        self._listeners = listeners
         self._sockets = sockets
         self._news = news
         self._view = view
         self._on_try = on_try
-        self._servers = [_Server(n, Backoff(longest=LONGEST)) for n in range(count)]
+        self._give_up = give_up
+        self._servers = [ServerProcess(n, settings, self._ended) for n in range(count)]
         self._tasks = TaskSet()
+        self._keeping = TaskSet()
         self._pending: asyncio.TimerHandle | None = None
         self._stopping = False
-        self._closed = False
         self.tried = False
         exchange.bind(self)
 
@@ -98,65 +100,22 @@ class ApiProcesses:
 
     async def listen(self) -> None:
         """Start them all, and answer the links of nodes and of theirs. Raises OSError."""
-        await self._listener.open([self._sockets.peer])
+        await self._listeners.open(self._sockets)
         for server in self._servers:
-            self._tasks.spawn(self._keep(server), name=f"api-server-{server.index}")
+            self._keeping.spawn(server.keep(), name=f"api-server-{server.index}")
         self._tasks.spawn(self._tell_often(), name="news")
 
-    async def _keep(self, server: _Server) -> None:
-        """Have a server run, and another one in its place when it ends."""
-        while not self._closed:
-            ended = asyncio.Event()
-            began = asyncio.get_running_loop().time()
-            try:
-                process = await asyncio.to_thread(self._start, server)
-            except OSError as error:
-                logger.error("API server %d can't be started: %s", server.index, error)
-                await asyncio.sleep(server.backoff.delay())
-                continue
-            loop = asyncio.get_running_loop()
-            loop.add_reader(process.sentinel, ended.set)
-            try:
-                await ended.wait()
-            finally:
-                loop.remove_reader(process.sentinel)
-            await asyncio.to_thread(process.join)
-            self._gone(server, process)
-            if self._closed:
-                return
-            lived = loop.time() - began
-            if lived > SETTLED:
-                server.backoff.reset()
-            await asyncio.sleep(server.backoff.delay())
-
-    def _start(self, server: _Server) -> ForkServerProcess:
-        server.life = secrets.token_hex(8)
-        self._exchange.own.add(server.life)
-        settings = self._settings(server.index, server.life, not server.starts)
-        server.starts += 1
-        context = start_fork_server()
-        process = context.Process(target=serve, args=(settings,), name=f"api-{server.index}")
-        process.start()
-        server.process = process
-        logger.info("API server %d is process %d", server.index, process.pid)
-        return process
-
-    def _gone(self, server: _Server, process: ForkServerProcess) -> None:
-        code = process.exitcode or 0
-        how = signal.Signals(-code).name if code < 0 else f"status {code}"
-        if not self._stopping:
-            logger.error("API server %d has ended (%s) and is started again", server.index, how)
-        self._exchange.own.discard(server.life)
+    def _ended(self, server: ServerProcess, pid: int) -> None:
         self._counts.clear(server.index)
-        mark_process_dead(process.pid)  # type: ignore[no-untyped-call]
-        server.process, server.link, server.told = None, None, None
-        process.close()
+        forget_process(pid)
+        if not self.tried and all(each.ended >= HOPELESS for each in self._servers):
+            self._give_up("no API server comes up")
 
     # ---- as the node sees them ----
 
     def home(self) -> Origin | None:
         """The first that is linked: it gets the engines' statistics."""
-        return next((s.link for s in self._servers if s.link and not s.link.closed), None)
+        return next((s.link for s in self._servers if s.linked), None)
 
     def begin(self) -> None:
         """The node has started."""
@@ -164,7 +123,7 @@ class ApiProcesses:
 
     def look(self) -> None:
         """The cluster may have changed: tell them, soon."""
-        if self._pending is None and not self._closed:
+        if self._pending is None and not self._stopping:
             loop = asyncio.get_running_loop()
             self._pending = loop.call_later(TOGETHER, self._tell)
 
@@ -180,48 +139,49 @@ class ApiProcesses:
         self._tell()
 
     async def refuse_new(self) -> None:
-        """Give up the addresses, on which they listen no more."""
+        """Give up the addresses, on which they listen no more; one that dies now stays so."""
+        for server in self._servers:
+            server.end()
         for bound in self._sockets.public:
             bound.close()
 
     async def close_connections(self) -> None:
         """Close the links of other nodes; clients' connections have ended with the servers."""
         self._sockets.close()
-        await self._listener.close()
+        await self._listeners.close()
 
     async def close(self) -> None:
-        """End the servers."""
-        self._closed = True
+        """End the servers, one that is just being started among them."""
+        self._tasks.cancel()
         if self._pending is not None:
             self._pending.cancel()
-        running = [s.process for s in self._servers if s.process is not None]
-        for process in running:
-            process.terminate()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + END_SECONDS
-        while any(s.process for s in self._servers) and loop.time() < deadline:
-            await asyncio.sleep(0.02)
         for server in self._servers:
-            if server.process is not None:
-                logger.warning("API server %d did not end; killing it", server.index)
-                server.process.kill()
+            server.end()
+            server.terminate()
+        while len(self._keeping) and loop.time() < deadline:
+            await asyncio.sleep(POLL)
+            for server in self._servers:
+                server.terminate()
+        for server in self._servers:
+            server.kill()
         await self._tasks.close()
+        await self._keeping.close()
 
     async def open(self) -> Open:
         """What clients have open at all of them; one that does not answer counts as it did last."""
-        running, requests = 0, list[str]()
-        for server in self._servers:
-            if server.link is None or server.link.closed:
-                continue
-            try:
-                async with asyncio.timeout(OPEN_SECONDS):
-                    said = await server.link.call("", OPEN, ())
-            except (EngineError, TimeoutError):
-                running += self._counts.row(server.index)[0]
-                continue
-            running += said[0]
-            requests += said[1]
-        return Open(running, requests)
+        said = await asyncio.gather(*map(self._open_at, self._servers))
+        return Open(sum(one.running for one in said), [i for one in said for i in one.requests])
+
+    async def _open_at(self, server: ServerProcess) -> Open:
+        try:
+            async with asyncio.timeout(OPEN_SECONDS):
+                if server.link is not None:
+                    return Open(*await server.link.call("", OPEN, ()))
+        except (EngineError, TimeoutError):
+            pass
+        return Open(self._counts.row(server.index)[0])
 
     @property
     def requests(self) -> int:
@@ -246,8 +206,7 @@ class ApiProcesses:
     def node_found(self, link: Link) -> None:
         """There is a new link: if it is of one of them, tell it all."""
         for server in self._servers:
-            if server.life and link.life == server.life:
-                server.link, server.told = link, None
+            if link.own and server.take(link, self.node):
                 self._tell_one(server)
 
     def node_lost(self, node: str, reason: str) -> None:
@@ -258,6 +217,8 @@ class ApiProcesses:
     async def _tell_often(self) -> None:
         while True:
             await asyncio.sleep(EVERY)
+            for server in self._servers:
+                server.look(asyncio.get_running_loop().time())
             self._tell()
 
     def _tell(self) -> None:
@@ -265,21 +226,22 @@ class ApiProcesses:
         for server in self._servers:
             self._tell_one(server)
 
-    def _tell_one(self, server: _Server) -> None:
+    def _tell_one(self, server: ServerProcess) -> None:
         link = server.link
         if link is None or link.closed:
             return
         view, told = self._view(), server.told
-        news = self._news()
-        news.stopping = self._stopping
-        news.anew = told is None
-        if view is not told:
-            news.change = change(told or ClusterView(), view)
-        server.told = view
         try:
+            news = self._news()
+            news.stopping, news.anew = self._stopping, told is None
+            if view is not told:
+                news.change = change(told or ClusterView(), view)
             link.send(news)
-        except EngineError as error:
-            logger.warning("API server %d can't be told of the cluster: %s", server.index, error)
+        except (EngineError, TypeError, ValueError, OverflowError) as error:
+            logger.error("API server %d can't be told of the cluster: %s", server.index, error)
+            server.told = None  # so all of it is to be told, once that is possible
+        else:
+            server.told = view
 
 
 def peer_app(accept: Handler, door: Guard) -> web.Application:

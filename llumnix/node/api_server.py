@@ -123,8 +123,7 @@ class ApiServer:
             gives_way=shared.is_ahead if shared is not None else lambda: False,
         )
         await self._listener.open(sockets)
-        if shared is not None:
-            shared.listens()
+        self.look()
 
     def begin(self) -> None:
         """The node has started: serve as soon as an instance is ready."""
@@ -141,6 +140,8 @@ class ApiServer:
             self.standing.serving = bool(self._dispatching.ready())
             self.standing.awaiting = self._dispatching.awaited()
             self.standing.sentence = "no instance is ready"
+        if self._counts is not None and self._listener is not None:
+            self._counts.listens(self.standing.admits)
 
     def admit_no_more(self) -> None:
         """The node is stopping: take no new request, and finish those that are open."""

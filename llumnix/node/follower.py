@@ -26,6 +26,7 @@ class Follower:
         self._heard = float("-inf")  # monotonic
         self._age = float("inf")
         self.news: NodeNews | None = None  # the last
+        self.astray = False  # whether the view lacks a change, and has to be told anew
         self.on_view: Callable[[ClusterView], None] = lambda view: None
 
     def heard(self, news: NodeNews) -> None:
@@ -38,7 +39,9 @@ class Follower:
             self._view = applied(before, news.change)
         except ValueError as error:
             logger.error("the node tells of a cluster that can't be read: %s", error)
+            self.astray = True
             return
+        self.astray = False
         self.on_view(self._view)
 
     def view(self) -> ClusterView:

@@ -1,6 +1,8 @@
 """Makes the API servers of a node: one in its own process, or several in processes of theirs."""
 
+import argparse
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +15,7 @@ from llumnix.engine.vllm.launcher import fork_server_address
 from llumnix.engine.vllm.socket_folder import scratch
 from llumnix.node.actor_system import Acting
 from llumnix.node.api_process import Settings
-from llumnix.node.api_processes import ApiProcesses, peer_app
+from llumnix.node.api_processes import ApiProcesses, Listeners, peer_app
 from llumnix.node.api_server import ApiServer
 from llumnix.node.api_servers import OneApiServer
 from llumnix.node.control_plane import ControlPlane
@@ -81,7 +83,6 @@ def in_processes(
     """
     options, config = node.options, node.options.config
     counts = scratch() / "counts"
-    fork_server = fork_server_address()
 
     def settings(index: int, life: str, first: bool) -> Settings:
         return Settings(
@@ -95,22 +96,27 @@ def in_processes(
             vllm=options.vllm,
             sockets=sockets.public,
             counts=counts,
-            fork_server=fork_server,
+            fork_server=fork_server_address(),
+            own_path=sockets.own_path,
         )
 
-    listener = Listener(
-        peer_app(node.peers.accept, node.door), options.arguments, connection_limits(config)
+    limits = connection_limits(dataclasses.replace(config, max_connections=0))
+    plain = argparse.Namespace(**{**vars(options.arguments), "ssl_certfile": None})
+    listeners = Listeners(
+        Listener(peer_app(node.peers.accept, node.door), options.arguments, limits),
+        Listener(peer_app(node.peers.accept_own, node.door), plain, limits),
     )
     servers = ApiProcesses(
         options.api_servers,
         settings,
         CountsFile(counts, options.api_servers),
         node.exchange,
-        listener,
+        listeners,
         sockets,
         node.observation.news,
         node.control.view,
         on_try,
+        node.acting.supervision.give_up,
     )
     serve_host(
         node.exchange,

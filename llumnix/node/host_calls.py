@@ -47,7 +47,7 @@ def serve_host(
     async def note() -> None:
         tried()
 
-    exchange.procedures |= {
+    exchange.own_procedures |= {
         REQUESTS: answering(operations.requests),
         MIGRATE: answering(operations.migrate),
         DRAIN: answering(operations.drain),

@@ -4,13 +4,44 @@ prometheus_client adds them up at a scrape, those of processes that have ended a
 """
 
 import asyncio
+import os
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from prometheus_client import Counter, Gauge
+from prometheus_client.mmap_dict import MmapedDict
 
 from llumnix.metrics import DISPATCHES, DROPPED_OUTPUTS, OPEN_REQUESTS, Counts
 
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's
+GONE = 0  # the number under which those that have ended count together; no process has it
 EVERY = 1.0  # seconds between two writings
+
+
+def forget_process(pid: int) -> None:
+    """Add what a process that has ended has counted to that of all that have, and drop its gauges.
+
+    Else each server that is started again would leave files, all of which each scrape reads.
+    """
+    folder = Path(os.environ[FOLDER])
+    for kind in ("counter", "histogram", "summary"):
+        file = folder / f"{kind}_{pid}.db"
+        if file.exists():
+            _add(file, folder / f"{kind}_{GONE}.db")
+    for file in folder.glob(f"*_{pid}.db"):
+        file.unlink(missing_ok=True)
+
+
+def _add(file: Path, total: Path) -> None:
+    """Add one file of prometheus_client's to another one."""
+    files: Any = MmapedDict  # which has no types
+    counted = files(str(total))
+    try:
+        for key, value, when, _ in files.read_all_values_from_file(str(file)):
+            counted.write_value(key, counted.read_value(key)[0] + value, when)
+    finally:
+        counted.close()
 
 
 class ProcessMetrics:

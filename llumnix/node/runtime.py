@@ -18,6 +18,7 @@ from llumnix.cluster import ClusterView
 from llumnix.config import Config
 from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.peer import Peers, ThisNode
+from llumnix.engine.vllm.socket_folder import scratch
 from llumnix.metrics import NodeCollector
 from llumnix.node.actor_system import Acting
 from llumnix.node.api_servers import ApiServers
@@ -77,7 +78,7 @@ class Node:
             *(self._config, self._policies, self._loop, self._control, self._on_giving_up)
         )
         if self._options.api_servers > 1:
-            self._bound = await Sockets.bind(self._config, self._options.arguments)
+            self._bound = await Sockets.bind(self._config, self._options.arguments, scratch())
             ends.callback(self._bound.close)
             self._control.peer_address = self._bound.peer_address
         ends.push_async_callback(asyncio.to_thread, self._control.close)
@@ -85,6 +86,7 @@ class Node:
         made = await asyncio.to_thread(self._token) if self._rules.needs_token else ""
         self._connect(made)
         ends.push_async_callback(self._api_servers().close_connections)
+        ends.push_async_callback(self._api_servers().close)
         await self._api_servers().listen()
         ends.push_async_callback(self._exchange.close)
         ends.callback(self._acting.stop)
@@ -108,9 +110,9 @@ class Node:
 
     async def stop(self) -> None:
         """Let what runs end, within --drain-timeout; then leave, in reverse order of start."""
-        if self._servers is not None:
-            self._servers.admit_no_more()
         try:
+            if self._servers is not None:
+                self._servers.admit_no_more()
             if self._serving:
                 self._serving = False
                 self._control.retire()  # another node's manager is to empty this one

@@ -65,9 +65,9 @@ class Row:
         rows = [self._counts.row(other) for other in self._others]
         return sum(row[0] for row in rows), sum(row[1] for row in rows)
 
-    def listens(self) -> None:
-        """This server takes connections from now on."""
-        self._counts.listens(self._server, True)
+    def listens(self, well: bool) -> None:
+        """Whether this server takes connections, and can serve them."""
+        self._counts.listens(self._server, well)
 
     def is_ahead(self) -> bool:
         """Whether another server that takes connections has fewer requests open."""

@@ -56,8 +56,8 @@ class SharedCounts(Protocol):
     def others(self) -> tuple[int, int]:
         """Requests, and tokens of their prompts, that all others have open together."""
 
-    def listens(self) -> None:
-        """This one takes connections from now on."""
+    def listens(self, well: bool) -> None:
+        """Whether this one takes connections, and can serve them."""
 
     def is_ahead(self) -> bool:
         """Whether another one that takes connections has fewer requests open."""

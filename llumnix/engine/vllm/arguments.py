@@ -138,7 +138,7 @@ def check(parser: NodeArgumentParser, arguments: argparse.Namespace) -> config.C
     """Check the whole configuration, llumnix's and vLLM's; ends with status 2 if it can't work."""
     try:
         node = config.from_arguments(arguments)
-        _load_parsers(arguments)
+        load_parsers(arguments)
         server_symbol("validate_parsed_serve_args")(arguments)
         check_ignored(parser, arguments)
     except _REFUSALS as error:
@@ -146,7 +146,7 @@ def check(parser: NodeArgumentParser, arguments: argparse.Namespace) -> config.C
     return node
 
 
-def _load_parsers(arguments: argparse.Namespace) -> None:
+def load_parsers(arguments: argparse.Namespace) -> None:
     """Make the operator's own parsers known by name, as vLLM's server does at its start."""
     if arguments.tool_parser_plugin:
         ToolParserManager.import_tool_parser(arguments.tool_parser_plugin)

@@ -1,6 +1,7 @@
 """The command that takes the place of `python -m vllm.entrypoints.openai.api_server`."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     _check(parser, config, parsed)
     if (parsed.api_server_count or 1) > 1 and not several and not looks:
-        parser.error("--api-server-count must be given in the command line, not in a file")
+        parser.error("--api-server-count was not understood; give it in the command line")
     engines = arguments.engine_config(parser, parsed)
     if parsed.validate_config:
         return _validate(config, engines)
@@ -78,20 +79,30 @@ def _modelled(argv: list[str]) -> bool:
 
 
 def _several(argv: list[str]) -> bool:
-    """Whether several API servers are asked for, as far as that shows before vLLM is imported."""
-    given = re.findall(r"--api[-_]server[-_]count[= ](\d+)|-asc[= ](\d+)", " ".join(argv))
-    return bool(given) and int("".join(given[-1])) > 1
+    """Whether several API servers are asked for, as far as that shows before vLLM is imported.
+
+    By the command line, or else the environment, or else a file, as all options.
+    """
+    words = " ".join(argv)
+    given: list[str] = re.findall(r"--api[-_]server[-_]count[= ](\d+)|-asc[= ](\d+)", words)
+    found = ["".join(each) for each in given][-1:]
+    found += [os.environ.get("LLUMNIX_API_SERVER_COUNT", "")]
+    for path in re.findall(r"--config[= ](\S+)", words):
+        with contextlib.suppress(OSError, UnicodeDecodeError), open(path, encoding="utf-8") as file:
+            found += re.findall(r"(?m)^\s*api[-_]server[-_]count:\s*(\d+)", file.read())
+    first = next((number for number in found if number.isdecimal()), "1")
+    return int(first) > 1
 
 
 def _share_metrics() -> None:
     """Have the metrics of all processes of this node added up.
 
-    Before prometheus_client is imported, which looks at its variable once; vLLM's users may have
-    set that.
+    Before prometheus_client is imported, which looks at its variable once. A folder of somebody
+    else's may hold the files of others.
     """
     from llumnix.engine.vllm.socket_folder import scratch
 
-    folder = os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", str(scratch() / "metrics"))
+    folder = os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(scratch() / "metrics")
     os.makedirs(folder, mode=0o700, exist_ok=True)
 
 

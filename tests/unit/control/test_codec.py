@@ -119,12 +119,23 @@ def test_desired(value: bytes, desired: tuple[int, str | None]) -> None:
     assert codec.decode_desired(value) == desired
 
 
+@pytest.mark.parametrize("field", ["epoch", "max_instances"])
+def test_a_number_that_nobody_can_be_told_of_is_none(field: str) -> None:
+    """Its node would go on to tell its API servers of nothing any more."""
+    value = b'{"address": "a:1", "%s": 99999999999999999999}' % field.encode()
+    with pytest.raises(ValueError):
+        codec.decode_node("n", value)
+
+
 @given(st.builds(codec.Desired, counts, st.none() | names))
 def test_desired_is_read_as_written(desired: codec.Desired) -> None:
     assert codec.decode_desired(codec.encode_desired(desired)) == desired
 
 
-@pytest.mark.parametrize("value", [b"", b"x", b"-1", b"1.5", b"[]", b"{}", b"{", b"\xff"])
+@pytest.mark.parametrize(
+    "value",
+    [b"", b"x", b"-1", b"1.5", b"[]", b"{}", b"{", b"\xff", b"9" * 20, b'{"instances": 1e30}'],
+)
 def test_desired_ignored(value: bytes) -> None:
     with pytest.raises(ValueError):
         codec.decode_desired(value)

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,3 +48,28 @@ def test_only_a_second_signal_ends_at_once_a_node_that_has_given_up(
 
     serve()
     assert exited == exits
+
+
+@pytest.mark.parametrize(
+    ("words", "several"),
+    [
+        ("", False),
+        ("--api-server-count 1", False),
+        ("--api-server-count 4", True),
+        ("--api-server-count=4 --model m", True),
+        ("-asc 2", True),
+        ("--config FILE", True),
+        ("--config FILE --api-server-count 1", False),
+        ("--config no.yaml", False),
+    ],
+)
+def test_whether_several_api_servers_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, several: bool
+) -> None:
+    file = tmp_path / "node.yaml"
+    file.write_text("model: m\napi-server-count: 2\n")
+    monkeypatch.delenv("LLUMNIX_API_SERVER_COUNT", raising=False)
+    argv = words.replace("FILE", str(file)).split()
+    assert api_server._several(argv) is several
+    monkeypatch.setenv("LLUMNIX_API_SERVER_COUNT", "3")
+    assert api_server._several(argv) is (several or "count 1" not in words)

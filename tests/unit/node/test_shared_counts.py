@@ -25,7 +25,7 @@ def test_who_has_more_than_another_gives_way(tmp_path: Path) -> None:
     first, second, _ = (counts.of(server) for server in range(3))
     first.tell(1, 0)
     assert not first.is_ahead(), "nobody else takes connections"
-    second.listens()
+    second.listens(True)
     assert first.is_ahead() and not second.is_ahead()
     second.tell(1, 0)
     assert not first.is_ahead() and not second.is_ahead(), "those that don't listen do not count"
