@@ -74,6 +74,7 @@ class NodeInfo:
     max_instances: Count = 0  # most that it runs, whatever is desired there; 0: not known
     initial_instances: Count = 0  # as long as no number is desired there; 0: none, or unknown
     token_mark: str = ""  # shows which token it has out of etcd; empty if it was given one
+    api_servers: Count = 1  # each of which dispatches
     peer_address: str = ""  # where the others dial it; empty: at `address`
 
 

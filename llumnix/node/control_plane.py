@@ -77,6 +77,7 @@ class ControlPlane:
         self._endpoints: list[str] = []
         self._etcd: Etcd
         self.token = config.cluster_token
+        self.api_servers = 1
         self.peer_address = ""  # where other nodes dial this one, if not where clients do
         self.session: Session
         self.registry: Registry
@@ -113,6 +114,7 @@ class ControlPlane:
             max_instances=config.max_instances,
             initial_instances=config.initial_instances,
             token_mark=self._agree(),
+            api_servers=self.api_servers,
             peer_address=self.peer_address,
         )
         key, alone = self._keys.node(config.node), not config.etcd_endpoints

@@ -80,6 +80,7 @@ class Node:
         if self._options.api_servers > 1:
             self._bound = await Sockets.bind(self._config, self._options.arguments, scratch())
             ends.callback(self._bound.close)
+            self._control.api_servers = self._options.api_servers
             self._control.peer_address = self._bound.peer_address
         ends.push_async_callback(asyncio.to_thread, self._control.close)
         await asyncio.to_thread(self._control.open, self._on_view, self._acting.sweep)

@@ -56,11 +56,13 @@ Score = Callable[[Candidate, Request, Terms], float]
 class Policy(NamedTuple):
     """A score, and whether it may be kept until something about the candidate changes.
 
-    One that may be kept depends on no more of the request than its priority.
+    One that may be kept depends on no more of the request than its priority. One that is `alone`
+    goes by what its own dispatcher has done, so no two of them run to the same instance.
     """
 
     score: Score
     keeps: bool = False
+    alone: bool = False
 
 
 def by_load(candidate: Candidate, request: Request, terms: Terms) -> float:
@@ -156,6 +158,20 @@ def by_interference(candidate: Candidate, request: Request, terms: Terms) -> flo
         return -_FULL + growth
     before = latency.prefill_token * (load.prefill_tokens + sent.tokens)
     return -(WEIGHT * before + load.running * prefill)
+
+
+MANY = 4  # dispatchers, from which on each looks at some of the instances
+LOOKS = 8  # instances that it looks at then
+
+
+def looked_at(instances: int, dispatchers: int) -> int:
+    """How many instances, drawn at random, one of several dispatchers looks at for a request.
+
+    Between two reports all see the same best instance, and each sends it what it has. Of a few that
+    each draws for itself the best is nearly as good (the power of two choices: Mitzenmacher, 2001),
+    and nobody else's. Few dispatchers look at all, as they know of most that is under way.
+    """
+    return instances if dispatchers < MANY else min(LOOKS, instances)
 
 
 def choose(scores: Mapping[InstanceId, float], top_k: int, rng: Random) -> InstanceId:

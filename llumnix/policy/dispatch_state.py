@@ -19,7 +19,7 @@ from llumnix.cluster import (
     NodeId,
 )
 from llumnix.policy.decision_context import TERMS, Terms
-from llumnix.policy.dispatch import Candidate, Policy, Request, by_load, choose
+from llumnix.policy.dispatch import Candidate, Policy, Request, by_load, choose, looked_at
 from llumnix.policy.load import NOTHING, InFlight
 
 LOAD = Policy(by_load, keeps=True)
@@ -84,7 +84,7 @@ class DispatchState:
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}, and must be 1 or more")
         self._node = node
-        self._score, self._keeps = policy
+        self._score, self._keeps, self._alone = policy
         self._terms = terms
         self._top_k = top_k
         self._rng = rng or Random()
@@ -93,6 +93,7 @@ class DispatchState:
         # Of open instances only, by priority: 0, and those that have a class and were asked for.
         self._scores: dict[int, dict[InstanceId, float]] = {0: {}}
         self._smallest = 0  # total_blocks of the smallest open instance
+        self._dispatchers = 1  # in the cluster
 
     @property
     def scores(self) -> Mapping[InstanceId, float]:
@@ -121,6 +122,7 @@ class DispatchState:
                 or is_open is not entry.open
             ):
                 self._renew(entry, info, load, is_open)
+        self._dispatchers = sum(node.api_servers for node in view.nodes.values())
         self._smallest = min(
             (self._entries[i].candidate.info.total_blocks for i in self._scores[0]), default=0
         )
@@ -177,6 +179,10 @@ class DispatchState:
                 if self._entries[i].candidate.info.total_blocks >= request.blocks
             }
             scores = fitting or scores
+        if self._top_k == 1 and not self._alone:
+            looked = looked_at(len(scores), self._dispatchers)
+            if looked < len(scores):
+                scores = {i: scores[i] for i in self._rng.sample(list(scores), looked)}
         return choose(scores, self._top_k, self._rng) if scores else None
 
     def _scores_for(self, request: Request) -> Mapping[InstanceId, float]:

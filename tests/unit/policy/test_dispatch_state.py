@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState
+from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceState, NodeInfo
 from llumnix.plugins import POLICIES
 from llumnix.policy.dispatch import Request
 from llumnix.policy.dispatch_state import HOPELESS, DispatchState, is_awaited
@@ -47,6 +47,36 @@ def spread(of: DispatchState, requests: int) -> Mapping[str, int]:
         of.sent(chosen, blocks=10, tokens=160)
         counts[chosen] = counts.get(chosen, 0) + 1
     return counts
+
+
+@pytest.mark.parametrize("policy", ["load", "queue", "memory", "freeness"])
+def test_many_dispatchers_do_not_run_to_the_same_instance(policy: str) -> None:
+    """Each has two requests between two reports, by which one instance is the best of all."""
+    names = [f"i{n}" for n in range(256)]
+    loads = [InstanceLoad(i, running=9, waiting=3, used_blocks=90) for i in names[1:]]
+    seen = replace(
+        view(*map(info, names), loads=(InstanceLoad("i0"), *loads)),
+        nodes={f"n{n}": NodeInfo(f"n{n}", "n:1", "", 1, api_servers=4) for n in range(16)},
+    )
+    counts = dict.fromkeys(names, 0)
+    for n in range(64):
+        made = DispatchState(f"n{n}", POLICIES[policy], 1, Random(n))
+        made.update_view(seen)
+        for instance, count in spread(made, 2).items():
+            counts[instance] += count
+    assert sum(counts.values()) == 128
+    assert 0 < counts["i0"] <= 12, "the best gets more than its share, and not all"
+    assert max(count for i, count in counts.items() if i != "i0") <= 5
+
+
+def test_few_dispatchers_look_at_all_instances() -> None:
+    names = [f"i{n}" for n in range(64)]
+    loads = [InstanceLoad(i, running=9, waiting=3, used_blocks=90) for i in names[1:]]
+    nodes = {f"n{n}": NodeInfo(f"n{n}", "n:1", "", 1) for n in range(3)}
+    made = DispatchState("n0", POLICIES["load"], 1, Random(1))
+    seen = view(*map(info, names), loads=(InstanceLoad("i0"), *loads))
+    made.update_view(replace(seen, nodes=nodes))
+    assert made.decide(Request(blocks=10)) == "i0"
 
 
 def test_nobody_to_send_to() -> None:
