@@ -102,7 +102,7 @@ def test_an_operator_can_read_it(etcd_member: EtcdCluster, registry: Registry, k
         '"preempted":0,"preemptions":0,"priorities":{},"received":{"b":12}}}}',
         keys.node("a"),
         '{"address":"10.0.0.1:8000","version":"1.0","epoch":7,"max_instances":2,'
-        '"initial_instances":1,"token_mark":""}',
+        '"initial_instances":1,"token_mark":"","api_servers":1,"peer_address":""}',
     ]
 
 

@@ -16,7 +16,6 @@ def check(*options: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--api-server-count", "4"),
         ("--headless",),
         ("--grpc",),
         ("--enable-ssl-refresh",),
