@@ -264,7 +264,7 @@ async def make_stage(
             log = Path(os.environ.get("LLUMNIX_BENCH_LOGS", folder)) / f"{name}.log"
             placement = place(config, slot, 2)
             engine = VllmEngine(name, config, placement, log, Patience(seconds), meet)
-            hosted.append(HostedInstance(engine, slot, lambda: home, on_load=lambda: None))
+            hosted.append(HostedInstance(engine, lambda: home, on_load=lambda: None))
         try:
             await asyncio.gather(*(h.start(on_death=lambda reason: None) for h in hosted))
             exchange.hosted |= {h.id: h for h in hosted}

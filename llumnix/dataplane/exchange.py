@@ -117,7 +117,7 @@ class Exchange:
         await asyncio.gather(*links, return_exceptions=True)
 
     def slot(self, instance: InstanceId) -> int | None:
-        """The slot of an instance of this machine's node; None for all others."""
+        """The slot of an instance of this node, as its name says; None for those of all others."""
         return slot_at(self._host, instance)
 
     async def close(self) -> None:

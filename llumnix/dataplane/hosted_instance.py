@@ -28,7 +28,6 @@ class HostedInstance:
     def __init__(
         self,
         engine: Engine,
-        slot: int,
         home: Callable[[], Origin | None],
         on_load: Callable[[], None],
         by_priority: bool = False,
@@ -38,7 +37,6 @@ class HostedInstance:
         queue goes by it."""
         self.engine = engine
         self.id: InstanceId = engine.id
-        self.slot = slot  # 0, 1, … on this node; the `engine` label of vLLM's own metrics
         self.facts: EngineFacts | None = None
         self.life = uuid.uuid4().hex[:8]  # of this engine; another one has the id after a restart
         self.order = Order(by_priority)  # in which its requests run, and wait

@@ -215,8 +215,8 @@ class ApiProcess:
             if self._server.opening.tried:  # which may not have got through before
                 self._tasks.spawn(self._tell_tried())
             while not (link.closed or self._follower.astray):
-                if not self._server.sound:
-                    self._give_up("vLLM's frontend has died")
+                if self._server.fault:
+                    self._give_up(self._server.fault)
                 await asyncio.sleep(LOOK)
             await link.close()
             self._follower.astray = False
@@ -237,9 +237,7 @@ class ApiProcess:
         self._dispatch.notify(DispatcherActor.update_view, view)
 
     def _fault(self) -> str:
-        if not self._server.sound:
-            return "vLLM's frontend has died"
-        return self._supervision.fault or self._follower.fault()
+        return self._server.fault or self._supervision.fault or self._follower.fault()
 
     async def _listen(self) -> None:
         """Take connections from now on; others of the node may have done so all the time."""

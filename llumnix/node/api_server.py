@@ -165,10 +165,10 @@ class ApiServer:
         self.client.shutdown()
 
     @property
-    def sound(self) -> bool:
-        """Whether vLLM's frontend works, or has not been opened yet."""
+    def fault(self) -> str:
+        """What of it has died for good; empty if nothing."""
         frontend = self.opening.frontend
-        return frontend is None or frontend.sound
+        return "" if frontend is None or frontend.sound else "vLLM's frontend has died"
 
     @property
     def requests(self) -> int:

@@ -113,4 +113,4 @@ class OneApiServer:
     @property
     def fault(self) -> str:
         """What has died; empty if nothing."""
-        return "" if self.server.sound else "vLLM's frontend has died"
+        return self.server.fault

@@ -39,7 +39,7 @@ class Hosting:
         """A new engine in a slot; on the loop."""
         engine = self._make_engine(instance, slot)
         changed = self._reporter.changed
-        hosted = HostedInstance(engine, slot, self._servers.home, changed, self._by_priority)
+        hosted = HostedInstance(engine, self._servers.home, changed, self._by_priority)
         self._hosted[instance] = hosted
         return hosted
 

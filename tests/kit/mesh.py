@@ -128,7 +128,7 @@ class MeshNode:
         slot = len(self.hosted)
         instance = f"{self.name}-{slot}"
         made = engine or SimEngine(instance, config, clock)
-        hosted = HostedInstance(made, slot, lambda: self.client, on_load=lambda: None)
+        hosted = HostedInstance(made, lambda: self.client, on_load=lambda: None)
         self.hosted[instance] = hosted
         await hosted.start(on_death=lambda reason: None)
         self._mesh.instances[instance] = self.name

@@ -98,6 +98,14 @@ def move(node: Node, request: Mapping[str, Any], to: str = "") -> Any:
     return answer.json
 
 
+def whole_text(answer: dict[str, Any]) -> str:
+    """The text of an answer of one choice, which has all the tokens that were asked for."""
+    (choice,) = answer["choices"]
+    assert choice["finish_reason"] == "length"
+    text: str = choice["text"]
+    return text
+
+
 def engine_of(node: Node, instance: str, what: str = "EngineCore") -> int:
     """The process of an instance's engine core, or of its Worker."""
     for pid in sorted(descendants(node.pid)):

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -260,6 +261,14 @@ def _send(
         body = json.dumps(body).encode()
     connection.request(method, path, body, sent | dict(headers or {}))
     return connection.getresponse()
+
+
+def llumnixctl(*argv: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, and what it has said."""
+    command = [sys.executable, "-m", "llumnix.entrypoints.ctl", *argv]
+    root = str(Path(__file__).parents[2])
+    env = {**os.environ, "PYTHONPATH": root}
+    return subprocess.run(command, capture_output=True, text=True, timeout=90, env=env)
 
 
 def descendants(pid: int) -> set[int]:

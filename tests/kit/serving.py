@@ -8,10 +8,23 @@ from pathlib import Path
 
 from aiohttp import web
 
+from llumnix.metrics import CLOSED, CONNECTIONS
 from llumnix.server.errors import openai_errors
 from llumnix.server.transport.connection_places import Limits
 from llumnix.server.transport.listener import Listener
 from tests.kit.etcd import free_ports
+
+
+def closed(reason: str) -> float:
+    """How many connections this process has ended for that reason."""
+    value: float = CLOSED.labels(reason)._value.get()
+    return value
+
+
+def opened() -> float:
+    """How many connections are open in this process."""
+    value: float = CONNECTIONS._value.get()
+    return value
 
 
 def self_signed(folder: Path) -> dict[str, str]:

@@ -3,18 +3,14 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from llumnix.entrypoints import ctl
 from tests.kit.etcd import EtcdCluster
-from tests.kit.moves import Run, move
-from tests.kit.node import Node, Nodes, alive, descendants
+from tests.kit.moves import Run, move, whole_text
+from tests.kit.node import Node, Nodes, alive, descendants, llumnixctl
 from tests.kit.wait import eventually
 
 pytestmark = pytest.mark.cluster
@@ -49,14 +45,7 @@ def pair(
 @pytest.fixture(scope="module")
 def right_text(one: Node) -> str:
     """What a client gets of the long request when nothing happens to it."""
-    return _text(Run(one, COMPLETIONS, LONG).begin().end())
-
-
-def _text(answer: dict[str, Any]) -> str:
-    (choice,) = answer["choices"]
-    assert choice["finish_reason"] == "length"
-    text: str = choice["text"]
-    return text
+    return whole_text(Run(one, COMPLETIONS, LONG).begin().end())
 
 
 def _servers(node: Node) -> list[int]:
@@ -107,7 +96,7 @@ def test_it_is_one_node(pair: tuple[Node, Node], right_text: str, etcd_member: E
     assert many.get("/health").status == many.get("/livez").status == 200
     listed = {r["instance"] for r in many.get("/llumnix/requests").json}
     assert listed == {"many-0", "other-0"}, "they dispatch to both nodes"
-    assert [_text(run.end()) for run in streams] == [right_text] * len(streams)
+    assert [whole_text(run.end()) for run in streams] == [right_text] * len(streams)
     done = before + len(streams)
     eventually(lambda: many.metric("vllm:request_success_total") == done)
     dispatched = many.metric("llumnix_dispatches_total")
@@ -140,16 +129,12 @@ def test_requests_move_and_drain_by_any_of_them(pair: tuple[Node, Node], right_t
         assert move(many, found)["outcome"] == "moved"
     unknown = many.post("/llumnix/migrate", {"request": "nobody", "to": "many-0"})
     assert unknown.status == 404 and "no request nobody" in unknown.error["message"]
-    command = [sys.executable, "-m", "llumnix.entrypoints.ctl", "drain", "many", "--wait", "60"]
-    env = {**os.environ, "PYTHONPATH": str(Path(ctl.__file__).parents[2])}
-    done = subprocess.run(
-        [*command, "--url", many.url], capture_output=True, text=True, timeout=90, env=env
-    )
+    done = llumnixctl("drain", "many", "--wait", "60", "--url", many.url)
     assert done.returncode == 0, done.stderr
     try:
         eventually(lambda: "is drained" in many.get("/readyz").text)
         assert {r["instance"] for r in many.get("/llumnix/requests").json} <= {"other-0"}
-        assert [_text(run.end()) for run in streams] == [right_text] * len(streams)
+        assert [whole_text(run.end()) for run in streams] == [right_text] * len(streams)
     finally:
         assert many.post("/llumnix/drain", {"name": "many", "cancel": True}).status == 200
     for _ in range(4):
@@ -172,12 +157,14 @@ def test_one_is_killed(pair: tuple[Node, Node], right_text: str) -> None:
     for run in streams[victim]:
         run.join(10.0)
         assert run.broken is not None
-    assert [_text(run.end()) for run in streams[survivor]] == [right_text] * len(streams[survivor])
+    assert [whole_text(run.end()) for run in streams[survivor]] == [right_text] * len(
+        streams[survivor]
+    )
     eventually(lambda: _servers(many)[0] != victim and _all_serve(many), within=120)
     more = _streams(many, each=1)
     assert survivor in more and victim not in more
     for run in [run for runs in more.values() for run in runs]:
-        assert _text(run.end()) == right_text
+        assert whole_text(run.end()) == right_text
     eventually(lambda: many.metric("llumnix_open_requests") == 0 and many.idle())
     assert many.metric("vllm:request_success_total") > 0
 
@@ -201,7 +188,7 @@ def test_the_other_node_dies(
         eventually(lambda: len(many.get("/llumnix/requests").json) == len(streams))
         processes = descendants(many.pid)
         many.signal(signal.SIGTERM)
-        assert [_text(run.end()) for run in streams] == [right_text] * len(streams)
+        assert [whole_text(run.end()) for run in streams] == [right_text] * len(streams)
         assert many.exit_code(30) == 0
         eventually(lambda: not alive(processes))
         assert etcd_member.ctl("get", "--prefix", f"/llumnix/{cluster_name}/nodes/") == ""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.kit.etcd import EtcdCluster
-from tests.kit.moves import Run
+from tests.kit.moves import Run, whole_text
 from tests.kit.node import Node, Nodes
 from tests.kit.wait import eventually
 
@@ -48,7 +48,7 @@ class Load:
                 if run.is_alive():
                     run.hang_up()
                 else:
-                    self.texts.add(_text(run.end()))
+                    self.texts.add(whole_text(run.end()))
         except BaseException as error:  # the test's own thread is to fail
             self._broken.append(error)
 
@@ -59,13 +59,6 @@ class Load:
             thread.join(30.0)
             assert not thread.is_alive()
         assert not self._broken
-
-
-def _text(answer: dict[str, Any]) -> str:
-    (choice,) = answer["choices"]
-    assert choice["finish_reason"] == "length"
-    text: str = choice["text"]
-    return text
 
 
 def _one_on_each(node: Node, body: dict[str, Any]) -> list[Run]:
@@ -91,7 +84,7 @@ def test_instances_follow_the_load(nodes: Nodes, one: Node, etcd_member: EtcdClu
         return etcd_member.ctl("get", "--print-value-only", prefix + node.name).strip()
 
     long = {"prompt": "Once upon a time", "max_tokens": 500, "stream": True}
-    undisturbed = _text(Run(one, COMPLETIONS, long).begin().end())
+    undisturbed = whole_text(Run(one, COMPLETIONS, long).begin().end())
     load = Load(right)
     try:
         eventually(lambda: right.instances() == ["left-0", "right-0"], within=20)
@@ -104,7 +97,7 @@ def test_instances_follow_the_load(nodes: Nodes, one: Node, etcd_member: EtcdClu
     assert json.loads(desired(right)) == {"instances": 0, "without": "right-0"}
     eventually(lambda: [i["id"] for i in left.status["instances"]] == ["left-0"])
     assert all(run.is_alive() for run in runs), "the one has moved, and not just ended"
-    assert [_text(run.end()) for run in runs] == [undisturbed] * 2
+    assert [whole_text(run.end()) for run in runs] == [undisturbed] * 2
     assert len(load.texts) == 1, "all clients have got the same"
     said = [line for line in left.said.splitlines() if "epoch" in line and "desired" in line]
     print(*said, etcd_member.ctl("get", "--prefix", prefix), sep="\n")

@@ -1,12 +1,7 @@
 """A node or an instance is emptied under streams with llumnixctl, and takes requests again."""
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,8 +9,8 @@ from llumnix.cluster import ClusterView, InstanceInfo, InstanceLoad, InstanceSta
 from llumnix.entrypoints import ctl
 from llumnix.server.drain_routes import left
 from tests.kit.etcd import EtcdCluster
-from tests.kit.moves import Run
-from tests.kit.node import Node, Nodes
+from tests.kit.moves import Run, whole_text
+from tests.kit.node import Node, Nodes, llumnixctl
 from tests.kit.wait import eventually
 
 pytestmark = pytest.mark.cluster
@@ -42,32 +37,18 @@ def pair(
     nodes.close()
 
 
-def _ctl(*argv: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "llumnix.entrypoints.ctl", *argv]
-    root = str(Path(ctl.__file__).parents[2])
-    env = {**os.environ, "PYTHONPATH": root}
-    return subprocess.run(command, capture_output=True, text=True, timeout=90, env=env)
-
-
-def _text(answer: dict[str, Any]) -> str:
-    (choice,) = answer["choices"]
-    assert choice["finish_reason"] == "length"
-    text: str = choice["text"]
-    return text
-
-
 @pytest.mark.parametrize("name", ["left", "left-0"])
 def test_a_drain_empties_by_moving_and_can_be_cancelled(
     pair: tuple[Node, Node], one: Node, name: str
 ) -> None:
     undisturbed, briefly = (
-        _text(Run(one, COMPLETIONS, body).begin().end()) for body in (LONG, BRIEF)
+        whole_text(Run(one, COMPLETIONS, body).begin().end()) for body in (LONG, BRIEF)
     )
     runs = [Run(node, COMPLETIONS, LONG).begin() for node in (*pair, *pair, *pair)]
     for run in runs:
         run.reach(5)
     assert "left-0" in {r["instance"] for run in runs for r in run.requests()}
-    done = _ctl("drain", name, "--url", pair[1].url, "--wait", "60")
+    done = llumnixctl("drain", name, "--url", pair[1].url, "--wait", "60")
     print(f"$ llumnixctl drain {name}\n{done.stderr}{done.stdout}")
     assert done.returncode == 0, done.stderr
     told = done.stderr.splitlines()
@@ -86,9 +67,9 @@ def test_a_drain_empties_by_moving_and_can_be_cancelled(
         assert pair[0].get("/health").status == pair[1].get("/readyz").status == 200
         more = Run(pair[0], COMPLETIONS, LONG).begin()
         assert more.reach(1)[0]["instance"] == "right-0", "its API server goes on to serve"
-        assert [_text(run.end()) for run in (*runs, more)] == [undisturbed] * 7
+        assert [whole_text(run.end()) for run in (*runs, more)] == [undisturbed] * 7
     finally:
-        back = _ctl("drain", name, "--cancel", "--url", pair[0].url)
+        back = llumnixctl("drain", name, "--cancel", "--url", pair[0].url)
     assert back.returncode == 0 and back.stdout.splitlines()[1].split()[2] == "False"
     for node in pair:
         eventually(lambda node=node: not node.status["draining"])
@@ -96,7 +77,7 @@ def test_a_drain_empties_by_moving_and_can_be_cancelled(
     assert pair[0].get("/readyz").status == 200
     again = [Run(pair[1], COMPLETIONS, BRIEF).begin() for _ in range(4)]
     assert "left-0" in {run.reach(1)[0]["instance"] for run in again}
-    assert [_text(run.end()) for run in again] == [briefly] * 4
+    assert [whole_text(run.end()) for run in again] == [briefly] * 4
 
 
 def test_what_cannot_move_is_told_by_name(
@@ -120,7 +101,7 @@ def test_what_cannot_move_is_told_by_name(
         assert {d["name"] for d in pair[0].get("/llumnix/drain").json} == {"left-0", "right-0"}
         assert ctl.main(["drain", "right-0", "--cancel", "--url", pair[0].url]) == 0
         eventually(lambda: [r["instance"] for r in run.requests()] == ["right-0"])
-        _text(run.end())
+        whole_text(run.end())
     finally:
         for name in ("left-0", "right-0"):
             etcd_member.ctl("del", f"/llumnix/drain/drain/{name}")

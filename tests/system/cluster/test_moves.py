@@ -1,10 +1,6 @@
 """Requests of two node processes move: by hand with llumnixctl, and by themselves."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -12,8 +8,8 @@ import pytest
 
 from llumnix.entrypoints import ctl
 from tests.kit.etcd import EtcdCluster, free_ports
-from tests.kit.moves import Run
-from tests.kit.node import Node, Nodes
+from tests.kit.moves import Run, whole_text
+from tests.kit.node import Node, Nodes, llumnixctl
 from tests.kit.wait import eventually
 
 pytestmark = pytest.mark.cluster
@@ -43,22 +39,7 @@ def pair(
 @pytest.fixture(scope="module")
 def right_text(one: Node) -> str:
     """What a client gets of the long request when it does not move; of a node that is swift."""
-    return _text(Run(one, COMPLETIONS, LONG).begin().end())
-
-
-def _text(answer: dict[str, Any]) -> str:
-    (choice,) = answer["choices"]
-    assert choice["finish_reason"] == "length"
-    text: str = choice["text"]
-    return text
-
-
-def _ctl(*argv: str) -> subprocess.CompletedProcess[str]:
-    """A command line in a process of its own."""
-    command = [sys.executable, "-m", "llumnix.entrypoints.ctl", *argv]
-    root = str(Path(ctl.__file__).parents[2])
-    env = {**os.environ, "PYTHONPATH": root}
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    return whole_text(Run(one, COMPLETIONS, LONG).begin().end())
 
 
 def _other(instance: str) -> str:
@@ -75,7 +56,7 @@ def test_a_stream_is_moved_to_the_other_node_and_back(
     (found,) = run.reach(20)
     for _ in range(2):
         here = found["instance"]
-        done = _ctl("migrate", found["id"], "--to", _other(here), "--url", pair[1].url)
+        done = llumnixctl("migrate", found["id"], "--to", _other(here), "--url", pair[1].url)
         assert done.returncode == 0 and not done.stderr, done.stderr
         names, values = done.stdout.splitlines()
         report = dict(zip(names.split(), values.split(), strict=True))
@@ -84,7 +65,7 @@ def test_a_stream_is_moved_to_the_other_node_and_back(
         # More than a block later, as the place it comes from has all that it had.
         (found,) = run.reach(found["generated"] + 20)
         assert found["instance"] == _other(here)
-    assert _text(run.end()) == right_text
+    assert whole_text(run.end()) == right_text
     for node in pair:
         eventually(node.idle, within=3)
         assert node.metric("llumnix_migrations_total") >= 1
@@ -208,7 +189,7 @@ def test_what_is_drained_is_emptied_while_streams_go_on(
         for run in runs:
             eventually(lambda run=run: [r["instance"] for r in run.requests()] == ["right-0"])
             assert run.is_alive(), "it has moved, and not just ended"
-        assert [_text(run.end()) for run in runs] == [right_text] * len(runs)
+        assert [whole_text(run.end()) for run in runs] == [right_text] * len(runs)
     finally:
         etcd_member.ctl("del", key)
     assert "moves" in pair[0].said and "left-0 (drains)" in pair[0].said

@@ -44,7 +44,7 @@ class Supervised:
         ).proxy()
 
     def _host(self) -> HostedInstance:
-        self.made.append(HostedInstance(self._make(), 0, Nobody, on_load=lambda: None))
+        self.made.append(HostedInstance(self._make(), Nobody, on_load=lambda: None))
         return self.made[-1]
 
     @property

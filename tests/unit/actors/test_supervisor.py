@@ -56,9 +56,7 @@ class Supervisor:
 
     def _host(self, instance: str, slot: int) -> HostedInstance:
         self.slots[instance] = slot
-        self.hosted[instance] = HostedInstance(
-            self._make(instance), slot, Nobody, on_load=lambda: None
-        )
+        self.hosted[instance] = HostedInstance(self._make(instance), Nobody, on_load=lambda: None)
         return self.hosted[instance]
 
     def _announce(self, info: InstanceInfo) -> None:

@@ -71,9 +71,7 @@ class Hosted:
         self.engine = SimEngine("a-0", SMALL, self.gate.clock())
         self.changes = 0  # of the load, that it has told
         self.deaths: list[str] = []  # and why its engine has died
-        self.instance = HostedInstance(
-            self.engine, 0, lambda: self.home, self._changed, by_priority
-        )
+        self.instance = HostedInstance(self.engine, lambda: self.home, self._changed, by_priority)
 
     def _changed(self) -> None:
         self.changes += 1
@@ -389,7 +387,7 @@ async def test_a_request_that_has_moved_here_was_queued_elsewhere(
 @on_loop
 async def test_a_refused_request_leaves_nothing() -> None:
     home = Recorder("a")
-    hosted = HostedInstance(RefusingEngine(), 0, lambda: home, on_load=lambda: None)
+    hosted = HostedInstance(RefusingEngine(), lambda: home, on_load=lambda: None)
     await hosted.start(on_death=lambda reason: None)
     await hosted.submit(home, submit("r1", [1]))
     assert len(hosted.requests) == 0
@@ -407,7 +405,7 @@ async def test_a_request_that_cannot_be_sent_leaves_nothing(
 
     monkeypatch.setattr(RefusingEngine, "add", add)
     home = Recorder("a")
-    hosted = HostedInstance(RefusingEngine(), 0, lambda: home, on_load=lambda: None)
+    hosted = HostedInstance(RefusingEngine(), lambda: home, on_load=lambda: None)
     await hosted.start(on_death=lambda reason: None)
     await hosted.submit(home, submit("r1", [1]))
     assert len(hosted.requests) == 0
@@ -446,7 +444,7 @@ async def test_an_origin_that_is_gone_is_forgotten() -> None:
 async def test_a_cancellation_while_the_engine_takes_the_request() -> None:
     home, adding = Recorder("a"), asyncio.Event()
     engine = IdleEngine("a-0", adding=adding)
-    hosted = HostedInstance(engine, 0, lambda: home, on_load=lambda: None)
+    hosted = HostedInstance(engine, lambda: home, on_load=lambda: None)
     await hosted.start(on_death=lambda reason: None)
     submitting = asyncio.create_task(hosted.submit(home, submit("r1", [1])))
     await soon(lambda: hosted.requests)

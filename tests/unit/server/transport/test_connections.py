@@ -16,26 +16,15 @@ import uvloop
 from aiohttp import web
 
 from llumnix.config import Config, ConfigError
-from llumnix.metrics import CLOSED, CONNECTIONS
 from llumnix.server.transport.bodies import FREE, Bodies
 from llumnix.server.transport.connection_places import Limits
 from llumnix.server.transport.limits import connection_limits, places
 from tests.kit.leaving import SMALL, Client, head, post
 from tests.kit.loop import soon
-from tests.kit.serving import serving
+from tests.kit.serving import closed, opened, serving
 
 GET = head("GET", "/livez", {})
 Check = Callable[[Callable[..., Awaitable[Any]]], Awaitable[None]]
-
-
-def closed(reason: str) -> float:
-    value: float = CLOSED.labels(reason)._value.get()
-    return value
-
-
-def opened() -> float:
-    value: float = CONNECTIONS._value.get()
-    return value
 
 
 async def read(client: Client, all_of_it: bool = False) -> bytes:

@@ -11,26 +11,15 @@ import uvloop
 from aiohttp import ClientSession, web
 
 from llumnix.dataplane.peer import PATH
-from llumnix.metrics import CLOSED, CONNECTIONS
 from llumnix.server.transport.connection import Connection
 from llumnix.server.transport.connection_places import Limits
 from tests.kit.leaving import SMALL, Client, head, post
 from tests.kit.loop import descriptors, soon
-from tests.kit.serving import self_signed, serving
+from tests.kit.serving import closed, opened, self_signed, serving
 
 LARGE = 8 << 20  # bytes, for which no kernel has room
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 PROBE = head("GET", "/livez", {})
-
-
-def closed(reason: str) -> float:
-    value: float = CLOSED.labels(reason)._value.get()
-    return value
-
-
-def opened() -> float:
-    value: float = CONNECTIONS._value.get()
-    return value
 
 
 async def answer(client: Client) -> bytes:
