@@ -1,10 +1,10 @@
 """Models with random weights, for machines that no checkpoint can be brought to.
 
-    python benchmarks/random_model.py FOLDER [--shape small|llama-7b]
+    python benchmarks/random_model.py FOLDER [--shape small|llama-3b|llama-7b]
 
 `small` gets weights that make each of its tokens hang on all tokens before: one wrong KV block
-changes what follows. `llama-7b` is a configuration alone, for `--load-format dummy`: it serves for
-speed. Neither has a tokenizer, so engines want `--skip-tokenizer-init`.
+changes what follows. The others are configurations alone, for `--load-format dummy`: they serve for
+speed. None has a tokenizer, so engines want `--skip-tokenizer-init`.
 """
 
 import argparse
@@ -27,6 +27,13 @@ SHAPES = {
         max_position_embeddings=4096,
         initializer_range=SPREAD,
         tie_word_embeddings=False,
+    ),
+    "llama-3b": LlamaConfig(
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        max_position_embeddings=4096,
     ),
     "llama-7b": LlamaConfig(max_position_embeddings=4096),  # transformers' own defaults
 }

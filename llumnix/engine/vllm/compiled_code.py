@@ -70,3 +70,20 @@ def _compile(worker: Any) -> None:
     except Exception:  # no compiler, no room for its files, or a version that has it elsewhere
         logger.exception("the ranks of logprobs can't be compiled, and are computed without")
         torch._dynamo.config.suppress_errors = True
+    if worker.device.type == "cuda":
+        _compile_block_copy(worker.device)
+
+
+def _compile_block_copy(device: Any) -> None:
+    """The kernel that reads another instance's KV blocks, which takes 0.4 s at its first use."""
+    import torch
+
+    try:
+        from llumnix.engine.vllm.block_copy import WORD, BlockCopy
+
+        words = torch.zeros(2, dtype=torch.int64, device=device)
+        first, second = words.data_ptr(), words.data_ptr() + WORD
+        BlockCopy([(first, WORD, WORD)], [(second, WORD, WORD)], device)([0], [0])
+        torch.cuda.synchronize(device)
+    except Exception:  # the first two instances that meet find out, and take another way
+        logger.exception("the kernel that copies KV blocks can't be compiled")

@@ -1,5 +1,6 @@
 """What a request would have to wait for is compiled before there are any."""
 
+import sys
 from argparse import Namespace
 from typing import Any
 
@@ -15,11 +16,11 @@ class Core:
 
     def __init__(self) -> None:
         model = Namespace(get_vocab_size=lambda: 1000)
-        self._worker = Namespace(model_config=model, device=torch.device("cpu"))
+        self.worker = Namespace(model_config=model, device=torch.device("cpu"))
         self.model_executor = self
 
     def collective_rpc(self, function: Any) -> None:
-        function(self._worker)
+        function(self.worker)
 
 
 def gathered(tokens: int) -> None:
@@ -41,10 +42,10 @@ def test_where_it_cannot_be_compiled_it_is_computed_without(
     def fail(*_: Any) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
     monkeypatch.setattr(Sampler, "gather_logprobs", fail)
-    compile_ahead(Core())
-    assert torch._dynamo.config.suppress_errors
+    with torch._dynamo.config.patch(suppress_errors=False):
+        compile_ahead(Core())
+        assert torch._dynamo.config.suppress_errors
     assert "computed without" in caplog.text
 
 
@@ -54,3 +55,14 @@ def test_a_modelled_device_has_nothing_to_compile() -> None:
             raise NotImplementedError
 
     compile_ahead(Namespace(model_executor=Modelled()))
+
+
+def test_an_engine_whose_kernels_cannot_be_compiled_starts_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "llumnix.engine.vllm.block_copy", None)
+    core = Core()
+    core.worker.device = torch.device("cuda")
+    with torch._dynamo.config.patch(suppress_errors=False):
+        compile_ahead(core)
+    assert "copies KV blocks can't be compiled" in caplog.text
