@@ -107,7 +107,7 @@ class ApiProcesses:
 
     def _ended(self, server: ServerProcess, pid: int) -> None:
         self._counts.clear(server.index)
-        forget_process(pid)
+        self._tasks.spawn(asyncio.to_thread(forget_process, pid), name="metrics")
         if not self.tried and all(each.ended >= HOPELESS for each in self._servers):
             self._give_up("no API server comes up")
 

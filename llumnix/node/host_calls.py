@@ -9,6 +9,7 @@ import msgspec
 from llumnix.cluster import ClusterView, InstanceId, NodeId
 from llumnix.dataplane.exchange import Exchange
 from llumnix.engine.base import EngineError
+from llumnix.node.process_metrics import scrape_files
 from llumnix.server.operations import OperationError, Operations
 
 REQUESTS, MIGRATE, DRAIN = "api.requests", "api.migrate", "api.drain"
@@ -102,13 +103,5 @@ class HostCalls:
 
 async def scrape_shared(host: HostCalls) -> bytes:
     """The metrics of a whole node: those of all its API servers together, and the node's own."""
-    from prometheus_client import CollectorRegistry, generate_latest
-    from prometheus_client.multiprocess import MultiProcessCollector
-
-    def write() -> bytes:
-        registry = CollectorRegistry()
-        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-        return generate_latest(registry)
-
-    shared, own = await asyncio.gather(asyncio.to_thread(write), host.scrape())
+    shared, own = await asyncio.gather(asyncio.to_thread(scrape_files), host.scrape())
     return shared + own

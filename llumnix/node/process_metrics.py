@@ -4,13 +4,16 @@ prometheus_client adds them up at a scrape, those of processes that have ended a
 """
 
 import asyncio
+import contextlib
+import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.mmap_dict import MmapedDict
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from llumnix.metrics import DISPATCHES, DROPPED_OUTPUTS, OPEN_REQUESTS, Counts
 
@@ -22,15 +25,35 @@ EVERY = 1.0  # seconds between two writings
 def forget_process(pid: int) -> None:
     """Add what a process that has ended has counted to that of all that have, and drop its gauges.
 
-    Else each server that is started again would leave files, all of which each scrape reads.
+    Else each server that is started again would leave files, all of which each scrape reads. Waits
+    for scrapes that are under way.
     """
     folder = Path(os.environ[FOLDER])
-    for kind in ("counter", "histogram", "summary"):
-        file = folder / f"{kind}_{pid}.db"
-        if file.exists():
-            _add(file, folder / f"{kind}_{GONE}.db")
-    for file in folder.glob(f"*_{pid}.db"):
-        file.unlink(missing_ok=True)
+    with _files(folder, fcntl.LOCK_EX):
+        for kind in ("counter", "histogram", "summary"):
+            file = folder / f"{kind}_{pid}.db"
+            if file.exists():
+                _add(file, folder / f"{kind}_{GONE}.db")
+        for file in folder.glob(f"*_{pid}.db"):
+            file.unlink(missing_ok=True)
+
+
+def scrape_files() -> bytes:
+    """All that the processes of this node have counted, as Prometheus reads it."""
+    folder = os.environ[FOLDER]
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=folder)  # type: ignore[no-untyped-call]
+    with _files(Path(folder), fcntl.LOCK_SH):
+        return generate_latest(registry)
+
+
+@contextlib.contextmanager
+def _files(folder: Path, how: int) -> Iterator[None]:
+    """Hold the folder's files as they are: a scrape would miss what is added up meanwhile, or find
+    it twice, and fails if one is gone that it has listed."""
+    with (folder / "lock").open("ab") as lock:
+        fcntl.flock(lock, how)
+        yield
 
 
 def _add(file: Path, total: Path) -> None:

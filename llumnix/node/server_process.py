@@ -38,7 +38,7 @@ class ServerProcess:
         self._process: ForkServerProcess | None = None
         self._life = ""
         self._ending = False  # nothing is started any more
-        self._linked = 0.0  # when it was linked last, or started
+        self._linked: float | None = None  # when it was linked last, or seen first
         self.ended = 0  # how many processes of it have ended
         self.started = False  # whether one has been started
         self.link: Link | None = None
@@ -85,7 +85,7 @@ class ServerProcess:
 
     def look(self, now: float) -> None:
         """End a process that has had no link for long: it hangs, and its clients with it."""
-        if self.linked or self._process is None:
+        if self.linked or self._process is None or self._linked is None:
             self._linked = now
         elif now - self._linked > LINKLESS:
             self._linked = now

@@ -1,6 +1,8 @@
 """What servers that have ended had counted goes on counting, and leaves no file of each of them."""
 
 import json
+import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from llumnix.node.process_metrics import FOLDER, forget_process
+from llumnix.node.process_metrics import FOLDER, forget_process, scrape_files
 
 
 def written(folder: Path, kind: str, pid: int, values: dict[str, float]) -> None:
@@ -44,4 +46,20 @@ def test_what_they_have_counted_stays(tmp_path: Path, monkeypatch: pytest.Monkey
         forget_process(pid)
         assert total(tmp_path) == before
     assert total(tmp_path) == {"a": 41.0, "b": 20.0}
-    assert {file.name for file in tmp_path.iterdir()} == {"counter_7.db", "counter_0.db"}
+    assert {file.name for file in tmp_path.iterdir()} == {"counter_7.db", "counter_0.db", "lock"}
+
+
+def test_a_scrape_while_servers_end_finds_all_and_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    pids = range(100, 160)
+    for pid in pids:
+        written(tmp_path, "counter", pid, {"a": 1.0})
+    ending = threading.Thread(target=lambda: [forget_process(pid) for pid in pids])
+    ending.start()
+    found = set()
+    while ending.is_alive():
+        found |= set(re.findall(rb'requests_total{kind="a"} (\S+)', scrape_files()))
+    ending.join()
+    assert found == {b"60.0"}
