@@ -12,6 +12,7 @@ from vllm import RequestOutput, SamplingParams, envs
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from llumnix.engine.vllm.compat import failed, stream_handlers
+from llumnix.engine.vllm.grammar_time import SLOW
 from llumnix.engine.vllm.grammars import Grammars
 from llumnix.loop_turns import SLICE, Turns
 
@@ -19,6 +20,7 @@ NO_GRAMMAR = "a modelled engine's tokens follow no grammar"
 # Logprobs of prompt tokens in one answer, each of which costs the event loop 2 microseconds in one
 # piece; or so many for each token of the context, if that is more: the least that can be asked for.
 PROMPT_LOGPROBS, PROMPT_LOGPROBS_PER_TOKEN = 32_768, 2
+_TOO_SLOW = "the grammar or schema takes too long to follow; make it simpler, or unambiguous"
 # What may leave a grammar no token to go on with; logit_bias makes none impossible.
 _FORBIDDING = ("allowed_token_ids", "bad_words", "min_tokens")
 # The square of max_pattern_size, times min_count: half as many tokens are compared in the engine's
@@ -60,14 +62,15 @@ class DoorLLM(AsyncLLM):
     ) -> AsyncGenerator[RequestOutput, None]:
         """The outputs of a request, as vLLM has them.
 
-        Raises vLLM's validation error where a grammar and other parameters leave no token.
+        Raises vLLM's validation error where a grammar takes an engine too long, or leaves no token
+        together with other parameters.
         """
         outputs: AsyncGenerator[RequestOutput, None]
         outputs = super().generate(prompt, sampling_params, *args, **kwargs)
         if getattr(sampling_params, "structured_outputs", None) is None:
             return outputs
         forbidding = [name for name in _FORBIDDING if getattr(sampling_params, name)]
-        return _unless_none_is_left(outputs, forbidding) if forbidding else outputs
+        return _unless_its_grammar_ends_it(outputs, forbidding)
 
     def _check_logprobs(self, prompt: Any, params: SamplingParams) -> None:
         tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
@@ -85,19 +88,27 @@ class DoorLLM(AsyncLLM):
             )
 
 
-async def _unless_none_is_left(
+async def _unless_its_grammar_ends_it(
     outputs: AsyncGenerator[RequestOutput, None], forbidding: list[str]
 ) -> AsyncGenerator[RequestOutput, None]:
-    """These outputs; vLLM's engine takes any token where all are forbidden, and its grammar none.
+    """These outputs; `forbidding`: parameters that may leave the grammar no token.
 
-    That ends the request as a server's error, which it is not.
+    vLLM's engine takes any token where all are forbidden, and its grammar none. That, or a grammar
+    that takes too long, ends the request as a server's error, which it is not.
     """
     async with aclosing(outputs):
         async for output in outputs:
-            if any(choice.finish_reason == "error" for choice in output.outputs):
-                names = " and ".join(forbidding)
-                text = f"{names} and the grammar or schema together allow no token to go on with"
-                raise failed(text, HTTPStatus.BAD_REQUEST)
+            for choice in output.outputs:
+                if choice.finish_reason != "error":
+                    continue
+                if choice.stop_reason == SLOW:
+                    raise failed(_TOO_SLOW, HTTPStatus.BAD_REQUEST)
+                if forbidding:
+                    names = " and ".join(forbidding)
+                    text = (
+                        f"{names} and the grammar or schema together allow no token to go on with"
+                    )
+                    raise failed(text, HTTPStatus.BAD_REQUEST)
             yield output
 
 

@@ -8,11 +8,13 @@ import pickle
 import resource
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
+import numpy as np
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.sampling_params import StructuredOutputsParams
@@ -27,6 +29,7 @@ WALL = 20  # times the limit, until a process that gets little of the machine is
 STILL = 5.0  # seconds in which a process that computes nothing at all is given up
 COMMON = "xgrammar"  # the backend of grammars for which no operator has chosen one
 STEPS = 8  # tokens that are taken on trial; a grammar without a way out mostly shows at the first
+LONG_STEPS = 8  # of the longest ones; what an ambiguous grammar costs grows with the text's cube
 # vLLM's own limit of a regular expression, which is of wall-clock time: ours is of CPU time.
 VLLM_TIMEOUT = "VLLM_REGEX_COMPILATION_TIMEOUT_S"
 NO_MEMORY = "bad_alloc"  # in an error of a backend's that is written in C++
@@ -143,9 +146,10 @@ class Trial:
         code = self._process.exitcode
         self.close()
         if code == -signal.SIGXCPU:
-            limit = f"{self._seconds:g} s"
-            text = f"the grammar or schema takes longer than {limit} to compile; make it simpler"
-            return TrialFailed(text)
+            return TrialFailed(
+                f"the grammar or schema takes longer than {self._seconds:g} s to compile and to "
+                "begin; make it simpler"
+            )
         if code in (None, -signal.SIGKILL, -signal.SIGTERM):  # by a machine without memory, or us
             return TrialUnavailable("the trial of a grammar was cut off; try again soon")
         text = "the grammar or schema takes too much memory to compile; make it simpler"
@@ -209,21 +213,42 @@ def _allow(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used + seconds), most))
 
 
-def _walk(backend: Any, grammar: Any) -> None:
-    """Take some tokens as an engine would. Raises ValueError where a grammar allows none."""
+def _walk(backend: Any, grammar: Any, lengths: Any) -> None:
+    """Take some tokens as an engine would: any, and then, anew, the longest.
+
+    `lengths`: of each token's text. Raises ValueError where a grammar allows none.
+    """
+    _steps(backend, grammar, STEPS, lambda allowed: int(allowed[0]))
+    grammar.reset()
+    _steps(backend, grammar, LONG_STEPS, lambda allowed: int(allowed[lengths[allowed].argmax()]))
+
+
+def _steps(backend: Any, grammar: Any, most: int, choose: Callable[[Any], int]) -> None:
     mask = backend.allocate_token_bitmask(1)
-    for _ in range(STEPS):
+    for _ in range(most):
         if grammar.is_terminated():
             return
         grammar.fill_bitmask(mask, 0)
-        words = mask[0].nonzero()
-        if not len(words):
+        allowed = _bits(mask[0])
+        if not len(allowed):
             raise ValueError("there is no text that it allows")
-        first = int(words[0])
-        word = int(mask[0][first]) & 0xFFFFFFFF
-        token = 32 * first + (word & -word).bit_length() - 1
-        if not grammar.accept_tokens("trial", [token]):
+        if not grammar.accept_tokens("trial", [choose(allowed)]):
             return
+
+
+def _bits(mask: Any) -> Any:
+    """The numbers of the bits that are set in words of 32, in order."""
+    octets = mask.numpy().view("uint8")
+    return np.flatnonzero(np.unpackbits(octets, bitorder="little"))
+
+
+def _lengths(tokenizer: Any, vocabulary: int) -> Any:
+    """Of each token's text, about; 0 where there is none."""
+    found = np.zeros(-(-vocabulary // 32) * 32, dtype=np.int32)
+    for text, token in tokenizer.get_vocab().items():
+        if token < vocabulary:
+            found[token] = len(text)
+    return found
 
 
 class Compiler:
@@ -235,6 +260,8 @@ class Compiler:
         self._config = config
         self._manager = StructuredOutputManager(config)
         self._backends: dict[str, Any] = {}
+        vocabulary = config.model_config.get_vocab_size()
+        self._lengths = _lengths(self._manager.tokenizer, vocabulary)
 
     def warm(self) -> None:
         """Make the backend that most grammars take, so that the first one does not pay for it."""
@@ -259,7 +286,7 @@ class Compiler:
             checked._backend = COMMON
         kind, spec = get_structured_output_key(checked)
         backend = self._backend(checked._backend)
-        _walk(backend, backend.compile_grammar(kind, spec))
+        _walk(backend, backend.compile_grammar(kind, spec), self._lengths)
         after = vars(checked)
         # What no constructor has made, as /generate's, lacks the fields that only have defaults.
         changed = {n: value for n, value in after.items() if before.get(n, _NONE) != value}

@@ -6,7 +6,6 @@ tokens travel in the request's `extra_args`, which vLLM carries untouched.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import Future
 from copy import copy
 from typing import Any
 
@@ -16,6 +15,8 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
+
+from llumnix.engine.vllm.grammar_time import changed
 
 _KEY = "llumnix_generated"
 # What was asked of the prompt was delivered with the first output. (The last two are new in 0.32.)
@@ -98,15 +99,4 @@ def _after(grammar: Any, request_id: str, tokens: list[int]) -> Any:
             compiled.accept_tokens(request_id, tokens)
         return compiled
 
-    if not isinstance(grammar, Future):
-        return accept(grammar)
-    advanced: Future[StructuredOutputGrammar] = Future()
-
-    def when_compiled(done: "Future[StructuredOutputGrammar]") -> None:
-        try:
-            advanced.set_result(accept(done.result()))
-        except Exception as error:
-            advanced.set_exception(error)
-
-    grammar.add_done_callback(when_compiled)
-    return advanced
+    return changed(grammar, accept)

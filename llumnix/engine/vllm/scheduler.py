@@ -10,6 +10,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from llumnix.engine.vllm.block_holds import BlockHolds
+from llumnix.engine.vllm.grammar_time import bound
 from llumnix.engine.vllm.resume import put_in_place
 
 STEPS = 8  # under way at a time, at most
@@ -32,6 +33,7 @@ class _Moving:
     def add_request(self, request: Request) -> None:
         """Queue a request; one that brought outputs is resumed, before those that are new."""
         self._adding = request.request_id
+        bound(request)
         put_in_place(request, self.structured_output_manager)  # type: ignore[attr-defined]
         if request.num_output_tokens and self.block_holds.adopt(request):
             self._adopted.add(request.request_id)

@@ -13,6 +13,9 @@ TARGET_PARTS = 64
 # It becomes part of a request's id, which is in logs, in frames between nodes, and in etcd's keys.
 REQUEST_ID = "X-Request-Id"
 REQUEST_ID_SIZE = 256
+# What these take to read grows with the square of their length: 6 s for 30 KB. No name is longer.
+HOST_SIZE = 255 + len(":65535")
+TYPE_SIZE = 256
 # Where another protocol than HTTP may be asked for: what comes behind that can't be parsed.
 UPGRADES = (PEER, "/v1/realtime")
 
@@ -43,6 +46,10 @@ def _found(request: web.BaseRequest) -> tuple[int, str] | None:
     if _upgrades(request) and not request.path.rstrip("/").endswith(UPGRADES):
         return 400, "at this path there is no upgrade to another protocol"
     headers = request.headers
+    if any(len(h) > HOST_SIZE or not h.isascii() for h in headers.getall(hdrs.HOST, ())):
+        return 400, f"Host must have at most {HOST_SIZE} ASCII characters"
+    if any(len(kind) > TYPE_SIZE for kind in headers.getall(hdrs.CONTENT_TYPE, ())):
+        return 400, f"Content-Type must have at most {TYPE_SIZE} characters"
     codings = headers.getall(hdrs.TRANSFER_ENCODING, None)
     if codings is not None and [coding.strip().lower() for coding in codings] != ["chunked"]:
         # As with Content-Encoding: nothing is undone here, and what was coded twice is no JSON.

@@ -11,6 +11,7 @@ from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsPar
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from llumnix.engine.vllm.frontend import DoorLLM
+from llumnix.engine.vllm.grammar_time import SLOW
 from tests.kit.loop import on_loop
 
 
@@ -53,7 +54,9 @@ async def test_a_search_for_repetitions_that_would_hold_an_engine_up(
         await door().add_request("r", {"prompt_token_ids": [1]}, params)
 
 
-def ending(monkeypatch: pytest.MonkeyPatch, finish: str) -> list[str]:
+def ending(
+    monkeypatch: pytest.MonkeyPatch, finish: str, stop_reason: str | None = None
+) -> list[str]:
     """Has vLLM's AsyncLLM end requests so; what has become of them is in the list."""
     ends: list[str] = []
 
@@ -61,7 +64,9 @@ def ending(monkeypatch: pytest.MonkeyPatch, finish: str) -> list[str]:
         try:
             for tokens, reason in (([1], None), ([1, 0], finish)):
                 parts: dict[str, Any] = {"cumulative_logprob": None, "logprobs": None}
-                choice = CompletionOutput(0, "", tokens, **parts, finish_reason=reason)
+                choice = CompletionOutput(
+                    0, "", tokens, **parts, finish_reason=reason, stop_reason=stop_reason
+                )
                 yield RequestOutput("r", None, [7], None, [choice], reason is not None)
         finally:
             ends.append("closed")
@@ -85,6 +90,19 @@ async def test_a_grammar_that_is_left_no_token_is_its_clients_fault(
         async for _ in door().generate({}, params, "r"):
             seen += 1
     assert seen == 1 and ends == ["closed"]
+
+
+@pytest.mark.parametrize("other", [{}, {"min_tokens": 9}])
+@on_loop
+async def test_a_grammar_that_takes_an_engine_too_long_is_its_clients_fault(
+    monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]
+) -> None:
+    ends = ending(monkeypatch, "error", SLOW)
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+"), **other)
+    with pytest.raises(VLLMValidationError, match="takes too long to follow"):
+        async for _ in door().generate({}, params, "r"):
+            pass
+    assert ends == ["closed"]
 
 
 @pytest.mark.parametrize("params", [{"min_tokens": 9}, {"structured_outputs": {"regex": "a"}}])

@@ -263,6 +263,31 @@ def test_what_an_engine_could_not_use_is_refused(trial: Trial, spec: dict[str, A
 
 
 @pytest.mark.parametrize(
+    "grammar", ['root ::= root root | "#"', 'root ::= root root root | root root | "#"']
+)
+def test_a_grammar_whose_text_becomes_dearer_and_dearer_is_refused(
+    trial: Trial, grammar: str
+) -> None:
+    with pytest.raises(TrialFailed, match="longer than 2 s to compile and to begin"):
+        trial.run(asking(grammar=grammar).structured_outputs)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"grammar": 'root ::= root "+" root | [0-9]+'},  # ambiguous, and in common use
+        {"grammar": "root ::= item*\nitem ::= [a-z]+ ws\nws ::= [ \\t\\n]*"},
+        {"json": {}},
+        {"json": {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "number"}]}}},
+        {"regex": ".*"},
+        {"regex": "( *a* *)*"},
+    ],
+)
+def test_a_grammar_whose_text_is_long_is_none_the_worse(trial: Trial, spec: dict[str, Any]) -> None:
+    trial.run(asking(**spec).structured_outputs)
+
+
+@pytest.mark.parametrize(
     "spec",
     [
         {"grammar": 'root ::= ""'},
