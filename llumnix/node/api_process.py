@@ -68,6 +68,7 @@ class Settings:
     own_path: str  # the socket file by which its API servers do
     token: str  # of the peer channel
     admin_token: str  # that the node has made; empty if it has made none
+    keys: str | None  # what --api-key-file said when the node could use it last
     config: Config
     arguments: argparse.Namespace
     vllm: VllmConfig
@@ -137,7 +138,7 @@ class ApiProcess:
         self._tasks = TaskSet()
         options = NodeOptions(config, settings.arguments, settings.vllm)
         policies = read_policies(config)
-        door = AccessRules(config, settings.arguments).guard(settings.admin_token)
+        door = AccessRules(config, settings.arguments, settings.keys).guard(settings.admin_token)
         self._follower = follower = Follower(node, settings.address)
         me = ThisNode(settings.name, "", __version__, settings.life)
         ssl = Listener.client_ssl(settings.arguments)

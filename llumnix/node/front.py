@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from llumnix.actors.dispatcher import Dispatching
 from llumnix.dataplane.exchange import Exchange
+from llumnix.dataplane.frames import NodeNews
 from llumnix.dataplane.peer import Peers
 from llumnix.engine.vllm.launcher import fork_server_address
 from llumnix.engine.vllm.socket_folder import scratch
@@ -75,11 +76,13 @@ def in_processes(
     sockets: Sockets,
     registry: CollectorRegistry,
     admin_token: str,
+    keys: Callable[[], str | None],
     on_try: Callable[[], None],
 ) -> ApiProcesses:
     """As many API servers as the options say, which listen on these sockets.
 
     `registry`: of the node's own metrics. `admin_token`: that the node has made; "" if none.
+    `keys`: see `AccessRules.keys_to_keep`.
     """
     options, config = node.options, node.options.config
     counts = scratch() / "counts"
@@ -91,6 +94,7 @@ def in_processes(
             address=sockets.peer_address,
             token=node.control.token,
             admin_token=admin_token,
+            keys=keys(),
             config=config,
             arguments=options.arguments,
             vllm=options.vllm,
@@ -99,6 +103,10 @@ def in_processes(
             fork_server=fork_server_address(),
             own_path=sockets.own_path,
         )
+
+    def news() -> NodeNews:
+        keys()  # again and again: what a server that dies is started with must not be old
+        return node.observation.news()
 
     limits = connection_limits(dataclasses.replace(config, max_connections=0))
     plain = argparse.Namespace(**{**vars(options.arguments), "ssl_certfile": None})
@@ -113,7 +121,7 @@ def in_processes(
         node.exchange,
         listeners,
         sockets,
-        node.observation.news,
+        news,
         node.control.view,
         on_try,
         node.acting.supervision.give_up,

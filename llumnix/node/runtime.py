@@ -160,8 +160,9 @@ class Node:
             self._servers = in_this_process(behind, self._tried, self._opened)
         else:
             self._registry = CollectorRegistry()
+            keys = self._rules.keys_to_keep
             self._servers = in_processes(
-                behind, self._bound, self._registry, made_token, self._tried
+                behind, self._bound, self._registry, made_token, keys, self._tried
             )
         self._shutdown = Shutdown(self._acting, self._exchange, self._servers)
 

@@ -79,7 +79,7 @@ class Frontend:
         # It has documents scored where the embedding of their query is: in one engine's worker.
         self._arguments.enable_flash_late_interaction = False
         arguments = without_keys(self._arguments)
-        bound_media()
+        bound_media(llm.model_config.is_multimodal_model)
         app = compat.server_symbol("build_app")(arguments, tasks, llm.model_config)
         await compat.server_symbol("init_app_state")(llm, app.state, arguments, tasks)
         bound_stored_responses(app.state, HANDLER)

@@ -39,7 +39,7 @@ class TimedGrammar(StructuredOutputGrammar):
         """Go on by these tokens; False, which ends the request, if the grammar is too slow."""
         if not self.slow:
             with self._timed():
-                accepted = self._grammar.accept_tokens(request_id, tokens)
+                accepted = bool(self._grammar.accept_tokens(request_id, tokens))
             self._tokens += len(tokens)
             if not self.slow:
                 return accepted

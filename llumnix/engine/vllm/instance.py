@@ -89,6 +89,7 @@ class VllmEngine:
         environment = {
             BASE_PATH: os.environ.get(BASE_PATH, self._sockets.name),
             fault.VARIABLE: f"{self._sockets.name}/{fault.FILE}",
+            "TMPDIR": self._sockets.name,  # where vLLM leaves files when it is killed
             segments.VARIABLE: segments.prefix(Path(self._sockets.name)),
         }
         self._placement = replace(placement, environment=environment | placement.environment)

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -263,6 +264,7 @@ def _engine_core(log_file: str, placement: Placement, kwargs: dict[str, Any]) ->
     # The hash of a block must be the same everywhere: it names the block when it moves.
     os.environ.setdefault("PYTHONHASHSEED", "0")
     os.environ.update(placement.environment)
+    tempfile.tempdir = None  # which the fork server has read from its own environment
     if placement.cores:
         _bind_workers(placement.cores)
 

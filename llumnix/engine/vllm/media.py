@@ -139,9 +139,24 @@ class BoundedConnector(MediaConnector):
             await load.wait(size)
 
 
-def bound_media() -> None:
-    """Have vLLM's frontend load media so, unless its operator has chosen another loader."""
-    MEDIA_CONNECTOR_REGISTRY.register("http")(BoundedConnector)
+class NoConnector(MediaConnector):
+    """For a model of texts alone: vLLM's routes of embeddings would fetch what it can't take."""
+
+    def load_from_url(self, url: str, media_io: MediaIO[Any], **options: Any) -> Any:
+        """Raises ValueError."""
+        raise ValueError("this model takes texts alone: no images, sounds and videos")
+
+    async def load_from_url_async(self, url: str, media_io: MediaIO[Any], **options: Any) -> Any:
+        """Raises ValueError."""
+        self.load_from_url(url, media_io)
+
+
+def bound_media(any_at_all: bool = True) -> None:
+    """Have vLLM's frontend load media so, unless its operator has chosen another loader.
+
+    `any_at_all`: whether the model takes media.
+    """
+    MEDIA_CONNECTOR_REGISTRY.register("http")(BoundedConnector if any_at_all else NoConnector)
 
 
 def _bounded(media_io: MediaIO[Any], load: _Load) -> MediaIO[Any]:

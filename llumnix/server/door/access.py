@@ -17,10 +17,13 @@ from llumnix.server.door.routes import METRICS, STATUS, RouteTable
 class AccessRules:
     """The rules of one node. Raises ConfigError for keys that can't be meant."""
 
-    def __init__(self, config: Config, arguments: argparse.Namespace) -> None:
+    def __init__(
+        self, config: Config, arguments: argparse.Namespace, kept_keys: str | None = None
+    ) -> None:
+        """`kept_keys`: what another process has read of --api-key-file, if it can't be now."""
         self._config = config
         self._arguments = arguments
-        self._clients = _clients(config, arguments)
+        self._clients = _clients(config, arguments, kept_keys)
         if envs.VLLM_ENABLE_RESPONSES_API_STORE and _are_many(config, arguments):
             raise ConfigError(
                 "VLLM_ENABLE_RESPONSES_API_STORE keeps answers that every client could read and "
@@ -34,6 +37,14 @@ class AccessRules:
             )
         if config.admin_address and _same_port(config, arguments):
             raise ConfigError("--admin-address must have another port than the server itself")
+
+    def keys_to_keep(self) -> str | None:
+        """What --api-key-file said when it could be used last; None without one."""
+        for keys in self._clients:
+            if isinstance(keys, KeyFile):
+                keys.look()
+                return keys.text
+        return None
 
     @property
     def needs_token(self) -> bool:
@@ -67,7 +78,7 @@ def _are_many(config: Config, arguments: argparse.Namespace) -> bool:
     return bool(config.api_key_file) or len(set(arguments.api_key or ())) > 1
 
 
-def _clients(config: Config, arguments: argparse.Namespace) -> list[AcceptedKeys]:
+def _clients(config: Config, arguments: argparse.Namespace, kept: str | None) -> list[AcceptedKeys]:
     """The keys of clients, each kind in its place; an empty list lets everybody in."""
     given = {f"--api-key {n}": key for n, key in enumerate(arguments.api_key or (), start=1)}
     if not given and (key := envs.VLLM_API_KEY) is not None:
@@ -84,7 +95,7 @@ def _clients(config: Config, arguments: argparse.Namespace) -> list[AcceptedKeys
     if config.api_key_file:
         taken = {config.admin_token: "the --admin-token"} if config.admin_token else {}
         taken |= {key: "one of --api-key" for key in given.values()}
-        clients.append(KeyFile(config.api_key_file, "--api-key-file", taken))
+        clients.append(KeyFile(config.api_key_file, "--api-key-file", taken, kept))
     return clients
 
 

@@ -31,6 +31,14 @@ class Pages:
 
     def refusal(self, request: web.Request, operator: Caller) -> tuple[int, str] | None:
         """The status and the sentence for what a page may not do; None: it may."""
+        if (foreign := self.foreign(request, operator)) is not None:
+            return foreign
+        if request.body_exists and request.content_type != "application/json":
+            return 415, "operators' routes take application/json as Content-Type"
+        return None
+
+    def foreign(self, request: web.Request, operator: Caller) -> tuple[int, str] | None:
+        """Likewise, whatever it sends: also for inference, if its caller is known by his place."""
         if operator.by_place and not self._is_ours(request):
             # A page may have had its own name resolved to this node's address.
             return 403, (
@@ -38,8 +46,6 @@ class Pages:
             )
         if not self._may(request):
             return 403, "pages of this Origin may not call operators' routes; see --allowed-origins"
-        if request.body_exists and request.content_type != "application/json":
-            return 415, "operators' routes take application/json as Content-Type"
         return None
 
     def named(self, request: web.Request) -> bool:

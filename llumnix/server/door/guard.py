@@ -47,6 +47,8 @@ class Guard:
         if access is Access.INFERENCE:
             if caller is None:
                 return error_response(401, "wrong or missing API key", _CHALLENGE)
+            if caller.by_place and (problem := self._pages.foreign(request, caller)) is not None:
+                return error_response(*problem)
             request[CALLER] = caller
             return None
         return self._operators_only(request, caller, known=access is not None)

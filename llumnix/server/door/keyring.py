@@ -55,24 +55,39 @@ class KeyFile:
     A file that can't be read, or not understood, leaves the keys as they were, and is told once.
     """
 
-    def __init__(self, path: str, option: str, taken: Mapping[str, str] | None = None) -> None:
-        """Raises ConfigError. `taken`: keys given elsewhere, with the names of their holders."""
+    def __init__(
+        self,
+        path: str,
+        option: str,
+        taken: Mapping[str, str] | None = None,
+        kept: str | None = None,
+    ) -> None:
+        """`taken`: keys given elsewhere, with the names of their holders. `kept`: what another
+        process has read of it, which counts if it can't be used now. Raises ConfigError."""
         self._path = Path(path)
         self._option = option
         self._taken = dict(taken or {})
         self._seen = self._signature()
         self._looked = time.monotonic()
-        self._keys = self._read()
+        self.text = ""  # of the file, when it could be used last
+        try:
+            self._keys = self._read()
+        except ConfigError as error:
+            if kept is None:
+                raise
+            self._keys = self._parse(kept)
+            logger.error("%s; the keys stay as they were", error)
 
     def name(self, shown: bytes) -> str | None:
         """Whose key has this digest; None: nobody's."""
         now = time.monotonic()
         if now - self._looked >= LOOK_SECONDS:
             self._looked = now
-            self._look()
+            self.look()
         return self._keys.name(shown)
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Read the file again if it has changed."""
         signature = self._signature()
         if signature == self._seen:
             return
@@ -99,12 +114,16 @@ class KeyFile:
                 raise ConfigError(f"{said} is no file")  # a pipe would be waited for
             if found.st_size > LARGEST_FILE:
                 raise ConfigError(f"{said} has more than {LARGEST_FILE} bytes")
-            lines = self._path.read_text().split("\n")
+            text = self._path.read_text()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is no text"
             raise ConfigError(f"{said} can't be read: {reason}") from None
+        return self._parse(text)
+
+    def _parse(self, text: str) -> Keyring:
+        said = f"{self._option} {self._path}"
         keys = []
-        for number, line in enumerate((line.strip() for line in lines), start=1):
+        for number, line in enumerate((line.strip() for line in text.split("\n")), start=1):
             if not line or line.startswith("#"):
                 continue
             match = _LINE.fullmatch(line)
@@ -117,6 +136,8 @@ class KeyFile:
         if not keys:
             logger.warning("%s names no key: no client gets in by it", said)
         try:
-            return Keyring(keys)
+            found = Keyring(keys)
         except ConfigError as error:
             raise ConfigError(f"{said}: {error}") from None
+        self.text = text
+        return found

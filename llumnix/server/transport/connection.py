@@ -264,6 +264,11 @@ class Connection(web.RequestHandler):
         self.asks_to_go_on = False
 
     @property
+    def known(self) -> bool:
+        """Whether the last request has shown who has sent it."""
+        return self._unsent.known
+
+    @property
     def unsent(self) -> int:
         """Bytes that the client has not taken yet."""
         return self._unsent.size

@@ -1,7 +1,8 @@
 """Which connections may be open, and which of them gives way when there are too many.
 
 A connection costs a descriptor, also one that asks for nothing. So those without a request have
-deadlines, and at the limit the one that has been without for longest gives its place to a new one.
+deadlines, and at the limit the one that has been without for longest gives its place to a new one:
+first those that never ask, then strangers that have had an answer, and clients' last.
 Only when all have requests, new ones are turned away: then probes, operators and other nodes still
 get in, by places kept for them. What a connection is for shows in its first head, so such a place
 is given to anybody, for no longer than that.
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 LOOKS = 32  # connections that are looked at to find one that can give way
 NEWEST = 16  # connections that do not give way before they had time to ask, if there is another way
+PROMPT = 1.0  # seconds in which who connects asks; until then strangers with an answer go first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,10 @@ class Limits:
 
 class Holder(Protocol):
     """A connection, as far as it can be asked to go."""
+
+    @property
+    def known(self) -> bool:
+        """Whether its last request has shown who has sent it."""
 
     @property
     def unsent(self) -> int:
@@ -66,7 +72,9 @@ class Places:
         self._extra: dict[Holder, None] = {}  # those in reserved places
         # Those without a request, the oldest first, with the time since which they are.
         self._heads: dict[Holder, float] = {}  # of which a head is to come
-        self._idle: dict[Holder, float] = {}  # which have had an answer, and have not asked again
+        # Which have had an answer, and have not asked again: clients, and strangers.
+        self._idle: dict[Holder, float] = {}
+        self._answered: dict[Holder, float] = {}
         self._stuck: dict[Holder, None] = {}  # strangers that have not taken their answers
         self._closing: dict[Holder, None] = {}  # that have been ended, and have descriptors still
         self._full = Seldom(
@@ -105,23 +113,27 @@ class Places:
         self._extra.pop(holder, None)
         self._heads.pop(holder, None)
         self._idle.pop(holder, None)
+        self._answered.pop(holder, None)
         self._stuck.pop(holder, None)
         self._closing.pop(holder, None)
 
     def stir(self, holder: Holder) -> None:
         """Bytes have come that belong to no request yet."""
-        if self._idle.pop(holder, None) is not None:
+        since = self._idle.pop(holder, None) or self._answered.pop(holder, None)
+        if since is not None:
             self._heads[holder] = self._clock()
 
     def begin(self, holder: Holder) -> None:
         """A request has come."""
         self._heads.pop(holder, None)
         self._idle.pop(holder, None)
+        self._answered.pop(holder, None)
 
     def rest(self, holder: Holder) -> None:
         """Its request has ended."""
         if holder in self._open:
-            self._idle[holder] = self._clock()
+            group = self._idle if holder.known else self._answered
+            group[holder] = self._clock()
 
     def stick(self, holder: Holder) -> None:
         """A stranger has not taken all of his answer."""
@@ -154,13 +166,14 @@ class Places:
         for holder in _older(self._heads, now - self._limits.header_timeout):
             self._end(holder, "head")
             self._slow.count()
-        for holder in _older(self._idle, now - self._limits.idle_timeout):
-            if holder.unsent:  # its answer is not over for its client
-                holder.expect()
-                del self._idle[holder]
-                self._idle[holder] = now
-            else:
-                self._end(holder, "idle")
+        for group in self._idle, self._answered:
+            for holder in _older(group, now - self._limits.idle_timeout):
+                if holder.unsent:  # its answer is not over for its client
+                    holder.expect()
+                    del group[holder]
+                    group[holder] = now
+                else:
+                    self._end(holder, "idle")
 
     def _reserve(self) -> bool:
         """Whether a reserved place is free; one that has asked for nothing gives it back."""
@@ -186,11 +199,13 @@ class Places:
             elif holder not in self._extra:
                 yield holder
         looks = LOOKS + len(self._extra)
-        heads = max(0, min(looks, len(self._heads) - newest))
-        for group, number in ((self._heads, heads), (self._idle, looks)):
-            for holder in islice(group, number):
-                if holder not in self._extra and not holder.unsent:
-                    yield holder
+        count = max(0, min(looks, len(self._heads) - newest))
+        heads = dict(islice(self._heads.items(), count))
+        silent = _older(heads, self._clock() - PROMPT)
+        answered, idle = (islice(group, looks) for group in (self._answered, self._idle))
+        for holder in [*silent, *answered, *list(heads)[len(silent) :], *idle]:
+            if holder not in self._extra and not holder.unsent:
+                yield holder
 
     def _end(self, holder: Holder, reason: str) -> None:
         self.leave(holder)

@@ -165,3 +165,16 @@ async def test_sounds_are_counted_with_images() -> None:
     await connector().fetch_image_async(url("image/png", image()))
     with pytest.raises(ValueError, match="the images and sounds"):
         await connector().load_from_url_async(sent, _Sound())
+
+
+@pytest.mark.parametrize("kind", ["image", "audio", "video"])
+@on_loop
+async def test_for_a_model_of_texts_alone_nothing_is_fetched(kind: str, tmp_path: Path) -> None:
+    bound_media(any_at_all=False)
+    loader: Any = MEDIA_CONNECTOR_REGISTRY.load("http", allowed_local_media_path=str(tmp_path))
+    bound_media()
+    for where in ("http://127.0.0.1:9/x", f"file://{tmp_path}/x", url("image/png", image())):
+        with pytest.raises(ValueError, match="takes texts alone"):
+            await getattr(loader, f"fetch_{kind}_async")(where)
+        with pytest.raises(ValueError, match="takes texts alone"):
+            getattr(loader, f"fetch_{kind}")(where)

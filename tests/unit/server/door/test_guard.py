@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from llumnix.config import ConfigError
 from llumnix.server.door import keyring
 from llumnix.server.door.callers import is_local
+from llumnix.server.door.keyring import KeyFile, digest
 from llumnix.server.door.routes import ROUTES, Access, RouteTable
 from tests.kit.door import Door, door, rules
 from tests.kit.loop import on_loop
@@ -319,6 +320,42 @@ async def test_an_address_of_their_own(token: str) -> None:
         assert await node.status("/v1/models") == 401
         assert await node.status("/nowhere", token or "k1") == 404
     assert not rules(KEYS, admin_address="127.0.0.1:2").needs_token
+
+
+@on_loop
+async def test_pages_have_no_inference_where_their_readers_need_no_key() -> None:
+    """A page whose name resolves to the node's own address is the same site to a browser."""
+    async with door(given=KEYS, admin_address="") as node:
+        for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
+            for path in ("/v1/models", "/v1/completions"):
+                assert await node.status(path, port=node.admin_port, headers=headers) == 403
+                assert await node.status(path, "k1", port=node.admin_port, headers=headers) == 200
+        assert await node.status("/v1/models", port=node.admin_port) == 200
+
+
+def test_a_process_that_starts_has_the_keys_as_they_were(tmp_path: Path) -> None:
+    """It read the file anew, and ended if that had gone wrong meanwhile."""
+    file = tmp_path / "keys"
+    file.write_text("alice:old\n")
+    node = rules({}, api_key_file=str(file))
+    file.write_text("alice:new\nbob:other\n")
+    assert node.keys_to_keep() == file.read_text()
+    for broken in ("no key here at all!", None):
+        if broken is None:
+            file.unlink()
+        else:
+            file.write_text(broken)
+        kept = node.keys_to_keep()
+        assert kept == "alice:new\nbob:other\n"
+        with pytest.raises(ConfigError):
+            rules({}, api_key_file=str(file))
+        assert rules({}, kept, api_key_file=str(file)).keys_to_keep() == kept
+        keys = KeyFile(str(file), "--api-key-file", kept=kept)
+        names = [keys.name(digest(key)) for key in ("old", "new", "other")]
+        assert names == [None, "alice", "bob"]
+    file.write_text("carol:third\n")
+    keys.look()
+    assert keys.name(digest("third")) == "carol" and keys.name(digest("new")) is None
 
 
 @on_loop

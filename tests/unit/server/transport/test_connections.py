@@ -17,6 +17,7 @@ from aiohttp import web
 
 from llumnix.config import Config, ConfigError
 from llumnix.server.transport.bodies import FREE, Bodies
+from llumnix.server.transport.connection import Connection
 from llumnix.server.transport.connection_places import Limits
 from llumnix.server.transport.limits import connection_limits, places
 from tests.kit.leaving import SMALL, Client, head, post
@@ -66,7 +67,12 @@ def test_idle_connections_give_way() -> None:
     """To probes and to all others: those that have been without a request for longest."""
 
     async def check() -> None:
-        async with serving(ok, Limits(connections=20)) as port:
+        async def known(request: web.Request) -> web.StreamResponse:
+            assert isinstance(request.protocol, Connection)
+            request.protocol.vouch()
+            return await ok(request)
+
+        async with serving(known, Limits(connections=20)) as port:
             before = closed("displaced")
             used = Client(port).send(GET)
             assert b"200 OK" in await read(used)

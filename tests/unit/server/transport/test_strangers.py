@@ -12,7 +12,7 @@ from aiohttp import ClientSession, web
 
 from llumnix.dataplane.peer import PATH
 from llumnix.server.transport.connection import Connection
-from llumnix.server.transport.connection_places import Limits
+from llumnix.server.transport.connection_places import NEWEST, PROMPT, Limits, Places
 from tests.kit.leaving import SMALL, Client, head, post
 from tests.kit.loop import descriptors, soon
 from tests.kit.serving import closed, opened, self_signed, serving
@@ -239,3 +239,45 @@ def test_tls_does_not_wait_for_those_whose_time_is_over(certificate: dict[str, s
                 client.close()
 
     uvloop.run(check())
+
+
+class Held:
+    """A connection that nothing is to be sent to."""
+
+    unsent = 0
+
+    def __init__(self, ended: list["Held"], known: bool = False) -> None:
+        self._ended = ended
+        self.known = known
+
+    def end(self) -> None:
+        self._ended.append(self)
+
+    def hang_up(self) -> None:
+        """It has been ended before."""
+
+    expect = hang_up
+
+
+def test_strangers_that_have_had_an_answer_go_before_who_had_no_time_to_ask() -> None:
+    """However many come at once: their requests may lie in their sockets already."""
+    now, ended = 1000.0, list[Held]()
+    many = 3 * NEWEST
+    places = Places(Limits(connections=3 * many), lambda: now)
+    clients, strangers = ([Held(ended, known) for _ in range(many)] for known in (True, False))
+    for one in (*clients, *strangers):
+        places.enter(one)
+        places.begin(one)
+        places.rest(one)
+    now += 0.5
+    fresh = [Held(ended) for _ in range(2 * many)]
+    for one in fresh:
+        places.enter(one)
+    assert ended == strangers
+    now += PROMPT + 0.1
+    later = [Held(ended) for _ in range(many)]
+    for one in later:
+        places.enter(one)
+    assert ended[many:] == fresh[:many], "and clients last"
+    for one in (*clients, *fresh, *later):
+        places.leave(one)
