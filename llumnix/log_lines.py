@@ -39,6 +39,10 @@ _LINES = 50  # of such a message; one of more is shown as one
 _REFUSED = (ValueError, TypeError, OverflowError)
 _REFUSED_BY_NAME = "VLLMClientError"
 _ROUTES = "vllm.entrypoints."
+# What requests bring about again and again is told with its traceback once in so many seconds.
+_AGAIN = 60.0
+_PLACES = 256  # that are remembered
+_REPEATED = ("vllm.", "llumnix.server.")
 _ASKED_FOR = "vllm.entrypoints.serve.exception_handling."  # by --log-error-stack
 
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
@@ -54,7 +58,8 @@ class Record(logging.LogRecord):
 
     vLLM's own messages may have several lines: its formatter puts its prefix before each. A
     message of another's is cut, and so is the text of an exception. Where one of vLLM's routes
-    refuses a request, the record tells of it in a line, and has no traceback.
+    refuses a request, the record tells of it in a line, and has no traceback; nor has one of an
+    exception that a request has brought about at the same place a moment before.
     """
 
     _traceback: str | None = None
@@ -63,7 +68,9 @@ class Record(logging.LogRecord):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         info = self.exc_info
-        if isinstance(info, tuple) and info[1] is not None and _is_refusal(self.name, info[1]):
+        if not isinstance(info, tuple) or info[1] is None:
+            return
+        if _is_refusal(self.name, info[1]) or _was_told(self.name, info[1], self.created):
             self._refusal = info[1]
             self.exc_info = None
 
@@ -105,14 +112,38 @@ def _is_refusal(logger: str, error: BaseException) -> bool:
     return isinstance(error, _REFUSED) or _REFUSED_BY_NAME in names
 
 
+_told_at: dict[tuple[str, str, str], float] = {}  # by logger, type and place; the oldest first
+
+
+def _was_told(logger: str, error: BaseException, now: float) -> bool:
+    """Whether such an exception's traceback has just been shown; if not, it is now."""
+    if not logger.startswith(_REPEATED) or logger.startswith(_ASKED_FOR):
+        return False
+    key = (logger, type(error).__name__, _place(error))
+    if now - _told_at.get(key, 0.0) < _AGAIN:
+        return True
+    _told_at.pop(key, None)
+    _told_at[key] = now
+    while len(_told_at) > _PLACES:
+        _told_at.pop(next(iter(_told_at)), None)
+    return False
+
+
+def _place(error: BaseException) -> str:
+    """Where it was raised, as file and line."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return f"{last.tb_frame.f_code.co_filename}:{last.tb_lineno}" if last is not None else ""
+
+
 def _brief(message: str, error: BaseException) -> str:
     """A message with what an error says, and whence, as it may be a fault after all."""
     text = str(error)
     short = cut(text, _BRIEF)
     said = message.replace(text, short) if text and text in message else f"{message}: {short}"
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    return f"{said} ({type(error).__name__}{place})"
+    place = _place(error)
+    return f"{said} ({type(error).__name__}{' at ' if place else ''}{place})"
 
 
 def install() -> None:

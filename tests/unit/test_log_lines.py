@@ -100,6 +100,33 @@ def test_a_refusal_of_vllms_routes_is_one_line(log: io.StringIO) -> None:
         library.handlers[:], library.propagate = handlers, propagate
 
 
+def test_what_requests_bring_about_again_and_again_has_one_traceback(log: io.StringIO) -> None:
+    logger = logging.getLogger("llumnix.server.asgi")
+
+    def fail(kind: type[Exception]) -> str:
+        before = len(log.getvalue())
+        try:
+            raise kind("of request 7")
+        except Exception:
+            logger.exception("a route failed")
+        return log.getvalue()[before:]
+
+    assert fail(KeyError).count("Traceback") == 1
+    for _ in range(3):
+        told = fail(KeyError)
+        assert told.count("\n") == 1 and "of request 7" in told
+        assert "(KeyError at " in told and "test_log_lines.py:" in told
+    assert fail(IndexError).count("Traceback") == 1, "another kind"
+    other = logging.getLogger("llumnix.dataplane")
+    for _ in range(2):
+        before = len(log.getvalue())
+        try:
+            raise KeyError
+        except KeyError:
+            other.exception("no request's doing")
+        assert "Traceback" in log.getvalue()[before:]
+
+
 def test_vllm_builds_on_it_in_an_engines_processes_too() -> None:
     """Only line breaks are left to its formatter, which puts its own prefix before each line."""
     program = (

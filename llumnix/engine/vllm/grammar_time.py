@@ -15,7 +15,7 @@ import torch
 from vllm.v1.request import Request
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
-AT_FIRST, PER_TOKEN = 0.5, 0.005  # seconds of CPU
+AT_FIRST, PER_TOKEN = 0.1, 0.005  # seconds of CPU
 SLOW = "llumnix_slow_grammar"  # the reason for the end of a request whose grammar took more
 # The others are an operator's own choice, and may be slow with any grammar.
 _BOUNDED = ("xgrammar", "guidance")
