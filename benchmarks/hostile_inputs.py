@@ -182,6 +182,10 @@ def talk(number: int, message: Any) -> Callable[[], Any]:
     return lambda: {"model": "smol", "messages": [message] * number, "max_tokens": 1}
 
 
+# A page's question whether it may call the route, which needs no key.
+HOST = b"OPTIONS /v1/embeddings HTTP/1.1\r\nOrigin: http://a\r\n"
+HOST += b"Access-Control-Request-Method: POST\r\nHost: a" + "\u0315\u0300".encode() * 15_000
+HOST += b"\r\n\r\n"
 PART = b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n1\r\n'
 JUNK = b"GET / HTTP/1.1\r\nno colon\r\n\r\n"
 PIPELINE = head("GET", "/livez", {}) * 2000
@@ -226,6 +230,12 @@ ATTACKS: tuple[Attack, ...] = (
         COMPLETIONS, grammar(choice=[f"number {n}" for n in range(4000)]))),
     Attack("regex", "nested repeats", engines=True, **ask(
         COMPLETIONS, grammar(regex="((a{1,200}b{1,200}){1,200}c){1,200}"))),
+    Attack("ambiguous grammar", "whose text becomes dearer with its length", engines=True, **ask(
+        COMPLETIONS, grammar(grammar='root ::= root root root | root root | "#"'))),
+    Attack("content type", "8,000 parameters of a Content-Type", **ask(
+        COMPLETIONS, prompt(10), Content_Type="a/b" + ";a" * 8_000)),
+    Attack("host", "60 KB of combining characters as Host, without a key",
+           lambda t, _: t.send(HOST)),
     Attack("messages", "2,048 messages", **ask(CHAT, talk(2048, {"role": "user", "content": "x"}))),
     Attack("wrong messages", "2,048 that are none", **ask(CHAT, talk(2048, {}))),
     Attack("wrong contents", "2,048 of a wrong content", **ask(
