@@ -5,7 +5,10 @@ as they are, they would be lines of their own, or colours, titles and worse.
 """
 
 import logging
+import math
 import re
+import threading
+import time
 import traceback
 from types import TracebackType
 from typing import Any
@@ -42,6 +45,7 @@ _ROUTES = "vllm.entrypoints."
 # What requests bring about again and again is told with its traceback once in so many seconds.
 _AGAIN = 60.0
 _PLACES = 256  # that are remembered
+_CHAIN = 8  # exceptions that are looked at of those that have brought about another
 _REPEATED = ("vllm.", "llumnix.server.")
 _ASKED_FOR = "vllm.entrypoints.serve.exception_handling."  # by --log-error-stack
 
@@ -63,22 +67,22 @@ class Record(logging.LogRecord):
     """
 
     _traceback: str | None = None
-    _refusal: BaseException | None = None
+    _in_a_line: BaseException | None = None  # instead of a traceback
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         info = self.exc_info
         if not isinstance(info, tuple) or info[1] is None:
             return
-        if _is_refusal(self.name, info[1]) or _was_told(self.name, info[1], self.created):
-            self._refusal = info[1]
+        if _is_refusal(self.name, info[1]) or _was_told(self.name, info[1]):
+            self._in_a_line = info[1]
             self.exc_info = None
 
     def getMessage(self) -> str:
         """The message as it is to be shown."""
         message = super().getMessage()
-        if self._refusal is not None:
-            message = _brief(message, self._refusal)
+        if self._in_a_line is not None:
+            message = _brief(message, self._in_a_line)
         package = str(self.name).split(".")[0]
         if package != "llumnix":
             message = cut(message, SHOWN if self.levelno >= logging.WARNING else SHOWN_OF_FACTS)
@@ -112,21 +116,39 @@ def _is_refusal(logger: str, error: BaseException) -> bool:
     return isinstance(error, _REFUSED) or _REFUSED_BY_NAME in names
 
 
-_told_at: dict[tuple[str, str, str], float] = {}  # by logger, type and place; the oldest first
+_told_at: dict[tuple[str, ...], float] = {}  # by logger, types and places; the oldest first
+_telling = threading.Lock()
 
 
-def _was_told(logger: str, error: BaseException, now: float) -> bool:
+def _was_told(logger: str, error: BaseException) -> bool:
     """Whether such an exception's traceback has just been shown; if not, it is now."""
     if not logger.startswith(_REPEATED) or logger.startswith(_ASKED_FOR):
         return False
-    key = (logger, type(error).__name__, _place(error))
-    if now - _told_at.get(key, 0.0) < _AGAIN:
-        return True
-    _told_at.pop(key, None)
-    _told_at[key] = now
-    while len(_told_at) > _PLACES:
-        _told_at.pop(next(iter(_told_at)), None)
+    key = (logger, *(f"{type(one).__name__} {_place(one)}" for one in _chain(error)))
+    now = time.monotonic()
+    with _telling:
+        if now - _told_at.get(key, -math.inf) < _AGAIN:
+            return True
+        _told_at.pop(key, None)
+        _told_at[key] = now
+        if len(_told_at) > _PLACES:
+            del _told_at[next(iter(_told_at))]
     return False
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The exception, and those that have brought it about, as many as a traceback is read for."""
+    found: list[BaseException] = []
+    rest = [error]
+    while rest and len(found) < _CHAIN:
+        one = rest.pop()
+        if one in found:
+            continue
+        found.append(one)
+        rest += getattr(one, "exceptions", ())  # of a group
+        cause = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+        rest += [cause] if cause is not None else []
+    return found
 
 
 def _place(error: BaseException) -> str:

@@ -73,12 +73,14 @@ class ApiProcesses:
         sockets: Sockets,
         news: Callable[[], NodeNews],
         view: Callable[[], ClusterView],
+        look: Callable[[], None],
         on_try: Callable[[], None],
         give_up: Callable[[str], None],
     ) -> None:
         """`settings`: see ServerProcess. `listeners` answer nodes, and the servers. `news`: what
-        the servers are told, but for the change of the `view`. `on_try`: called once, when one of
-        them has opened its frontend, or could not; `give_up`: with a sentence, when none comes up.
+        the servers are told, but for the change of the `view`. `look`: called now and then, to see
+        what those that are started later are to know. `on_try`: called once, when one of them has
+        opened its frontend, or could not; `give_up`: with a sentence, when none comes up.
         """
         self._counts = counts
         self._exchange = exchange
@@ -86,6 +88,7 @@ class ApiProcesses:
         self._sockets = sockets
         self._news = news
         self._view = view
+        self._look = look
         self._on_try = on_try
         self._give_up = give_up
         self._servers = [ServerProcess(n, settings, self._ended) for n in range(count)]
@@ -217,6 +220,7 @@ class ApiProcesses:
     async def _tell_often(self) -> None:
         while True:
             await asyncio.sleep(EVERY)
+            self._look()
             for server in self._servers:
                 server.look(asyncio.get_running_loop().time())
             self._tell()

@@ -10,7 +10,6 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from llumnix.actors.dispatcher import Dispatching
 from llumnix.dataplane.exchange import Exchange
-from llumnix.dataplane.frames import NodeNews
 from llumnix.dataplane.peer import Peers
 from llumnix.engine.vllm.launcher import fork_server_address
 from llumnix.engine.vllm.socket_folder import scratch
@@ -26,6 +25,7 @@ from llumnix.node.operations import NodeOperations
 from llumnix.node.options import NodeOptions, Policies
 from llumnix.node.shared_counts import CountsFile
 from llumnix.node.sockets import Sockets
+from llumnix.server.door.access import AccessRules
 from llumnix.server.door.guard import Guard
 from llumnix.server.status_routes import Admin
 from llumnix.server.transport.limits import connection_limits
@@ -76,13 +76,12 @@ def in_processes(
     sockets: Sockets,
     registry: CollectorRegistry,
     admin_token: str,
-    keys: Callable[[], str | None],
+    rules: AccessRules,
     on_try: Callable[[], None],
 ) -> ApiProcesses:
     """As many API servers as the options say, which listen on these sockets.
 
     `registry`: of the node's own metrics. `admin_token`: that the node has made; "" if none.
-    `keys`: see `AccessRules.keys_to_keep`.
     """
     options, config = node.options, node.options.config
     counts = scratch() / "counts"
@@ -94,7 +93,7 @@ def in_processes(
             address=sockets.peer_address,
             token=node.control.token,
             admin_token=admin_token,
-            keys=keys(),
+            keys=rules.kept,
             config=config,
             arguments=options.arguments,
             vllm=options.vllm,
@@ -103,10 +102,6 @@ def in_processes(
             fork_server=fork_server_address(),
             own_path=sockets.own_path,
         )
-
-    def news() -> NodeNews:
-        keys()  # again and again: what a server that dies is started with must not be old
-        return node.observation.news()
 
     limits = connection_limits(dataclasses.replace(config, max_connections=0))
     plain = argparse.Namespace(**{**vars(options.arguments), "ssl_certfile": None})
@@ -121,8 +116,9 @@ def in_processes(
         node.exchange,
         listeners,
         sockets,
-        news,
+        node.observation.news,
         node.control.view,
+        rules.look,
         on_try,
         node.acting.supervision.give_up,
     )

@@ -53,7 +53,8 @@ class Node:
         self._options = NodeOptions(config, arguments, vllm_config)
         self._on_giving_up = on_giving_up
         self._policies = read_policies(config)
-        self._rules = AccessRules(config, arguments)
+        several = self._options.api_servers > 1
+        self._rules = AccessRules(config, arguments, keeps=several)
         self._control = ControlPlane(config)
         self._make_engine = engine_maker(config, vllm_config, self._control.rendezvous)
         self._servers: ApiServers | None = None
@@ -160,9 +161,8 @@ class Node:
             self._servers = in_this_process(behind, self._tried, self._opened)
         else:
             self._registry = CollectorRegistry()
-            keys = self._rules.keys_to_keep
             self._servers = in_processes(
-                behind, self._bound, self._registry, made_token, keys, self._tried
+                behind, self._bound, self._registry, made_token, self._rules, self._tried
             )
         self._shutdown = Shutdown(self._acting, self._exchange, self._servers)
 

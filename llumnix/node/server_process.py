@@ -85,7 +85,7 @@ class ServerProcess:
 
     def look(self, now: float) -> None:
         """End a process that has had no link for long: it hangs, and its clients with it."""
-        if self.linked or self._process is None or self._linked is None:
+        if self.linked or self._linked is None:
             self._linked = now
         elif now - self._linked > LINKLESS:
             self._linked = now
@@ -122,7 +122,7 @@ class ServerProcess:
             how = _said(process.exitcode or 0)
             logger.error("API server %d has ended (%s) and is started again", self.index, how)
         self.ended += 1
-        self._process, self.link, self.told = None, None, None
+        self._process, self.link, self.told, self._linked = None, None, None, None
         self._on_end(self, process.pid or 0)
         process.close()
         return loop.time() - began

@@ -23,9 +23,12 @@ def options(**given: Any) -> argparse.Namespace:
     return argparse.Namespace(**values | given)
 
 
-def rules(given: dict[str, Any], kept_keys: str | None = None, **config: Any) -> AccessRules:
+def rules(
+    given: dict[str, Any], kept: str | None = None, keeps: bool = False, **config: Any
+) -> AccessRules:
     """The rules of a node with these options of vLLM's and of llumnix's."""
-    return AccessRules(Config(**config).resolved("127.0.0.1", 1), options(**given), kept_keys)
+    resolved = Config(**config).resolved("127.0.0.1", 1)
+    return AccessRules(resolved, options(**given), kept, keeps)
 
 
 class Door:

@@ -30,11 +30,11 @@ class PrefixWatch:
     member. While no member answers, the last copy stays, and at most `longest_pause` seconds pass
     between two tries.
 
-    `on_change(items, revision, deleted)` runs on this object's thread: after each list that brought
-    something new and after each batch of changes, of which several may come as one. `deleted` are
-    the keys that the batch deletes; after a list it is None, as a list can't tell what has been
-    deleted from what has been lost. `on_proof()` runs there whenever etcd has confirmed the copy.
-    Neither may block.
+    `on_change(items, revision, deleted)` runs on this object's thread: after each list, also one
+    that is as the copy was, since leases may end behind it that nobody could prolong before; and
+    after each batch of changes, of which several may come as one. `deleted` are the keys that the
+    batch deletes; after a list it is None, as a list can't tell what has been deleted from what has
+    been lost. `on_proof()` runs there whenever etcd has confirmed the copy. Neither may block.
     """
 
     def __init__(
@@ -158,8 +158,7 @@ class PrefixWatch:
                 revision,
             )
         self._items, self._revision = items, revision
-        if items != old or not self._listed.is_set():
-            self._deliver(None)
+        self._deliver(None)
 
     def _apply(self, batch: WatchBatch, feed: Feed) -> None:
         items = dict(self._items)

@@ -3,19 +3,24 @@
 What a token costs there hangs on the text before it: with an ambiguous grammar, as `root ::= root
 root | "#"`, it grows with the square of its length, and everybody whom the engine serves stands
 meanwhile. The trial of a grammar sees only how it begins.
+
+Each token earns a grammar a little time, and little of what it does not use is kept for later: it
+may be dear for a moment, but not after a long beginning that was cheap.
 """
 
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from vllm.v1.request import Request
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
-AT_FIRST, PER_TOKEN = 0.1, 0.005  # seconds of CPU
+from llumnix.engine.vllm.pending_grammar import changed
+
+PER_TOKEN = 0.005  # seconds of CPU
+SAVED = 0.1  # which a grammar has at first, and at most
 SLOW = "llumnix_slow_grammar"  # the reason for the end of a request whose grammar took more
 # The others are an operator's own choice, and may be slow with any grammar.
 _BOUNDED = ("xgrammar", "guidance")
@@ -27,20 +32,16 @@ class TimedGrammar(StructuredOutputGrammar):
     def __init__(self, grammar: StructuredOutputGrammar, on_slow: Callable[[], None]) -> None:
         self._grammar = grammar
         self._on_slow = on_slow
-        self._tokens = 0
-        self._seconds = 0.0
-
-    @property
-    def slow(self) -> bool:
-        """Whether it has taken too long."""
-        return self._seconds > AT_FIRST + PER_TOKEN * self._tokens
+        self._left = SAVED
+        self.slow = False  # whether it has taken too long
 
     def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
         """Go on by these tokens; False, which ends the request, if the grammar is too slow."""
         if not self.slow:
+            self._left += PER_TOKEN * len(tokens)  # first: those of a resumed request come at once
             with self._timed():
                 accepted = bool(self._grammar.accept_tokens(request_id, tokens))
-            self._tokens += len(tokens)
+            self._left = min(self._left, SAVED)
             if not self.slow:
                 return accepted
         self._on_slow()
@@ -63,7 +64,8 @@ class TimedGrammar(StructuredOutputGrammar):
             self._grammar.fill_bitmask(bitmask, batch_index)
 
     def rollback(self, num_tokens: int) -> None:
-        """Take back tokens that were accepted."""
+        """Take back tokens that were accepted, and what they have earned."""
+        self._left -= PER_TOKEN * num_tokens
         self._grammar.rollback(num_tokens)
 
     def is_terminated(self) -> bool:
@@ -80,7 +82,8 @@ class TimedGrammar(StructuredOutputGrammar):
         try:
             yield
         finally:
-            self._seconds += time.thread_time() - began
+            self._left -= time.thread_time() - began
+            self.slow = self.slow or self._left < 0
 
 
 def bound(request: Request) -> None:
@@ -92,25 +95,11 @@ def bound(request: Request) -> None:
     if asked is None or asked._backend not in _BOUNDED:
         return
 
+    # Not the request itself: its grammar would keep it, and itself, until garbage is collected.
+    asking = weakref.ref(request)
+
     def slow() -> None:
-        request.stop_reason = SLOW
+        if (ended := asking()) is not None:
+            ended.stop_reason = SLOW
 
     structured.grammar = changed(structured._grammar, lambda made: TimedGrammar(made, slow))
-
-
-def changed(
-    grammar: Any, change: Callable[[StructuredOutputGrammar], StructuredOutputGrammar]
-) -> Any:
-    """What a change makes of a grammar, which may still be compiling: then it is a future, too."""
-    if not isinstance(grammar, Future):
-        return change(grammar)
-    made: Future[StructuredOutputGrammar] = Future()
-
-    def when_compiled(done: "Future[StructuredOutputGrammar]") -> None:
-        try:
-            made.set_result(change(done.result()))
-        except Exception as error:
-            made.set_exception(error)
-
-    grammar.add_done_callback(when_compiled)
-    return made

@@ -29,7 +29,7 @@ WALL = 20  # times the limit, until a process that gets little of the machine is
 STILL = 5.0  # seconds in which a process that computes nothing at all is given up
 COMMON = "xgrammar"  # the backend of grammars for which no operator has chosen one
 STEPS = 8  # tokens that are taken on trial; a grammar without a way out mostly shows at the first
-LONG_STEPS = 8  # of the longest ones; what an ambiguous grammar costs grows with the text's cube
+LONG_STEPS = 8  # of the longest ones; see grammar_time for what these show
 # vLLM's own limit of a regular expression, which is of wall-clock time: ours is of CPU time.
 VLLM_TIMEOUT = "VLLM_REGEX_COMPILATION_TIMEOUT_S"
 NO_MEMORY = "bad_alloc"  # in an error of a backend's that is written in C++
@@ -213,14 +213,14 @@ def _allow(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used + seconds), most))
 
 
-def _walk(backend: Any, grammar: Any, lengths: Any) -> None:
+def _walk(backend: Any, compiled: Callable[[], Any], lengths: Any) -> None:
     """Take some tokens as an engine would: any, and then, anew, the longest.
 
     `lengths`: of each token's text. Raises ValueError where a grammar allows none.
     """
-    _steps(backend, grammar, STEPS, lambda allowed: int(allowed[0]))
-    grammar.reset()
-    _steps(backend, grammar, LONG_STEPS, lambda allowed: int(allowed[lengths[allowed].argmax()]))
+    _steps(backend, compiled(), STEPS, lambda allowed: int(allowed[0]))
+    longest = lambda allowed: int(allowed[lengths[allowed].argmax()])  # noqa: E731
+    _steps(backend, compiled(), LONG_STEPS, longest)
 
 
 def _steps(backend: Any, grammar: Any, most: int, choose: Callable[[Any], int]) -> None:
@@ -244,6 +244,7 @@ def _bits(mask: Any) -> Any:
 
 def _lengths(tokenizer: Any, vocabulary: int) -> Any:
     """Of each token's text, about; 0 where there is none."""
+    vocabulary = max(vocabulary, len(tokenizer))
     found = np.zeros(-(-vocabulary // 32) * 32, dtype=np.int32)
     for text, token in tokenizer.get_vocab().items():
         if token < vocabulary:
@@ -286,7 +287,7 @@ class Compiler:
             checked._backend = COMMON
         kind, spec = get_structured_output_key(checked)
         backend = self._backend(checked._backend)
-        _walk(backend, backend.compile_grammar(kind, spec), self._lengths)
+        _walk(backend, lambda: backend.compile_grammar(kind, spec), self._lengths)
         after = vars(checked)
         # What no constructor has made, as /generate's, lacks the fields that only have defaults.
         changed = {n: value for n, value in after.items() if before.get(n, _NONE) != value}

@@ -18,12 +18,16 @@ class AccessRules:
     """The rules of one node. Raises ConfigError for keys that can't be meant."""
 
     def __init__(
-        self, config: Config, arguments: argparse.Namespace, kept_keys: str | None = None
+        self,
+        config: Config,
+        arguments: argparse.Namespace,
+        kept: str | None = None,
+        keeps: bool = False,
     ) -> None:
-        """`kept_keys`: what another process has read of --api-key-file, if it can't be now."""
+        """`kept`, `keeps`: see KeyFile, for --api-key-file."""
         self._config = config
         self._arguments = arguments
-        self._clients = _clients(config, arguments, kept_keys)
+        self._clients = _clients(config, arguments, kept, keeps)
         if envs.VLLM_ENABLE_RESPONSES_API_STORE and _are_many(config, arguments):
             raise ConfigError(
                 "VLLM_ENABLE_RESPONSES_API_STORE keeps answers that every client could read and "
@@ -38,13 +42,16 @@ class AccessRules:
         if config.admin_address and _same_port(config, arguments):
             raise ConfigError("--admin-address must have another port than the server itself")
 
-    def keys_to_keep(self) -> str | None:
-        """What --api-key-file said when it could be used last; None without one."""
+    def look(self) -> None:
+        """Read --api-key-file again if it has changed."""
         for keys in self._clients:
             if isinstance(keys, KeyFile):
                 keys.look()
-                return keys.text
-        return None
+
+    @property
+    def kept(self) -> str | None:
+        """What --api-key-file said when it could be used last; None without one."""
+        return next((keys.kept for keys in self._clients if isinstance(keys, KeyFile)), None)
 
     @property
     def needs_token(self) -> bool:
@@ -78,7 +85,9 @@ def _are_many(config: Config, arguments: argparse.Namespace) -> bool:
     return bool(config.api_key_file) or len(set(arguments.api_key or ())) > 1
 
 
-def _clients(config: Config, arguments: argparse.Namespace, kept: str | None) -> list[AcceptedKeys]:
+def _clients(
+    config: Config, arguments: argparse.Namespace, kept: str | None, keeps: bool
+) -> list[AcceptedKeys]:
     """The keys of clients, each kind in its place; an empty list lets everybody in."""
     given = {f"--api-key {n}": key for n, key in enumerate(arguments.api_key or (), start=1)}
     if not given and (key := envs.VLLM_API_KEY) is not None:
@@ -95,7 +104,7 @@ def _clients(config: Config, arguments: argparse.Namespace, kept: str | None) ->
     if config.api_key_file:
         taken = {config.admin_token: "the --admin-token"} if config.admin_token else {}
         taken |= {key: "one of --api-key" for key in given.values()}
-        clients.append(KeyFile(config.api_key_file, "--api-key-file", taken, kept))
+        clients.append(KeyFile(config.api_key_file, "--api-key-file", taken, kept, keeps))
     return clients
 
 

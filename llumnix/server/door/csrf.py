@@ -18,7 +18,7 @@ _HOST = re.compile(r"(?:(?P<name>[^:\[\]]*)|\[(?P<v6>[^\[\]]+)\])(?::[0-9]{0,5})
 
 @dataclass(frozen=True)
 class Pages:
-    """Which pages may call operators' routes."""
+    """Which pages may call operators' routes, and all others for a caller known by his place."""
 
     origins: frozenset[str] = frozenset()  # of --allowed-origins; "*" opens nothing here
     hosts: frozenset[str] = field(default=frozenset({"localhost"}))  # names of this node
@@ -38,7 +38,7 @@ class Pages:
         return None
 
     def foreign(self, request: web.Request, operator: Caller) -> tuple[int, str] | None:
-        """Likewise, whatever it sends: also for inference, if its caller is known by his place."""
+        """The same, without a look at the kind of what it sends."""
         if operator.by_place and not self._is_ours(request):
             # A page may have had its own name resolved to this node's address.
             return 403, (

@@ -61,15 +61,18 @@ class KeyFile:
         option: str,
         taken: Mapping[str, str] | None = None,
         kept: str | None = None,
+        keeps: bool = False,
     ) -> None:
         """`taken`: keys given elsewhere, with the names of their holders. `kept`: what another
-        process has read of it, which counts if it can't be used now. Raises ConfigError."""
+        process has read of it, which counts if it can't be used now; `keeps`: whether this one is
+        to keep that. Raises ConfigError."""
         self._path = Path(path)
         self._option = option
         self._taken = dict(taken or {})
         self._seen = self._signature()
         self._looked = time.monotonic()
-        self.text = ""  # of the file, when it could be used last
+        self._keeps = keeps
+        self.kept = ""  # what the file said when it could be used last, if it is to be kept
         try:
             self._keys = self._read()
         except ConfigError as error:
@@ -139,5 +142,6 @@ class KeyFile:
             found = Keyring(keys)
         except ConfigError as error:
             raise ConfigError(f"{said}: {error}") from None
-        self.text = text
+        if self._keeps:
+            self.kept = text
         return found

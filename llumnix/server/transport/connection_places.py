@@ -199,11 +199,11 @@ class Places:
             elif holder not in self._extra:
                 yield holder
         looks = LOOKS + len(self._extra)
-        count = max(0, min(looks, len(self._heads) - newest))
-        heads = dict(islice(self._heads.items(), count))
+        heads = dict(islice(self._heads.items(), looks))
         silent = _older(heads, self._clock() - PROMPT)
+        fresh = list(heads)[len(silent) : max(0, len(self._heads) - newest)]
         answered, idle = (islice(group, looks) for group in (self._answered, self._idle))
-        for holder in [*silent, *answered, *list(heads)[len(silent) :], *idle]:
+        for holder in [*silent, *answered, *fresh, *idle]:
             if holder not in self._extra and not holder.unsent:
                 yield holder
 

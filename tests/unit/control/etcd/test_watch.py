@@ -24,6 +24,7 @@ class Mirror:
         self.etcd = Etcd(endpoints)
         self.items: dict[str, bytes] = {}
         self.revisions: list[int] = []
+        self.lists = 0
         self.watch = PrefixWatch(self.etcd, keys.prefix, self._take)
 
     def _take(
@@ -31,6 +32,7 @@ class Mirror:
     ) -> None:
         self.items = {key: kv.value for key, kv in items.items()}
         self.revisions.append(revision)
+        self.lists += deleted is None
 
     def stop(self) -> None:
         self.watch.stop()
@@ -133,6 +135,17 @@ def test_survives_its_member(
     writer.delete(keys.node("a"))
     eventually(lambda: mirror.items == {}, within=5)
     writer.close()
+
+
+def test_a_list_that_brings_nothing_new_is_told(
+    three: EtcdCluster, keys: Keys, mirror_of: MirrorOf
+) -> None:
+    """Leases that nobody could prolong end behind it, and what they delete is not lost for that."""
+    mirror = mirror_of(three)
+    before, known = mirror.items, mirror.lists
+    three.kill(three.endpoints.index(mirror.etcd.current().endpoint))
+    eventually(lambda: mirror.lists > known, within=20)
+    assert mirror.items == before
 
 
 def test_survives_the_frozen_leader(three: EtcdCluster, keys: Keys, mirror_of: MirrorOf) -> None:

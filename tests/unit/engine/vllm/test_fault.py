@@ -74,7 +74,7 @@ def test_what_a_scheduler_has_at_hand(
     monkeypatch.setattr(scheduler, "BlockHolds", lambda scheduler: None)
     monkeypatch.setattr(scheduler, "put_in_place", lambda request, manager: None)
     one = Failing()
-    new: Any = Namespace(request_id="new", num_output_tokens=0)
+    new: Any = Namespace(request_id="new", num_output_tokens=0, structured_output_request=None)
     one.add_request(new)
     one.update_from_output(one.schedule(), None)
     assert one.at_hand() == set()

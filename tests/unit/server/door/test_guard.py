@@ -337,20 +337,20 @@ def test_a_process_that_starts_has_the_keys_as_they_were(tmp_path: Path) -> None
     """It read the file anew, and ended if that had gone wrong meanwhile."""
     file = tmp_path / "keys"
     file.write_text("alice:old\n")
-    node = rules({}, api_key_file=str(file))
+    node = rules({}, keeps=True, api_key_file=str(file))
     file.write_text("alice:new\nbob:other\n")
-    assert node.keys_to_keep() == file.read_text()
+    node.look()
+    assert node.kept == "alice:new\nbob:other\n"
     for broken in ("no key here at all!", None):
         if broken is None:
             file.unlink()
         else:
             file.write_text(broken)
-        kept = node.keys_to_keep()
-        assert kept == "alice:new\nbob:other\n"
+        node.look()
         with pytest.raises(ConfigError):
             rules({}, api_key_file=str(file))
-        assert rules({}, kept, api_key_file=str(file)).keys_to_keep() == kept
-        keys = KeyFile(str(file), "--api-key-file", kept=kept)
+        assert rules({}, node.kept, api_key_file=str(file)).kept == "", "one is enough"
+        keys = KeyFile(str(file), "--api-key-file", kept=node.kept)
         names = [keys.name(digest(key)) for key in ("old", "new", "other")]
         assert names == [None, "alice", "bob"]
     file.write_text("carol:third\n")

@@ -281,3 +281,21 @@ def test_strangers_that_have_had_an_answer_go_before_who_had_no_time_to_ask() ->
     assert ended[many:] == fresh[:many], "and clients last"
     for one in (*clients, *fresh, *later):
         places.leave(one)
+
+
+def test_a_few_that_have_been_silent_go_before_a_client() -> None:
+    now, ended = 1000.0, list[Held]()
+    places = Places(Limits(connections=NEWEST), lambda: now)
+    client = Held(ended, known=True)
+    places.enter(client)
+    places.begin(client)
+    places.rest(client)
+    silent = [Held(ended) for _ in range(NEWEST - 1)]
+    for one in silent:
+        places.enter(one)
+    now += PROMPT + 0.1
+    later = Held(ended)
+    places.enter(later)
+    assert ended == silent[:1]
+    for one in (client, later, *silent):
+        places.leave(one)
