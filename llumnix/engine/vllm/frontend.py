@@ -99,17 +99,18 @@ async def _unless_its_grammar_ends_it(
     async with aclosing(outputs):
         async for output in outputs:
             for choice in output.outputs:
-                if choice.finish_reason != "error":
-                    continue
-                if choice.stop_reason == SLOW:
-                    raise failed(_TOO_SLOW, HTTPStatus.BAD_REQUEST)
-                if forbidding:
-                    names = " and ".join(forbidding)
-                    text = (
-                        f"{names} and the grammar or schema together allow no token to go on with"
-                    )
-                    raise failed(text, HTTPStatus.BAD_REQUEST)
+                if choice.finish_reason == "error":
+                    _raise_if_by_grammar(choice.stop_reason, forbidding)
             yield output
+
+
+def _raise_if_by_grammar(reason: Any, forbidding: list[str]) -> None:
+    if reason == SLOW:
+        raise failed(_TOO_SLOW, HTTPStatus.BAD_REQUEST)
+    if forbidding:
+        names = " and ".join(forbidding)
+        text = f"{names} and the grammar or schema together allow no token to go on with"
+        raise failed(text, HTTPStatus.BAD_REQUEST)
 
 
 def _check_repetition(params: SamplingParams) -> None:

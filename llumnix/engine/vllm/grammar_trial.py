@@ -8,17 +8,16 @@ import pickle
 import resource
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
-import numpy as np
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.sampling_params import StructuredOutputsParams
 
+from llumnix.engine.vllm.grammar_walk import text_lengths, walk
 from llumnix.engine.vllm.launcher import start_fork_server
 from llumnix.engine.vllm.parent_death import end_with_node
 
@@ -28,8 +27,6 @@ NICE = 5  # below the API server, whose streams go on meanwhile
 WALL = 20  # times the limit, until a process that gets little of the machine is given up
 STILL = 5.0  # seconds in which a process that computes nothing at all is given up
 COMMON = "xgrammar"  # the backend of grammars for which no operator has chosen one
-STEPS = 8  # tokens that are taken on trial; a grammar without a way out mostly shows at the first
-LONG_STEPS = 8  # of the longest ones; see grammar_time for what these show
 # vLLM's own limit of a regular expression, which is of wall-clock time: ours is of CPU time.
 VLLM_TIMEOUT = "VLLM_REGEX_COMPILATION_TIMEOUT_S"
 NO_MEMORY = "bad_alloc"  # in an error of a backend's that is written in C++
@@ -213,45 +210,6 @@ def _allow(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used + seconds), most))
 
 
-def _walk(backend: Any, compiled: Callable[[], Any], lengths: Any) -> None:
-    """Take some tokens as an engine would: any, and then, anew, the longest.
-
-    `lengths`: of each token's text. Raises ValueError where a grammar allows none.
-    """
-    _steps(backend, compiled(), STEPS, lambda allowed: int(allowed[0]))
-    longest = lambda allowed: int(allowed[lengths[allowed].argmax()])  # noqa: E731
-    _steps(backend, compiled(), LONG_STEPS, longest)
-
-
-def _steps(backend: Any, grammar: Any, most: int, choose: Callable[[Any], int]) -> None:
-    mask = backend.allocate_token_bitmask(1)
-    for _ in range(most):
-        if grammar.is_terminated():
-            return
-        grammar.fill_bitmask(mask, 0)
-        allowed = _bits(mask[0])
-        if not len(allowed):
-            raise ValueError("there is no text that it allows")
-        if not grammar.accept_tokens("trial", [choose(allowed)]):
-            return
-
-
-def _bits(mask: Any) -> Any:
-    """The numbers of the bits that are set in words of 32, in order."""
-    octets = mask.numpy().view("uint8")
-    return np.flatnonzero(np.unpackbits(octets, bitorder="little"))
-
-
-def _lengths(tokenizer: Any, vocabulary: int) -> Any:
-    """Of each token's text, about; 0 where there is none."""
-    vocabulary = max(vocabulary, len(tokenizer))
-    found = np.zeros(-(-vocabulary // 32) * 32, dtype=np.int32)
-    for text, token in tokenizer.get_vocab().items():
-        if token < vocabulary:
-            found[token] = len(text)
-    return found
-
-
 class Compiler:
     """Does with a grammar what vLLM's frontend and its engine core will do with it."""
 
@@ -262,7 +220,7 @@ class Compiler:
         self._manager = StructuredOutputManager(config)
         self._backends: dict[str, Any] = {}
         vocabulary = config.model_config.get_vocab_size()
-        self._lengths = _lengths(self._manager.tokenizer, vocabulary)
+        self._lengths = text_lengths(self._manager.tokenizer, vocabulary)
 
     def warm(self) -> None:
         """Make the backend that most grammars take, so that the first one does not pay for it."""
@@ -287,7 +245,7 @@ class Compiler:
             checked._backend = COMMON
         kind, spec = get_structured_output_key(checked)
         backend = self._backend(checked._backend)
-        _walk(backend, lambda: backend.compile_grammar(kind, spec), self._lengths)
+        walk(backend, lambda: backend.compile_grammar(kind, spec), self._lengths)
         after = vars(checked)
         # What no constructor has made, as /generate's, lacks the fields that only have defaults.
         changed = {n: value for n, value in after.items() if before.get(n, _NONE) != value}

@@ -83,8 +83,8 @@ def _from_gpu(mine: KvMemory, pieces: Sequence[Piece], theirs: dict[str, Any]) -
         assert mapped  # they stay mapped as long as somebody may pull
         copy(there, here)
 
-    # The kernel is compiled now, and not while a request waits. Nothing reads block 0, which is
-    # vLLM's null block.
+    # Now, and not while a request waits: the kernel is compiled, if that was not done while the
+    # engine started (`compiled_code`). Nothing reads block 0, which is vLLM's null block.
     pull([0], [0])
     torch.cuda.current_stream().synchronize()
     return pull

@@ -67,7 +67,7 @@ class KeyFile:
         process has read of it, which counts if it can't be used now; `keeps`: whether this one is
         to keep that. Raises ConfigError."""
         self._path = Path(path)
-        self._option = option
+        self._said = f"{option} {path}"
         self._taken = dict(taken or {})
         self._seen = self._signature()
         self._looked = time.monotonic()
@@ -100,7 +100,7 @@ class KeyFile:
         except ConfigError as error:
             logger.error("%s; the keys stay as they were", error)
         else:
-            logger.info("%s %s has changed and was read again", self._option, self._path)
+            logger.info("%s has changed and was read again", self._said)
 
     def _signature(self) -> tuple[int, ...]:
         try:
@@ -110,7 +110,7 @@ class KeyFile:
         return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
     def _read(self) -> Keyring:
-        said = f"{self._option} {self._path}"
+        said = self._said
         try:
             found = self._path.stat()
             if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
@@ -124,8 +124,7 @@ class KeyFile:
         return self._parse(text)
 
     def _parse(self, text: str) -> Keyring:
-        said = f"{self._option} {self._path}"
-        keys = []
+        said, keys = self._said, []
         for number, line in enumerate((line.strip() for line in text.split("\n")), start=1):
             if not line or line.startswith("#"):
                 continue

@@ -110,21 +110,19 @@ class Places:
         if holder in self._open:
             self._open.remove(holder)
             CONNECTIONS.dec()
+        self.begin(holder)
         self._extra.pop(holder, None)
-        self._heads.pop(holder, None)
-        self._idle.pop(holder, None)
-        self._answered.pop(holder, None)
         self._stuck.pop(holder, None)
         self._closing.pop(holder, None)
 
     def stir(self, holder: Holder) -> None:
         """Bytes have come that belong to no request yet."""
-        since = self._idle.pop(holder, None) or self._answered.pop(holder, None)
-        if since is not None:
+        if holder in self._idle or holder in self._answered:
+            self.begin(holder)
             self._heads[holder] = self._clock()
 
     def begin(self, holder: Holder) -> None:
-        """A request has come."""
+        """A request has come: it is none of those without one."""
         self._heads.pop(holder, None)
         self._idle.pop(holder, None)
         self._answered.pop(holder, None)
