@@ -6,10 +6,8 @@ import importlib.util
 import logging
 import os
 import shutil
-import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from concurrent.futures import Future
@@ -19,6 +17,7 @@ from typing import IO
 from llumnix.backoff import Backoff
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.errors import EmbeddedEtcdError, EtcdError
+from llumnix.private_folders import NotPrivateError, known_folder, private_folder
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +66,11 @@ class EmbeddedEtcd:
         """Return once etcd answers. Raises EmbeddedEtcdError if it doesn't in `within` seconds."""
         deadline = time.monotonic() + within
         binary = self._binary or find_etcd()
-        private_folder(self._dir)
-        self._sockets = socket_folder(self._dir, CLIENT)
+        try:
+            private_folder(self._dir)
+            self._sockets = socket_folder(self._dir, CLIENT)
+        except NotPrivateError as error:
+            raise EmbeddedEtcdError(str(error)) from None
         self._take_lock(min(deadline, time.monotonic() + _LOCK_WAIT))
         client = f"unix://{self._sockets / CLIENT}"
         self._launch([binary, *self._flags(f"unix://{CLIENT}", f"unix://{PEER}")])
@@ -269,31 +271,20 @@ def _free(database: Path) -> bool:
 LONGEST_SOCKET = 100  # bytes of a socket's path; the kernel takes 107
 
 
-def private_folder(path: Path) -> Path:
-    """The folder, made if there is none, which only this user can enter.
-
-    Raises EmbeddedEtcdError if it is somebody else's: who made it could exchange what is in it.
-    """
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = path.lstat() if path.is_symlink() else path.stat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-            raise EmbeddedEtcdError(f"{path} is not a folder of this user's own")
-        if found.st_mode & 0o077:
-            path.chmod(0o700)
-    except OSError as error:
-        raise EmbeddedEtcdError(f"{path} can't be used: {error.strerror or error}") from None
-    return path
-
-
 def socket_folder(data: Path, name: str) -> Path:
     """Where a socket of that name is for what keeps its data there: beside them, if it may be.
 
     Where that path is too long for a socket, it is a folder of this user's in the temporary one,
-    always the same for the same data.
+    the same for the same data. Raises NotPrivateError.
     """
     if len(os.fsencode(data / name)) <= LONGEST_SOCKET:
         return data
     digest = hashlib.sha256(os.fsencode(data)).hexdigest()[:16]
-    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    return private_folder(Path(base) / f"llumnix-{os.geteuid()}-{digest}")
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    folder = known_folder(f"-{digest}", Path(runtime) if runtime else None)
+    if folder is None:
+        raise NotPrivateError(
+            "another user of this machine has all folders for etcd's socket: "
+            "give the node a shorter --state-dir, or XDG_RUNTIME_DIR"
+        )
+    return folder

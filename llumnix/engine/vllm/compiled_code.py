@@ -11,7 +11,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llumnix.engine.vllm.socket_folder import is_private, scratch
+from llumnix.engine.vllm.socket_folder import scratch
+from llumnix.private_folders import is_private
 
 if TYPE_CHECKING:  # vLLM's import takes seconds, and begins after the fork server has begun with it
     from vllm.config import VllmConfig
@@ -30,7 +31,7 @@ def place() -> None:
     folder = Path(root, "torchinductor")
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    if not is_private(folder):
+    if not is_private(folder, others_may=0o055):
         folder = scratch() / "torchinductor"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 

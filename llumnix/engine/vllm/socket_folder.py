@@ -7,21 +7,17 @@ removes it. A lock ends with its process, whatever ends that.
 
 import contextlib
 import fcntl
-import logging
 import multiprocessing
 import os
 import shutil
-import stat
 import tempfile
 from multiprocessing import util
 from pathlib import Path
 
 from llumnix.engine.vllm import segments
+from llumnix.private_folders import PREFIX, is_private, known_folder
 
-logger = logging.getLogger(__name__)
-
-PREFIX = "llumnix-"
-HOMES = 8  # names for the folder of all nodes: whoever else has one of them does not have the next
+TRIES = 8  # to lock a folder that nobody else should know of
 
 _folders: dict[int, tuple[Path, int]] = {}  # by process, as a fork has none yet: with its lock
 
@@ -30,18 +26,8 @@ def scratch() -> Path:
     """This process's folder, made and locked on the first call; removed when the process ends."""
     if (found := _folders.get(os.getpid())) is not None:
         return found[0]
-    home = _home()
-    if home is None:
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX))
-        lock = _lock(folder)
-    else:
-        # No other node may sweep between the making of a folder and its lock.
-        with contextlib.closing(_Descriptor(home)) as guard:
-            fcntl.flock(guard.number, fcntl.LOCK_EX)
-            _sweep(home)
-            folder = Path(tempfile.mkdtemp(prefix="", dir=home))
-            lock = _lock(folder)
-    assert lock is not None, "nobody else knows of it"
+    home = known_folder()
+    folder, lock = _beside_others() if home is None else _within(home)
     _folders[os.getpid()] = folder, lock
     # With multiprocessing's own: those run in its children too, where atexit's do not.
     util.Finalize(None, _remove, (folder,), exitpriority=-200)
@@ -69,16 +55,6 @@ def hold_sockets() -> None:
     multiprocessing.current_process()._config["tempdir"] = str(scratch())  # type: ignore[attr-defined]
 
 
-def is_private(folder: Path) -> bool:
-    """Whether it is a folder of this user's that nobody else may write."""
-    try:
-        status = folder.lstat()
-    except OSError:
-        return False
-    mine = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
-    return mine and not status.st_mode & 0o022
-
-
 class _Descriptor:
     """An open folder."""
 
@@ -89,16 +65,34 @@ class _Descriptor:
         os.close(self.number)
 
 
-def _home() -> Path | None:
-    """The folder of all nodes of this user; None if somebody else has all that it may be."""
-    names = [f"{PREFIX}{os.getuid()}", *(f"{PREFIX}{os.getuid()}-{n}" for n in range(1, HOMES))]
-    for home in (Path(tempfile.gettempdir(), name) for name in names):
-        with contextlib.suppress(FileExistsError):
-            home.mkdir(mode=0o700)
-        if is_private(home) and not home.lstat().st_mode & 0o077:
-            return home
-        logger.warning("%s is not this user's alone, so it is not used", home)
-    return None
+def _within(home: Path) -> tuple[Path, int]:
+    """A folder of this node's in the one of all nodes, and its lock."""
+    # No other node may sweep between the making of a folder and its lock.
+    with contextlib.closing(_Descriptor(home)) as guard:
+        fcntl.flock(guard.number, fcntl.LOCK_EX)
+        for folder in home.iterdir():
+            _clear(folder)
+        folder = Path(tempfile.mkdtemp(prefix="", dir=home))
+        lock = _lock(folder)
+    assert lock is not None, "nobody else knows of it"
+    return folder, lock
+
+
+def _beside_others() -> tuple[Path, int]:
+    """A folder with a name of its own in the temporary one, and its lock.
+
+    There is none for all nodes, so another one that sweeps may have the lock first.
+    """
+    beside = f"{PREFIX}{os.geteuid()}-node-"
+    for folder in Path(tempfile.gettempdir()).glob(f"{beside}*"):
+        if is_private(folder):
+            _clear(folder)
+    for _ in range(TRIES):
+        folder = Path(tempfile.mkdtemp(prefix=beside))
+        with contextlib.suppress(OSError):
+            if (lock := _lock(folder)) is not None:
+                return folder, lock
+    raise OSError(f"no folder of {tempfile.gettempdir()} can be locked")
 
 
 def _remove(folder: Path) -> None:
@@ -106,13 +100,12 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sweep(home: Path) -> None:
-    """Remove the folders that no living process owns, and the shared memory that was theirs."""
-    for folder in home.iterdir():
-        with contextlib.suppress(OSError):
-            if (lock := _lock(folder)) is not None:
-                _remove(folder)
-                os.close(lock)
+def _clear(folder: Path) -> None:
+    """Remove the folder if no living process owns it, and the shared memory that was its own."""
+    with contextlib.suppress(OSError):
+        if (lock := _lock(folder)) is not None:
+            _remove(folder)
+            os.close(lock)
 
 
 def _lock(folder: Path) -> int | None:

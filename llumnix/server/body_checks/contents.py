@@ -17,7 +17,7 @@ from llumnix.server.body_checks.forms import check_form, form_fields
 from llumnix.server.body_checks.json_scan import TooMuch, refuse_halves, scan
 from llumnix.server.body_checks.json_strings import check_strings
 from llumnix.server.body_checks.limits import BodyLimits
-from llumnix.server.body_checks.response_fields import check_metadata
+from llumnix.server.body_checks.response_fields import check_response_fields
 from llumnix.server.door.callers import who
 from llumnix.server.errors import BadContent, Handler, error_response
 
@@ -71,7 +71,7 @@ class Contents:
                 else:
                     said = self._read(body)
                     self._fits(request.path, body, said)
-                    check_metadata(request.path, said)
+                    check_response_fields(request.path, said)
                     requests = weigh(said)
                 await check_binary_fields(said, self._taken)
                 asked.set(requests)

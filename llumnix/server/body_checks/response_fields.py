@@ -1,4 +1,4 @@
-"""Fields of a request for a response that nobody reads but its client, who may fetch them later."""
+"""Fields of a request for a response that vLLM takes and then has no room or no words for."""
 
 from typing import Any
 
@@ -6,11 +6,15 @@ from llumnix.server.body_checks import limits
 from llumnix.server.errors import BadContent
 
 
-def check_metadata(path: str, said: Any) -> None:
-    """Raise BadContent for metadata that are beyond what OpenAI takes with a response."""
-    if not path.endswith("/responses") or not isinstance(said, dict):
-        return
-    metadata = said.get("metadata")
+def check_response_fields(path: str, said: Any) -> None:
+    """Raise BadContent for what a request for a response may not have."""
+    if path.endswith("/responses") and isinstance(said, dict):
+        _check_metadata(said.get("metadata"))
+        _check_answers(said.get("input"))
+
+
+def _check_metadata(metadata: Any) -> None:
+    """They are kept with the response, so there is as much as OpenAI takes."""
     if not isinstance(metadata, dict):
         return  # none, or what a model words better
     pairs, longest, most = limits.METADATA_PAIRS, limits.METADATA_KEY, limits.METADATA_VALUE
@@ -24,3 +28,18 @@ def check_metadata(path: str, said: Any) -> None:
     else:
         return
     raise BadContent(f"metadata must have {problem}", "metadata")
+
+
+def _check_answers(items: Any) -> None:
+    """An earlier answer must begin with a text: vLLM reads that, and fails at a refusal or none."""
+    for item in items if isinstance(items, list) else ():
+        if not isinstance(item, dict) or item.get("role") != "assistant":
+            continue
+        parts = item.get("content")
+        if not isinstance(parts, list) or not {"id", "status"} <= item.keys():
+            continue  # a message as in a chat
+        first = parts[0] if parts else None
+        if not parts or (isinstance(first, dict) and first.get("type") == "refusal"):
+            raise BadContent(
+                "an assistant's message in input must begin with an output_text", "input"
+            )

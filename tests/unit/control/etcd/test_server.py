@@ -14,7 +14,7 @@ from llumnix.config import Config, ConfigError
 from llumnix.control.etcd import server
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.errors import EmbeddedEtcdError, EtcdError
-from llumnix.control.etcd.server import EmbeddedEtcd, find_etcd, private_folder
+from llumnix.control.etcd.server import CLIENT, EmbeddedEtcd, find_etcd, socket_folder
 from tests.kit.wait import eventually
 
 
@@ -176,18 +176,19 @@ def test_no_other_user_gets_in(tmp_path: Path, long: bool, monkeypatch: pytest.M
             server.stop()
 
 
-def test_a_folder_of_somebody_else_is_not_used(
+def test_somebody_else_cannot_keep_a_node_from_starting_by_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who made it could put another socket into it."""
-    (tmp_path / "link").symlink_to(tmp_path)
-    (tmp_path / "file").touch()
-    for name in ("link", "file"):
-        with pytest.raises(EmbeddedEtcdError):
-            private_folder(tmp_path / name)
-    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    with pytest.raises(EmbeddedEtcdError, match="not a folder of this user's own"):
-        private_folder(tmp_path)
+    """A long path of the data: its sockets lie in a folder whose name others can reckon."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    data = tmp_path / ("long" * 25)
+    first = socket_folder(data, CLIENT)
+    first.rmdir()
+    first.touch()  # as good as somebody's
+    second = socket_folder(data, CLIENT)
+    assert second.name == f"{first.name}-1"
+    first.unlink()
+    assert socket_folder(data, CLIENT) == second, "where the socket of one that runs lies"
 
 
 def test_its_socket_is_an_endpoint_for_other_nodes() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llumnix.engine.vllm.socket_folder import HOMES
+from llumnix.private_folders import NAMES
 from tests.kit.node import alive, descendants
 from tests.kit.wait import eventually
 
@@ -106,11 +106,19 @@ def test_a_folder_that_others_may_enter_is_not_used(tmp_path: Path) -> None:
 
 
 def test_where_somebody_has_all_names_it_is_one_that_nobody_knows(tmp_path: Path) -> None:
-    for end in ("", *(f"-{n}" for n in range(1, HOMES))):
+    for end in ("", *(f"-{n}" for n in range(1, NAMES))):
         (tmp_path / f"llumnix-{os.getuid()}{end}").touch()
-    with running(tmp_path, "-c", SCRATCH) as (_, folder):
-        assert Path(folder).parent == tmp_path and Path(folder).is_dir()
-        assert stat.S_IMODE(Path(folder).stat().st_mode) == 0o700
+    with (
+        running(tmp_path, "-c", SCRATCH) as (_, living),
+        running(tmp_path, "-c", SCRATCH) as (killed, dead),
+    ):
+        for folder in living, dead:
+            assert Path(folder).parent == tmp_path and Path(folder).is_dir()
+            assert stat.S_IMODE(Path(folder).stat().st_mode) == 0o700
+        killed.kill()
+        killed.wait()
+        with running(tmp_path, "-c", SCRATCH):
+            assert not Path(dead).exists() and Path(living).is_dir()
 
 
 def test_the_sockets_of_multiprocessing_lie_there_too(tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
-"""The metadata of a response, which are kept with it."""
+"""Metadata of a response, which are kept with it, and earlier answers that a client sends."""
 
 from typing import Any
 
 import pytest
 
-from llumnix.server.body_checks.response_fields import check_metadata
+from llumnix.server.body_checks.response_fields import check_response_fields
 from llumnix.server.errors import BadContent
 
 PATH = "/v1/responses"
@@ -20,12 +20,24 @@ PATH = "/v1/responses"
 )
 def test_what_is_beyond_openais_limits(metadata: dict[str, Any], sentence: str) -> None:
     with pytest.raises(BadContent) as refused:
-        check_metadata(PATH, {"metadata": metadata})
+        check_response_fields(PATH, {"metadata": metadata})
     assert str(refused.value) == sentence and refused.value.field == "metadata"
-    check_metadata("/v1/chat/completions", {"metadata": metadata})  # where it is not kept
+    check_response_fields("/v1/chat/completions", {"metadata": metadata})  # where it is not kept
 
 
 def test_what_is_within_them() -> None:
     most = {f"{n:064}": "v" * 512 for n in range(16)}
     for said in ({"metadata": most}, {"metadata": None}, {"metadata": [1]}, {}, [], None):
-        check_metadata(PATH, said)
+        check_response_fields(PATH, said)
+
+
+@pytest.mark.parametrize("content", [[], [{"type": "refusal", "refusal": "no"}]])
+def test_an_earlier_answer_without_a_text(content: list[Any]) -> None:
+    answer = {"type": "message", "role": "assistant", "id": "msg_1", "status": "completed"}
+    asks = {"role": "user", "content": []}
+    with pytest.raises(BadContent, match="must begin with an output_text"):
+        check_response_fields(PATH, {"input": [asks, answer | {"content": content}]})
+    text = {"type": "output_text", "text": "yes", "annotations": []}
+    check_response_fields(PATH, {"input": [asks, answer | {"content": [text, *content]}]})
+    check_response_fields(PATH, {"input": [asks, {"role": "assistant", "content": content}]})
+    check_response_fields(PATH, {"input": "text"})
