@@ -45,8 +45,8 @@ def show(what: str, size: int, seconds: float) -> None:
 
 def gather() -> None:
     """Blocks of all layers into one buffer: a kernel for each layer, and one for all."""
-    from llumnix.engine.vllm.block_copy import BlockCopy, addresses
-    from llumnix.engine.vllm.kv_memory import KvMemory
+    from llumnix.engine.vllm.kv.block_copy import BlockCopy, addresses
+    from llumnix.engine.vllm.kv.kv_memory import KvMemory
 
     layers = [
         torch.randn(BLOCKS, *SHAPE, dtype=torch.bfloat16, device="cuda") for _ in range(LAYERS)

@@ -32,11 +32,11 @@ from llumnix.dataplane.placer import Route
 from llumnix.engine.base import Transfer
 from llumnix.engine.vllm.arguments import engine_config, make_parser
 from llumnix.engine.vllm.instance import VllmEngine
-from llumnix.engine.vllm.kv_blocks import Rendezvous
-from llumnix.engine.vllm.launcher import start_fork_server
-from llumnix.engine.vllm.placement import place
-from llumnix.engine.vllm.watchdog import Patience
-from llumnix.migration.admission import MigrationActor
+from llumnix.engine.vllm.kv.kv_blocks import Rendezvous
+from llumnix.engine.vllm.processes.launcher import start_fork_server
+from llumnix.engine.vllm.processes.placement import place
+from llumnix.engine.vllm.processes.watchdog import Patience
+from llumnix.migration.actor import MigrationActor
 from llumnix.migration.departures import Rules
 from llumnix.migration.messages import Move
 from llumnix.migration.record import Handshake

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from llumnix.config import knobs
+from llumnix.config import option_fields
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "options.md"
 HEAD = """\
@@ -24,14 +24,14 @@ file. `--print-config` shows the result, `--validate-config` checks it.
 
 def page() -> str:
     """The page as it should be."""
-    return HEAD + "".join(_row(knob) for knob in knobs())
+    return HEAD + "".join(_row(one) for one in option_fields())
 
 
-def _row(knob: dataclasses.Field[object]) -> str:
-    default = "" if knob.default in (None, "") else f"`{knob.default}`"
-    meaning = str(knob.metadata["help"]).replace("|", "\\|")
-    option = f"--{knob.name.replace('_', '-')}"
-    return f"| `{option}` | `LLUMNIX_{knob.name.upper()}` | {default} | {meaning} |\n"
+def _row(one: dataclasses.Field[object]) -> str:
+    default = "" if one.default in (None, "") else f"`{one.default}`"
+    meaning = str(one.metadata["help"]).replace("|", "\\|")
+    option = f"--{one.name.replace('_', '-')}"
+    return f"| `{option}` | `LLUMNIX_{one.name.upper()}` | {default} | {meaning} |\n"
 
 
 def main() -> int:

@@ -8,10 +8,10 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from llumnix.cluster import NodeInfo
+from llumnix.control.cluster_secrets import same_token
 from llumnix.control.codec import decode_node
 from llumnix.control.etcd.types import KeyValue
 from llumnix.control.keys import Keys
-from llumnix.control.tokens import same_token
 from llumnix.metrics import KEY_FAULTS
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from llumnix.dataplane.peer_link import Link
 from llumnix.dataplane.placer import Dispatcher, Placer, Route
 from llumnix.dataplane.prompt_logprobs import PromptLogprobs
 from llumnix.dataplane.suspects import DeathWave, is_given_up
-from llumnix.dataplane.utilities import UtilityCalls
+from llumnix.dataplane.utility_calls import UtilityCalls
 from llumnix.dataplane.waiting import WaitLimits
 from llumnix.engine.base import EngineError
 from llumnix.late import Late

@@ -19,7 +19,7 @@ from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.hosted_instance import HostedInstance
 from llumnix.dataplane.hosted_request import HostedRequest
 from llumnix.engine.base import EngineDead, EngineError
-from llumnix.migration.admission import MigrationActor
+from llumnix.migration.actor import MigrationActor
 from llumnix.migration.errors import Ended, FailureKind, MigrationError, kind_of
 from llumnix.migration.messages import Move, Moved, MovedTogether, MoveWaiting, serve
 from llumnix.migration.source import Departure, MigrationLimits

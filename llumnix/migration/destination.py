@@ -11,7 +11,7 @@ from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.hosted_instance import HostedInstance
 from llumnix.dataplane.hosted_request import HostedRequest
 from llumnix.engine.base import EngineDead, EngineError, Transfer
-from llumnix.migration.admission import MigrationActor, accept_arrival, end_arrival
+from llumnix.migration.actor import MigrationActor, accept_arrival, end_arrival
 from llumnix.migration.messages import (
     Accepted,
     Done,

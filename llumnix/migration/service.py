@@ -16,7 +16,7 @@ from llumnix.actors.manager import MoveCommand, Outcome
 from llumnix.cluster import ClusterView, InstanceId, NodeId
 from llumnix.dataplane.exchange import Exchange
 from llumnix.engine.base import EngineError
-from llumnix.migration.admission import MigrationActor
+from llumnix.migration.actor import MigrationActor
 from llumnix.migration.departures import Departures, Rules
 from llumnix.migration.destination import Arrivals
 from llumnix.migration.errors import BLAMELESS, MigrationError, kind_of

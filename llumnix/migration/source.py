@@ -19,7 +19,7 @@ from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.hosted_instance import HostedInstance
 from llumnix.dataplane.hosted_request import HostedRequest
 from llumnix.engine.base import LEND_SECONDS, EngineDead, EngineError, SetupFailed, Transfer
-from llumnix.migration.admission import MigrationActor
+from llumnix.migration.actor import MigrationActor
 from llumnix.migration.errors import Ended, MigrationError
 from llumnix.migration.messages import End, Expect, Move, Offer, R, Receive, Reserve, Step, ask
 from llumnix.migration.record import MigrationRecord, MigrationState

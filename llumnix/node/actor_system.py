@@ -3,15 +3,15 @@
 import asyncio
 from collections.abc import Callable
 
+from llumnix.actors.actor_supervision import Supervised, Supervision
 from llumnix.actors.dispatcher import DispatcherActor
 from llumnix.actors.instance import Report
+from llumnix.actors.instance_supervisor import NodeActor, Roster, Surroundings
 from llumnix.actors.manager import ManagerActor, Rescheduling, Scaling
-from llumnix.actors.supervision import Supervised, Supervision
-from llumnix.actors.supervisor import NodeActor, Roster, Surroundings
 from llumnix.cluster import ClusterView
 from llumnix.config import Config
 from llumnix.dataplane.exchange import Exchange
-from llumnix.migration.admission import Books, MigrationActor
+from llumnix.migration.actor import Books, MigrationActor
 from llumnix.migration.departures import Rules
 from llumnix.migration.record import MigrationRecord
 from llumnix.migration.service import Migrations

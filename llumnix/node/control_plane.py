@@ -21,6 +21,15 @@ from llumnix.addresses import parts
 from llumnix.cluster import ClusterView, NodeId, NodeInfo
 from llumnix.config import Config
 from llumnix.control.alarms import Alarms, Sentinel
+from llumnix.control.cluster_secrets import (
+    agreed_token,
+    ensure_token,
+    made_token,
+    prevails,
+    same_token,
+    token_mark,
+    weakness,
+)
 from llumnix.control.codec import encode_node, encode_text
 from llumnix.control.election import Election
 from llumnix.control.etcd.client import Etcd
@@ -31,16 +40,7 @@ from llumnix.control.etcd.types import KeyValue
 from llumnix.control.keys import Keys, Kind
 from llumnix.control.name_claim import MORE, Claim
 from llumnix.control.registry import Registry
-from llumnix.control.tokens import (
-    agreed_token,
-    ensure_token,
-    made_token,
-    prevails,
-    same_token,
-    token_mark,
-    weakness,
-)
-from llumnix.engine.vllm.kv_blocks import Rendezvous
+from llumnix.engine.vllm.kv.kv_blocks import Rendezvous
 from llumnix.migration.record import Handshake, MigrationRecord
 
 logger = logging.getLogger(__name__)

@@ -13,11 +13,11 @@ from llumnix.engine.base import Engine
 from llumnix.engine.sim.config import ModelConfig
 from llumnix.engine.sim.instance import SimEngine
 from llumnix.engine.vllm import scheduler
-from llumnix.engine.vllm.carrier import LADDER
 from llumnix.engine.vllm.instance import VllmEngine
-from llumnix.engine.vllm.kv_blocks import Rendezvous
-from llumnix.engine.vllm.placement import place
-from llumnix.engine.vllm.watchdog import Machine, Patience
+from llumnix.engine.vllm.kv.carrier import LADDER
+from llumnix.engine.vllm.kv.kv_blocks import Rendezvous
+from llumnix.engine.vllm.processes.placement import place
+from llumnix.engine.vllm.processes.watchdog import Machine, Patience
 from llumnix.latency import PROFILES
 
 MakeEngine = Callable[[InstanceId, int], Engine]

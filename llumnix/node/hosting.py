@@ -8,7 +8,7 @@ from llumnix.cluster import InstanceId, InstanceInfo, InstanceLoad, InstanceStat
 from llumnix.control.registry import LoadReporter, Registry
 from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.hosted_instance import HostedInstance
-from llumnix.node.api_servers import ApiServers
+from llumnix.node.api_servers.base import ApiServers
 from llumnix.node.engines import MakeEngine
 
 

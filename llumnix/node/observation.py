@@ -3,15 +3,15 @@
 import asyncio
 from collections.abc import Callable
 
-from llumnix.actors.supervision import Supervision
+from llumnix.actors.actor_supervision import Supervision
 from llumnix.cluster import ClusterView, NodeId
 from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.frames import NodeNews
 from llumnix.dataplane.peer import Peers
 from llumnix.engine.base import EngineFacts
 from llumnix.metrics import Snapshot
-from llumnix.node.api_server import ApiServer
-from llumnix.node.api_servers import ApiServers
+from llumnix.node.api_servers.api_server import ApiServer
+from llumnix.node.api_servers.base import ApiServers
 from llumnix.node.control_plane import ControlPlane
 from llumnix.policy.priority_classes import Classes
 from llumnix.policy.scaling import mean_freeness

@@ -13,23 +13,23 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from vllm.config import VllmConfig
 
 from llumnix import __version__
-from llumnix.actors.supervisor import NodeActor, Surroundings
+from llumnix.actors.instance_supervisor import NodeActor, Surroundings
 from llumnix.cluster import ClusterView
 from llumnix.config import Config
 from llumnix.dataplane.exchange import Exchange
 from llumnix.dataplane.peer import Peers, ThisNode
-from llumnix.engine.vllm.socket_folder import scratch
+from llumnix.engine.vllm.processes.socket_folder import scratch
 from llumnix.metrics import NodeCollector
 from llumnix.node.actor_system import Acting
-from llumnix.node.api_servers import ApiServers
+from llumnix.node.api_servers.base import ApiServers
+from llumnix.node.api_servers.factory import Behind, in_processes, in_this_process
+from llumnix.node.api_servers.sockets import Sockets
 from llumnix.node.control_plane import ControlPlane
 from llumnix.node.engines import engine_maker
-from llumnix.node.front import Behind, in_processes, in_this_process
 from llumnix.node.hosting import Hosting
 from llumnix.node.observation import Observation
 from llumnix.node.options import NodeOptions, read_policies
 from llumnix.node.shutdown import Shutdown
-from llumnix.node.sockets import Sockets
 from llumnix.secrecy import write_token
 from llumnix.server.door.access import AccessRules
 from llumnix.server.transport.listener import Listener

@@ -7,11 +7,11 @@ from typing import TypeVar
 
 from pykka import ActorDeadError
 
-from llumnix.actors.supervisor import NodeActor
+from llumnix.actors.instance_supervisor import NodeActor
 from llumnix.cluster import NodeId
 from llumnix.dataplane.exchange import Exchange
 from llumnix.node.actor_system import Acting
-from llumnix.node.api_servers import ApiServers, Open
+from llumnix.node.api_servers.base import ApiServers, Open
 
 logger = logging.getLogger(__name__)
 

@@ -26,13 +26,13 @@ from vllm.v1.outputs import LogprobsTensors
 from llumnix.dataplane.client import ClusterClient
 from llumnix.engine.base import EngineFacts
 from llumnix.engine.vllm import compat
-from llumnix.engine.vllm.derendering import bound_derendering
-from llumnix.engine.vllm.frontend import DoorLLM, Streams
-from llumnix.engine.vllm.grammars import Grammars
-from llumnix.engine.vllm.list_shapes import Shapes
-from llumnix.engine.vllm.media import bound_media
-from llumnix.engine.vllm.off_the_loop import spare_the_loop
-from llumnix.engine.vllm.stored_responses import bound_stored_responses
+from llumnix.engine.vllm.frontend.body_shapes import Shapes
+from llumnix.engine.vllm.frontend.derendering import bound_derendering
+from llumnix.engine.vllm.frontend.handlers import DoorLLM, Streams
+from llumnix.engine.vllm.frontend.media import bound_media
+from llumnix.engine.vllm.frontend.off_the_loop import spare_the_loop
+from llumnix.engine.vllm.frontend.stored_responses import bound_stored_responses
+from llumnix.engine.vllm.grammars.checks import Grammars
 from llumnix.server.stored import HANDLER
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import orjson
 from aiohttp import web
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from llumnix.engine.vllm.generate import BadRequest, Failed, Generation, generate
+from llumnix.engine.vllm.frontend.generate import BadRequest, Failed, Generation, generate
 from llumnix.server.errors import RETRY_AFTER, cut, error_response, has_begun
 from llumnix.server.frontend import Frontend
 from llumnix.server.response_stream import Outlet

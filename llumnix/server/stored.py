@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 
-from llumnix.engine.vllm.stored_responses import Handler
+from llumnix.engine.vllm.frontend.stored_responses import Handler
 from llumnix.server.spans import at_end, leave_behind
 
 VALUE_BYTES = 128  # of a value or key, beside its characters

@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 from llumnix.engine.base import Death, EngineEvents
 from llumnix.engine.sim.executor import ModelledExecutor
 from llumnix.engine.vllm.instance import VllmEngine
-from llumnix.engine.vllm.kv_blocks import Rendezvous
-from llumnix.engine.vllm.launcher import Placement
-from llumnix.engine.vllm.watchdog import Patience
+from llumnix.engine.vllm.kv.kv_blocks import Rendezvous
+from llumnix.engine.vllm.processes.launcher import Placement
+from llumnix.engine.vllm.processes.watchdog import Patience
 from tests.kit.etcd import EtcdCluster
 from tests.kit.node import Node, Nodes, descendants
 from tests.kit.wait import eventually

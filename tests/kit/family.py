@@ -12,8 +12,8 @@ import sys
 import threading
 from multiprocessing.connection import Connection
 
-from llumnix.engine.vllm import launcher
-from llumnix.engine.vllm.parent_death import end_with_node
+from llumnix.engine.vllm.processes import launcher
+from llumnix.engine.vllm.processes.parent_death import end_with_node
 
 LATE = "tests.kit.late"  # takes long to import, and long to end
 

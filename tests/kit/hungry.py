@@ -6,7 +6,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.sampling_params import StructuredOutputsParams
 
-from llumnix.engine.vllm import grammar_trial
+from llumnix.engine.vllm.grammars import trial as grammar_trial
 
 FINE = grammar_trial.Verdict({"choice": None})
 

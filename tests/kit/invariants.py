@@ -4,7 +4,7 @@ import asyncio
 
 from llumnix.control.keys import Kind
 from llumnix.dataplane.ledger import Acceptance
-from llumnix.migration.admission import MigrationActor
+from llumnix.migration.actor import MigrationActor
 from tests.kit.loop import soon
 from tests.kit.migrating import Cluster
 

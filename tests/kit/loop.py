@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from llumnix.engine.vllm.socket_folder import scratch
+from llumnix.engine.vllm.processes.socket_folder import scratch
 from tests.kit.wait import eventually
 
 LONGEST = 120.0  # seconds; a test that hangs fails

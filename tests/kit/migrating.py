@@ -17,7 +17,7 @@ from llumnix.dataplane.placer import NoInstance, Route
 from llumnix.engine.base import EngineError
 from llumnix.engine.sim.config import ModelConfig
 from llumnix.engine.sim.instance import SimEngine
-from llumnix.migration.admission import MigrationActor
+from llumnix.migration.actor import MigrationActor
 from llumnix.migration.departures import Rules
 from llumnix.migration.messages import Move
 from llumnix.migration.record import Handshake

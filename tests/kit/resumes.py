@@ -17,9 +17,9 @@ from vllm.v1.engine.input_processor import InputProcessor
 from llumnix.engine.base import Death, EngineEvents
 from llumnix.engine.vllm import scheduler
 from llumnix.engine.vllm.instance import VllmEngine
-from llumnix.engine.vllm.kv_blocks import Rendezvous
-from llumnix.engine.vllm.placement import place
-from llumnix.engine.vllm.watchdog import Patience
+from llumnix.engine.vllm.kv.kv_blocks import Rendezvous
+from llumnix.engine.vllm.processes.placement import place
+from llumnix.engine.vllm.processes.watchdog import Patience
 
 T = TypeVar("T")
 

@@ -124,13 +124,13 @@ async def scene(
     tokens: int = BEFORE,
     length: int = TOKENS,
     company: int = 0,
-    **knobs: Any,
+    **options: Any,
 ) -> AsyncIterator[Scene]:
     """The request has generated `tokens` of `length`; in the end the invariants hold.
 
     `company`: a request `other` for so many tokens is at the source before it.
     """
-    async with cluster(controls, keys, **knobs) as whole:
+    async with cluster(controls, keys, **options) as whole:
         one = Scene(whole, layout)
         one.source = await whole.host(layout.source, source)
         one.destination = await whole.host(layout.destination, destination, engine)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from llumnix.engine.vllm.kv_blocks import Rendezvous, VllmBlocks
-from llumnix.engine.vllm.migration_utility import migration as utility
-from llumnix.engine.vllm.transfer import TransferExtension, _TransferLane
+from llumnix.engine.vllm.kv.kv_blocks import Rendezvous, VllmBlocks
+from llumnix.engine.vllm.kv.migration_utility import migration as utility
+from llumnix.engine.vllm.kv.transfer import TransferExtension, _TransferLane
 
 BLOCKS, HEADS, SIZE, HEAD = 24, 2, 16, 8
 LAYERS = 3

@@ -131,7 +131,7 @@ def test_vllm_builds_on_it_in_an_engines_processes_too() -> None:
     """Only line breaks are left to its formatter, which puts its own prefix before each line."""
     program = (
         "import os; os.environ['LLUMNIX_PARENT'] = str(os.getppid())\n"
-        "import llumnix.engine.vllm.forkserver_first\n"
+        "import llumnix.engine.vllm.processes.forkserver_first\n"
         "from vllm.logger import init_logger\n"
         f"init_logger('vllm.x').error('request %s', {FORGED!r})\n"
     )

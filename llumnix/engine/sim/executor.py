@@ -28,7 +28,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from llumnix.engine.sim.batch import Work
 from llumnix.engine.sim.request import stream_seed, token_at
-from llumnix.engine.vllm.transfer import Job, TransferEnd
+from llumnix.engine.vllm.kv.transfer import Job, TransferEnd
 from llumnix.latency import PROFILES
 
 PROFILE_VARIABLE = "LLUMNIX_SIM_PROFILE"

@@ -246,7 +246,7 @@ def _option(name: str) -> str:
 
 
 def show(parser: NodeArgumentParser, arguments: argparse.Namespace) -> str:
-    """The configuration as YAML: llumnix's knobs, and what differs from vLLM's defaults."""
+    """The configuration as YAML: llumnix's options, and what differs from vLLM's defaults."""
     values: dict[str, Any] = {}
     own = {
         action.dest

@@ -22,12 +22,13 @@ from vllm.v1.executor import Executor
 
 from llumnix.cluster import InstanceId
 from llumnix.engine.base import Death, EngineDead, EngineError, EngineEvents, EngineFacts
-from llumnix.engine.vllm import fault, scheduler, segments
-from llumnix.engine.vllm.kv_blocks import Rendezvous, VllmBlocks
-from llumnix.engine.vllm.launcher import EngineProcess, Placement
+from llumnix.engine.vllm import scheduler
+from llumnix.engine.vllm.kv.kv_blocks import Rendezvous, VllmBlocks
+from llumnix.engine.vllm.processes import fault, segments
+from llumnix.engine.vllm.processes.launcher import EngineProcess, Placement
+from llumnix.engine.vllm.processes.socket_folder import EngineFolder
+from llumnix.engine.vllm.processes.watchdog import Machine, Patience, Watchdog, activity
 from llumnix.engine.vllm.resume import with_generated
-from llumnix.engine.vllm.socket_folder import EngineFolder
-from llumnix.engine.vllm.watchdog import Machine, Patience, Watchdog, activity
 
 logger = logging.getLogger(__name__)
 

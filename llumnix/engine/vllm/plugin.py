@@ -21,10 +21,11 @@ def register() -> None:
     """Called by vLLM in each of its processes; does nothing in a server that is not llumnix's."""
     if VARIABLE not in os.environ:
         return
-    from llumnix.engine.vllm import compat, fault, segments
-    from llumnix.engine.vllm.compiled_code import compile_ahead
-    from llumnix.engine.vllm.migration_utility import migration
-    from llumnix.engine.vllm.parent_death import end_with_parent
+    from llumnix.engine.vllm import compat
+    from llumnix.engine.vllm.kv.migration_utility import migration
+    from llumnix.engine.vllm.processes import fault, segments
+    from llumnix.engine.vllm.processes.compiled_code import compile_ahead
+    from llumnix.engine.vllm.processes.parent_death import end_with_parent
 
     if multiprocessing.parent_process() is not None:
         end_with_parent()  # workers that are spawned; those that are forked have done it

@@ -16,7 +16,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
-from llumnix.engine.vllm.pending_grammar import changed
+from llumnix.engine.vllm.grammars.pending import changed
 
 _KEY = "llumnix_generated"
 # What was asked of the prompt was delivered with the first output. (The last two are new in 0.32.)

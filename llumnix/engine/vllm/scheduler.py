@@ -9,8 +9,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from llumnix.engine.vllm.block_holds import BlockHolds
-from llumnix.engine.vllm.grammar_time import bound
+from llumnix.engine.vllm.grammars.time_limit import bound
+from llumnix.engine.vllm.kv.block_holds import BlockHolds
 from llumnix.engine.vllm.resume import put_in_place
 
 STEPS = 8  # under way at a time, at most
@@ -112,7 +112,7 @@ def install(config: VllmConfig) -> bool:
         return False
     name = "MovingAsyncScheduler" if scheduler.async_scheduling else "MovingScheduler"
     scheduler.scheduler_cls = f"{__name__}.{name}"
-    parallel.worker_extension_cls = "llumnix.engine.vllm.transfer.TransferExtension"
+    parallel.worker_extension_cls = "llumnix.engine.vllm.kv.transfer.TransferExtension"
     return True
 
 

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     if several:
         _share_metrics()
     if not looks and (several or not _modelled(argv)):
-        from llumnix.engine.vllm.launcher import start_fork_server
+        from llumnix.engine.vllm.processes.launcher import start_fork_server
 
         start_fork_server(several)  # it imports vLLM on another core while this process does too
     if not looks:
@@ -100,7 +100,7 @@ def _share_metrics() -> None:
     Before prometheus_client is imported, which looks at its variable once. A folder of somebody
     else's may hold the files of others.
     """
-    from llumnix.engine.vllm.socket_folder import scratch
+    from llumnix.engine.vllm.processes.socket_folder import scratch
 
     folder = os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(scratch() / "metrics")
     os.makedirs(folder, mode=0o700, exist_ok=True)

@@ -7,8 +7,8 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from llumnix.engine.vllm.grammars import asker
-from llumnix.engine.vllm.media_budgets import MediaBudget, MediaRoom, media_budget
+from llumnix.engine.vllm.frontend.media_budgets import MediaBudget, MediaRoom, media_budget
+from llumnix.engine.vllm.grammars.checks import asker
 from llumnix.metrics import REFUSALS
 from llumnix.server.body_checks import limits
 from llumnix.server.body_checks.binary_fields import NOTHING, Taken, check_binary_fields

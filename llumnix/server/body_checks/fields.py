@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llumnix.engine.vllm.grammars import SPEC_BYTES
+from llumnix.engine.vllm.grammars.checks import SPEC_BYTES
 from llumnix.server.body_checks import limits
 from llumnix.server.body_checks.copies import check_copies
 from llumnix.server.body_checks.json_scan import outside_strings

@@ -6,7 +6,7 @@ import resource
 from vllm import envs
 
 from llumnix.config import Config
-from llumnix.knob import ConfigError
+from llumnix.option_fields import ConfigError
 from llumnix.server.transport.connection_places import Limits
 
 WANTED = 65_535  # descriptors, as vLLM's server asks for

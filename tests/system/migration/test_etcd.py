@@ -7,7 +7,7 @@ import pytest
 from llumnix.control.etcd.errors import EtcdOutcomeUnknown
 from llumnix.control.keys import Keys
 from llumnix.migration import departures
-from llumnix.migration.admission import MigrationActor
+from llumnix.migration.actor import MigrationActor
 from llumnix.migration.record import Handshake, MigrationRecord, MigrationState
 from tests.kit.etcd import EtcdCluster
 from tests.kit.invariants import check_invariants

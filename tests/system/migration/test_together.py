@@ -7,7 +7,7 @@ import pytest
 
 from llumnix.control.keys import Keys
 from llumnix.engine.base import EngineError
-from llumnix.migration.admission import MigrationActor
+from llumnix.migration.actor import MigrationActor
 from llumnix.migration.errors import BLAMELESS, kind_of
 from llumnix.migration.messages import MoveWaiting
 from tests.kit.invariants import check_invariants

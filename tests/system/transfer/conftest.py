@@ -3,7 +3,7 @@
 import pytest
 
 from llumnix.control.keys import Keys
-from llumnix.engine.vllm.kv_blocks import Rendezvous
+from llumnix.engine.vllm.kv.kv_blocks import Rendezvous
 from tests.kit.etcd import EtcdCluster
 
 

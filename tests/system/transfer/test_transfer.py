@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from llumnix.engine.base import EngineError, Transfer
-from llumnix.engine.vllm import kv_memory as module
-from llumnix.engine.vllm.kv_blocks import Rendezvous
+from llumnix.engine.vllm.kv import kv_memory as module
+from llumnix.engine.vllm.kv.kv_blocks import Rendezvous
 from tests.kit.etcd import EtcdCluster
 from tests.kit.loop import on_loop, soon
 from tests.kit.workers import BLOCK_BYTES, BLOCKS, HEAD, HEADS, SIZE, Instance
@@ -188,7 +188,7 @@ async def test_a_worker_that_fails_is_told_with_its_reason(
 async def test_an_engine_that_does_not_answer_is_given_up(
     tmp_path: Path, rendezvous: Rendezvous, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llumnix.engine.vllm.kv_blocks.GRACE", 0.1)
+    monkeypatch.setattr("llumnix.engine.vllm.kv.kv_blocks.GRACE", 0.1)
     with _two(tmp_path, rendezvous) as (source, _):
         source.held.add("send")
         with pytest.raises(EngineError, match=r"a transfer took more than 0\.2 s"):

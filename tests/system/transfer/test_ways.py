@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from llumnix.engine.base import SetupFailed, Transfer
-from llumnix.engine.vllm import memory_carrier, peer_memory
-from llumnix.engine.vllm.carrier import LADDER, RECEIVER, SENDER, WorkerPlace, ways
-from llumnix.engine.vllm.kv_blocks import Rendezvous
-from llumnix.engine.vllm.kv_memory import KvMemory
+from llumnix.engine.vllm.kv import memory_carrier, peer_memory
+from llumnix.engine.vllm.kv.carrier import LADDER, RECEIVER, SENDER, WorkerPlace, ways
+from llumnix.engine.vllm.kv.kv_blocks import Rendezvous
+from llumnix.engine.vllm.kv.kv_memory import KvMemory
 from tests.kit.etcd import EtcdCluster
 from tests.kit.loop import on_loop
 from tests.kit.workers import BLOCKS, HEAD, HEADS, SIZE, Instance

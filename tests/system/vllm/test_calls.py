@@ -9,9 +9,9 @@ import pytest
 
 from llumnix.engine.base import EngineDead
 from llumnix.engine.vllm.instance import VllmEngine
-from llumnix.engine.vllm.kv_blocks import Rendezvous
-from llumnix.engine.vllm.launcher import Placement
-from llumnix.engine.vllm.watchdog import Patience
+from llumnix.engine.vllm.kv.kv_blocks import Rendezvous
+from llumnix.engine.vllm.processes.launcher import Placement
+from llumnix.engine.vllm.processes.watchdog import Patience
 from tests.kit.loop import on_loop
 
 

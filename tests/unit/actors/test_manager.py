@@ -43,13 +43,13 @@ UNEQUAL = view(load(A, 2.1), load(B, 90.0))
 class Led:
     """A rescheduler, the cluster around it, and what it has commanded."""
 
-    def __init__(self, seen: ClusterView = UNEQUAL, **knobs: Any) -> None:
+    def __init__(self, seen: ClusterView = UNEQUAL, **options: Any) -> None:
         self.epoch: int | None = 17
-        knobs.setdefault("pace", PAPER)  # one move at once, so that each can be told apart
+        options.setdefault("pace", PAPER)  # one move at once, so that each can be told apart
         self.current = True
         self.commands: list[MoveCommand] = []
         self.proxy: Any = ManagerActor.start(
-            lambda: self.epoch, lambda: self.current, self.commands.append, **knobs
+            lambda: self.epoch, lambda: self.current, self.commands.append, **options
         ).proxy()
         self.sees(seen)
 

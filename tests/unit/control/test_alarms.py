@@ -9,6 +9,7 @@ import pytest
 from llumnix.cluster import InstanceInfo, InstanceState, NodeInfo
 from llumnix.config import Config
 from llumnix.control.alarms import Alarms, Matter
+from llumnix.control.cluster_secrets import prevails, token_mark
 from llumnix.control.codec import encode_leader, encode_node
 from llumnix.control.election import Election, Throne
 from llumnix.control.etcd.client import Etcd
@@ -16,7 +17,6 @@ from llumnix.control.etcd.errors import EtcdRefused, NameTaken
 from llumnix.control.etcd.session import Session
 from llumnix.control.keys import Keys
 from llumnix.control.name_claim import MORE
-from llumnix.control.tokens import prevails, token_mark
 from llumnix.metrics import KEY_FAULTS
 from llumnix.node.control_plane import ControlPlane
 from tests.kit.etcd import EtcdCluster

@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 import pytest
 
+from llumnix.control.cluster_secrets import made_token
 from llumnix.control.election import Election
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.session import Session
 from llumnix.control.keys import Keys
 from llumnix.control.registry import Registry
-from llumnix.control.tokens import made_token
 from tests.kit.etcd import EtcdCluster
 from tests.kit.wait import eventually
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from vllm.lora.request import LoRARequest
 
-from llumnix.dataplane import utilities
+from llumnix.dataplane import utility_calls as utilities
 from llumnix.dataplane.frames import Lost, Outputs
 from llumnix.dataplane.ledger import Acceptance
 from llumnix.dataplane.placer import Route
-from llumnix.dataplane.utilities import BLOCKS_HELD
+from llumnix.dataplane.utility_calls import BLOCKS_HELD
 from llumnix.engine.base import EngineError
 from tests.kit.loop import on_loop, soon
 from tests.kit.mesh import Gate, MeshNode, mesh

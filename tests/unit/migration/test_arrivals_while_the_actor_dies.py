@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
+from llumnix.actors.actor_supervision import Supervised
 from llumnix.actors.base import Handle
-from llumnix.actors.supervision import Supervised
 from llumnix.engine.base import EngineError
-from llumnix.migration import admission
-from llumnix.migration.admission import MigrationActor, accept_arrival, end_arrival
+from llumnix.migration import actor as admission
+from llumnix.migration.actor import MigrationActor, accept_arrival, end_arrival
 from tests.kit.loop import on_loop
 
 NO_ETCD: Any = None

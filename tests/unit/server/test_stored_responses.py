@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from llumnix.engine.vllm.compat import client_errors
-from llumnix.engine.vllm.stored_responses import StoredResponses, bound_stored_responses
+from llumnix.engine.vllm.frontend.stored_responses import (
+    StoredResponses,
+    bound_stored_responses,
+)
 from llumnix.server.spans import until_over
 from llumnix.server.stored import HANDLER, of_body
 from tests.kit.loop import on_loop

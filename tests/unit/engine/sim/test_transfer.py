@@ -9,8 +9,8 @@ import pytest
 
 from llumnix.engine.base import EngineError, Transfer
 from llumnix.engine.sim.executor import ModelledExecutor
-from llumnix.engine.vllm.kv_blocks import Rendezvous, VllmBlocks
-from llumnix.engine.vllm.migration_utility import migration as utility
+from llumnix.engine.vllm.kv.kv_blocks import Rendezvous, VllmBlocks
+from llumnix.engine.vllm.kv.migration_utility import migration as utility
 from tests.kit.workers import Holds
 
 LAYERS, PAGE = 3, 512  # bytes of a block in a layer

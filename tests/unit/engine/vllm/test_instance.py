@@ -16,10 +16,16 @@ from llumnix.engine.base import Death, EngineError, EngineEvents
 from llumnix.engine.vllm import compat
 from llumnix.engine.vllm import instance as module
 from llumnix.engine.vllm.instance import VllmEngine
-from llumnix.engine.vllm.kv_blocks import Rendezvous
-from llumnix.engine.vllm.launcher import EngineProcess, Placement, last_error, open_log, rotate
-from llumnix.engine.vllm.socket_folder import scratch
-from llumnix.engine.vllm.watchdog import Patience
+from llumnix.engine.vllm.kv.kv_blocks import Rendezvous
+from llumnix.engine.vllm.processes.launcher import (
+    EngineProcess,
+    Placement,
+    last_error,
+    open_log,
+    rotate,
+)
+from llumnix.engine.vllm.processes.socket_folder import scratch
+from llumnix.engine.vllm.processes.watchdog import Patience
 from tests.kit.loop import on_loop, soon
 from tests.kit.requests import core_request
 

@@ -24,7 +24,7 @@ from vllm.multimodal.inputs import (
     MultiModalSharedField,
 )
 
-from llumnix.engine.vllm.media_budgets import media_budget
+from llumnix.engine.vllm.frontend.media_budgets import media_budget
 from llumnix.metrics import REFUSALS
 from llumnix.server.body_checks import limits
 from llumnix.server.body_checks.base64_text import Base64Text

@@ -11,7 +11,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llumnix.engine.vllm.grammars import asker
+from llumnix.engine.vllm.grammars.checks import asker
 from llumnix.server.admission import Admission
 from llumnix.server.body_checks import limits
 from llumnix.server.body_checks.contents import Contents, check_keys, read

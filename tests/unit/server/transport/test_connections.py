@@ -620,15 +620,15 @@ def test_as_many_connections_as_there_are_descriptors(monkeypatch: pytest.Monkey
 
 
 def test_knobs_that_cannot_work() -> None:
-    for knob, value in {
+    for option, value in {
         "header_timeout": 0.0,
         "body_timeout": math.inf,
         "idle_timeout": -1.0,
         "max_connections": -1,
         "body_budget": -1,
     }.items():
-        with pytest.raises(ConfigError, match=f"--{knob.replace('_', '-')} must"):
-            dataclasses.replace(Config(node="a"), **{knob: value}).check()
+        with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')} must"):
+            dataclasses.replace(Config(node="a"), **{option: value}).check()
 
 
 def test_idle_time_as_vllm_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

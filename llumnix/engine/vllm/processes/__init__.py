@@ -1,0 +1,1 @@
+"""An engine's processes: started, watched, ended with their node, and what they leave behind."""
