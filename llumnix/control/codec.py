@@ -8,12 +8,14 @@ newer version adds are ignored.
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import orjson
 
 from llumnix.cluster import Count, InstanceId, InstanceInfo, InstanceLoad, NodeId, NodeInfo
+
+_T = TypeVar("_T")
 
 
 def encode_node(node: NodeInfo) -> bytes:
@@ -44,7 +46,7 @@ def encode_loads(loads: Sequence[InstanceLoad]) -> bytes:
 
 
 def decode_loads(value: bytes) -> tuple[InstanceLoad, ...]:
-    reports = msgspec.json.decode(value, type=_Loads).loads
+    reports = _decoded(value, _Loads).loads
     return tuple(_decode_load(instance, report) for instance, report in reports.items())
 
 
@@ -68,7 +70,7 @@ def encode_leader(node: NodeId) -> bytes:
 
 
 def decode_leader(value: bytes) -> NodeId:
-    return msgspec.json.decode(value, type=_Leader).node
+    return _decoded(value, _Leader).node
 
 
 def encode_text(text: str) -> bytes:
@@ -110,7 +112,7 @@ def encode_desired(desired: Desired) -> bytes:
 def decode_desired(value: bytes) -> Desired:
     """What an operator or the leader wants: 3, or "3", or {"instances": 3, "without": "a-1"}."""
     if value.lstrip().startswith(b"{"):
-        found = msgspec.json.decode(value, type=_Desired)
+        found = _decoded(value, _Desired)
         return Desired(found.instances, found.without or None)
     try:
         number = int(value.decode().strip().strip('"'))
@@ -132,4 +134,11 @@ def _dumps(value: dict[str, Any]) -> bytes:
 
 
 def _object(value: bytes) -> dict[str, Any]:
-    return msgspec.json.decode(value, type=dict[str, Any])
+    return _decoded(value, dict[str, Any])
+
+
+def _decoded(value: bytes, kind: type[_T]) -> _T:
+    try:
+        return msgspec.json.decode(value, type=kind)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None

@@ -63,7 +63,13 @@ class Observation:
         return self._control.view(), self._control.registry.age
 
     def scraped(self) -> Snapshot:
-        """The facts for the metrics; called on the thread that writes them."""
+        """The facts for the metrics; called on the thread that writes them, or on the loop."""
+        try:
+            here = asyncio.get_running_loop()
+        except RuntimeError:
+            here = None
+        if here is self._loop:  # vLLM reads them there, for a header with a node's load
+            return self._snapshot()
 
         async def look() -> Snapshot:
             return self._snapshot()

@@ -30,6 +30,8 @@ class Caller:
 
 
 CALLER: web.RequestKey[Caller] = web.RequestKey("caller", Caller)
+# Whether the caller may see how busy the node is; a client otherwise learns nothing of others.
+SEES_METRICS: web.RequestKey[bool] = web.RequestKey("sees_metrics", bool)
 
 ANYONE = Caller("anyone")
 OPERATOR = Caller("operator", operator=True)

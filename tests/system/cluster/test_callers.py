@@ -124,6 +124,12 @@ def test_inference_wants_a_key_by_whatever_route(locked: Locked) -> None:
     for path in ("/server_info", "/openapi.json", "/docs", "/load", "/metrics"):
         got = [locked.ask("GET", path, key).status for key in ("", "k1", locked.token)]
         assert got[:2] == [401, 403] and got[2] == (404 if path == "/server_info" else 200)
+    load = {"endpoint-load-metrics-format": "TEXT"}
+    for key in ("k1", locked.token):
+        headers = load | {"Authorization": f"Bearer {key}"}
+        answer = locked.node.request("POST", "/v1/completions", BODY, headers)
+        told = "kv_cache_usage_perc=" in answer.headers.get("endpoint-load-metrics", "")
+        assert answer.status == 200 and told == (key == locked.token)
     answer = locked.ask("POST", "/v1/completions", "k1", BODY)
     assert [k.lower() for k in answer.headers].count("x-request-id") == 1
     locked.wants(0)

@@ -103,6 +103,9 @@ def test_anything_else_raises_nothing_but_value_error(
 ) -> None:
     with contextlib.suppress(ValueError):
         decode(value)
+    for deep in (b"[" * 3000 + b"]" * 3000, b'{"a":' * 3000 + b"1" + b"}" * 3000):
+        with contextlib.suppress(ValueError):
+            decode(deep)
 
 
 @pytest.mark.parametrize(

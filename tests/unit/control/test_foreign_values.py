@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from llumnix.cluster import NodeInfo
 from llumnix.control.alarms import Alarms, Sentinel
+from llumnix.control.codec import encode_node
 from llumnix.control.etcd.types import KeyValue
 from llumnix.control.keys import Keys, Kind
 from llumnix.control.view import ViewBuilder
@@ -76,3 +77,13 @@ def test_keys_and_values_of_any_kind(snapshots: list[dict[str, bytes]]) -> None:
         registry = CollectorRegistry()
         registry.register(NodeCollector(lambda view=view: Snapshot("a", view, 0.0, (), None)))
         generate_latest(registry)
+
+
+def test_what_is_nested_too_deeply_hides_nothing_behind_it() -> None:
+    """A list of keys is read in their order, and nothing of it is read again."""
+    deep = b'{"a":' * 3000 + b"1" + b"}" * 3000
+    keys = [KEYS.desired("aaa"), KEYS.instance("a-0"), KEYS.node("a"), KEYS.node("b")]
+    values = [deep, deep, deep, encode_node(ME)]
+    items = {k: KeyValue(k, v, 1, 1) for k, v in zip(keys, values, strict=True)}
+    view = ViewBuilder(KEYS).build(items, 1)
+    assert list(view.nodes) == ["b"] and not view.instances and not view.desired
