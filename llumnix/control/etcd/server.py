@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import Future
@@ -17,7 +18,7 @@ from typing import IO
 from llumnix.backoff import Backoff
 from llumnix.control.etcd.client import Etcd
 from llumnix.control.etcd.errors import EmbeddedEtcdError, EtcdError
-from llumnix.private_folders import NotPrivateError, known_folder, private_folder
+from llumnix.private_folders import NotPrivateError, is_private, known_folder, private_folder
 
 logger = logging.getLogger(__name__)
 
@@ -280,11 +281,16 @@ def socket_folder(data: Path, name: str) -> Path:
     if len(os.fsencode(data / name)) <= LONGEST_SOCKET:
         return data
     digest = hashlib.sha256(os.fsencode(data)).hexdigest()[:16]
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    folder = known_folder(f"-{digest}", Path(runtime) if runtime else None)
+    # That of a user who has become this one by `su` may be somebody else's, or gone.
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+    base = runtime if is_private(runtime) else None
+    try:
+        folder = known_folder(f"-{digest}", base)
+    except OSError as error:
+        raise NotPrivateError(f"no folder for etcd's socket: {error}") from None
     if folder is None:
         raise NotPrivateError(
-            "another user of this machine has all folders for etcd's socket: "
+            "all folders for etcd's socket are somebody else's, or open to others: "
             "give the node a shorter --state-dir, or XDG_RUNTIME_DIR"
         )
     return folder

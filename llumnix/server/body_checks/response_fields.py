@@ -1,4 +1,4 @@
-"""Fields of a request for a response that vLLM takes and then has no room or no words for."""
+"""Fields of a request for a response that vLLM accepts, then keeps without bound or fails at."""
 
 from typing import Any
 
@@ -8,8 +8,11 @@ from llumnix.server.errors import BadContent
 
 def check_response_fields(path: str, said: Any) -> None:
     """Raise BadContent for what a request for a response may not have."""
-    if path.endswith("/responses") and isinstance(said, dict):
+    if not isinstance(said, dict):
+        return
+    if path.endswith("/responses"):
         _check_metadata(said.get("metadata"))
+    if path.removesuffix("/render").endswith("/responses"):
         _check_answers(said.get("input"))
 
 
@@ -36,8 +39,8 @@ def _check_answers(items: Any) -> None:
         if not isinstance(item, dict) or item.get("role") != "assistant":
             continue
         parts = item.get("content")
-        if not isinstance(parts, list) or not {"id", "status"} <= item.keys():
-            continue  # a message as in a chat
+        if not isinstance(parts, list) or item.get("type") != "message":
+            continue  # a text, or a message as in a chat
         first = parts[0] if parts else None
         if not parts or (isinstance(first, dict) and first.get("type") == "refusal"):
             raise BadContent(

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 STEPS = 8  # tokens that are taken on trial; a grammar without a way out mostly shows at the first
-LONG_STEPS = 8  # of the longest ones; see grammar_time for what these show
+LONG_STEPS = 8  # of the longest ones; see time_limit for what these show
 
 
 def walk(backend: Any, compiled: Callable[[], Any], lengths: Any) -> None:

@@ -91,7 +91,9 @@ def _beside_others() -> tuple[Path, int]:
         folder = Path(tempfile.mkdtemp(prefix=beside))
         with contextlib.suppress(OSError):
             if (lock := _lock(folder)) is not None:
-                return folder, lock
+                if os.fstat(lock).st_nlink:  # else it was removed before it was locked
+                    return folder, lock
+                os.close(lock)
     raise OSError(f"no folder of {tempfile.gettempdir()} can be locked")
 
 
@@ -104,8 +106,10 @@ def _clear(folder: Path) -> None:
     """Remove the folder if no living process owns it, and the shared memory that was its own."""
     with contextlib.suppress(OSError):
         if (lock := _lock(folder)) is not None:
-            _remove(folder)
-            os.close(lock)
+            try:
+                _remove(folder)
+            finally:
+                os.close(lock)
 
 
 def _lock(folder: Path) -> int | None:

@@ -32,11 +32,13 @@ def test_what_is_within_them() -> None:
 
 
 @pytest.mark.parametrize("content", [[], [{"type": "refusal", "refusal": "no"}]])
-def test_an_earlier_answer_without_a_text(content: list[Any]) -> None:
-    answer = {"type": "message", "role": "assistant", "id": "msg_1", "status": "completed"}
+@pytest.mark.parametrize("given", [{}, {"id": "msg_1", "status": "completed"}])
+def test_an_earlier_answer_without_a_text(content: list[Any], given: dict[str, str]) -> None:
+    answer = {"type": "message", "role": "assistant", **given}
     asks = {"role": "user", "content": []}
-    with pytest.raises(BadContent, match="must begin with an output_text"):
-        check_response_fields(PATH, {"input": [asks, answer | {"content": content}]})
+    for path in (PATH, f"{PATH}/render"):
+        with pytest.raises(BadContent, match="must begin with an output_text"):
+            check_response_fields(path, {"input": [asks, answer | {"content": content}]})
     text = {"type": "output_text", "text": "yes", "annotations": []}
     check_response_fields(PATH, {"input": [asks, answer | {"content": [text, *content]}]})
     check_response_fields(PATH, {"input": [asks, {"role": "assistant", "content": content}]})
