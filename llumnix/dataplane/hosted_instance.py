@@ -6,12 +6,14 @@ once for each step. Everything runs on the node's event loop.
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import msgspec
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
 
 from llumnix.cluster import InstanceId, InstanceLoad, NodeId
 from llumnix.dataplane.frames import HandOver, Lost, Outputs, Submit
@@ -276,7 +278,11 @@ class HostedInstance:
             if death is not None and request in begun:
                 frame.fault, frame.alone = death.exception, [request] in (begun, fresh)
             request.origin.deliver(frame)
-        self._on_load()
+        if self.facts is not None:  # else vLLM's gauges would show its last step until the next one
+            idle = EngineCoreOutputs(scheduler_stats=SchedulerStats(), timestamp=time.monotonic())
+            self._deliver({}, idle)
+        else:
+            self._on_load()
 
     def _lose(
         self, origin: Origin, epoch: int, request_id: str, reason: str, retry: bool = True

@@ -34,10 +34,13 @@ class Recorder:
     node: str
     frames: list[Outputs | Lost] = field(default_factory=list)
     stats: int = 0
+    running: int = 0  # requests, by the last of them
 
     def deliver(self, frame: Outputs | Lost, stats: SchedulerStats | None = None) -> None:
         self.frames.append(frame)
-        self.stats += stats is not None
+        if stats is not None:
+            self.stats += 1
+            self.running = stats.num_running_reqs
 
     def got(self, name: str) -> list[tuple[int, int, list[int]]]:
         """Epoch, position and tokens of each output for a request."""
@@ -338,6 +341,16 @@ async def test_suspects_that_are_on_trial_together_are_told_so(steps: int) -> No
         (home,), (away, innocent) = hosted.home.lost, hosted.away.lost
         assert home.died and away.died and innocent.died
         assert (home.together, away.together, innocent.together) == (not steps, not steps, False)
+
+
+@on_loop
+async def test_the_metrics_of_a_dead_engine_show_nothing_that_runs() -> None:
+    async with Hosted() as hosted:
+        await hosted.instance.submit(hosted.away, submit("r1", [1, 2], 20))
+        await hosted.steps(1)
+        assert hosted.home.running == 1
+        hosted.engine.die("a-0 died")
+        assert hosted.home.running == 0 and hosted.instance.load().used_blocks == 0
 
 
 @on_loop
