@@ -95,6 +95,8 @@ def test_a_killed_engine_with_requests(node: Node) -> None:
     ]
     right = [Run(node, COMPLETIONS, body).begin() for body in bodies]
     expected = [run.end() for run in right]
+    # Dispatch goes by reports, which tell a moment later that these have ended.
+    eventually(lambda: not any(one["load"]["running"] for one in node.status["instances"]))
     runs = [Run(node, COMPLETIONS, body).begin() for body in bodies]
     where = {request["instance"] for run in runs for request in run.reach(5)}
     assert where == {"a-0", "a-1"}
