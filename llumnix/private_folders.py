@@ -34,10 +34,9 @@ def private_folder(path: Path) -> Path:
     """The folder, made if there is none, and closed to others. Raises NotPrivateError."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = path.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        if not is_private(path, others_may=0o077):
             raise NotPrivateError(f"{path} is not a folder of this user's own")
-        if found.st_mode & 0o077:
+        if not is_private(path):
             path.chmod(0o700)
     except OSError as error:
         raise NotPrivateError(f"{path} can't be used: {error.strerror or error}") from None

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from llumnix.server.access_log import shown
-from llumnix.server.door.callers import SEES_METRICS
+from llumnix.server.door.callers import ASKS_FOR_LOAD, SEES_LOAD
 from llumnix.server.errors import RETRY_SOON
 from llumnix.server.response_stream import Outlet
 
@@ -23,8 +23,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 AsgiApp = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-# Has vLLM tell a node's load with the answer, for which it collects all metrics on the loop.
-_ASKS_FOR_LOAD = b"endpoint-load-metrics-format"
 # aiohttp frames the body itself.
 _NOT_COPIED = frozenset({b"transfer-encoding", b"connection"})
 
@@ -65,7 +63,7 @@ async def serve(
 def scope_of(request: web.Request) -> dict[str, Any]:
     """The ASGI connection scope of an aiohttp request. Raises HTTPBadRequest for a bad Host."""
     peer = request.transport.get_extra_info("peername") if request.transport else None
-    sees_metrics = request.get(SEES_METRICS, False)
+    withheld = None if request.get(SEES_LOAD, False) else ASKS_FOR_LOAD.encode()
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -77,9 +75,9 @@ def scope_of(request: web.Request) -> dict[str, Any]:
         "query_string": request.rel_url.raw_query_string.encode(),
         "root_path": "",
         "headers": [
-            (name.lower(), value)
+            (lower, value)
             for name, value in request.raw_headers
-            if sees_metrics or name.lower() != _ASKS_FOR_LOAD
+            if (lower := name.lower()) != withheld
         ],
         "client": tuple(peer[:2]) if peer else None,
         "server": _server(request),

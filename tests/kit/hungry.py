@@ -6,9 +6,9 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.sampling_params import StructuredOutputsParams
 
-from llumnix.engine.vllm.grammars import trial as grammar_trial
+from llumnix.engine.vllm.grammars import trial
 
-FINE = grammar_trial.Verdict({"choice": None})
+FINE = trial.Verdict({"choice": None})
 
 
 class Hungry:
@@ -22,11 +22,11 @@ class Hungry:
 
 
 def _read(config: bytes) -> Any:
-    grammar_trial.Compiler.try_out = _try_out  # type: ignore[method-assign]
+    trial.Compiler.try_out = _try_out  # type: ignore[method-assign]
     return pickle.loads(config)
 
 
-def _try_out(self: Any, params: StructuredOutputsParams) -> grammar_trial.Verdict:
+def _try_out(self: Any, params: StructuredOutputsParams) -> trial.Verdict:
     if params.regex == "bad_alloc":
         raise RuntimeError("std::bad_alloc")  # as xgrammar says it
     held = []

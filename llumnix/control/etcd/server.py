@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from concurrent.futures import Future
@@ -281,9 +280,9 @@ def socket_folder(data: Path, name: str) -> Path:
     if len(os.fsencode(data / name)) <= LONGEST_SOCKET:
         return data
     digest = hashlib.sha256(os.fsencode(data)).hexdigest()[:16]
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
     # That of a user who has become this one by `su` may be somebody else's, or gone.
-    runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
-    base = runtime if is_private(runtime) else None
+    base = Path(runtime) if runtime and is_private(Path(runtime)) else None
     try:
         folder = known_folder(f"-{digest}", base)
     except OSError as error:

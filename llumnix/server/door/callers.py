@@ -30,8 +30,10 @@ class Caller:
 
 
 CALLER: web.RequestKey[Caller] = web.RequestKey("caller", Caller)
-# Whether the caller may see how busy the node is; a client otherwise learns nothing of others.
-SEES_METRICS: web.RequestKey[bool] = web.RequestKey("sees_metrics", bool)
+# Has vLLM tell a node's load with the answer, for which it collects all metrics on the loop.
+ASKS_FOR_LOAD = "endpoint-load-metrics-format"
+# Whether one who asks may know it: a client otherwise learns nothing of others.
+SEES_LOAD: web.RequestKey[bool] = web.RequestKey("sees_load", bool)
 
 ANYONE = Caller("anyone")
 OPERATOR = Caller("operator", operator=True)

@@ -5,7 +5,7 @@ from urllib.parse import quote
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 
-from llumnix.server.door.callers import CALLER, SEES_METRICS, Caller, Callers
+from llumnix.server.door.callers import ASKS_FOR_LOAD, CALLER, SEES_LOAD, Caller, Callers
 from llumnix.server.door.csrf import Pages, is_preflight
 from llumnix.server.door.routes import METRICS, Access, RouteTable
 from llumnix.server.errors import Handler, error_response
@@ -50,9 +50,10 @@ class Guard:
             if caller.by_place and (problem := self._pages.foreign(request, caller)) is not None:
                 return error_response(*problem)
             request[CALLER] = caller
-            public = self.routes.access(METRICS) is Access.PUBLIC
-            operator = self._callers.operator(request, caller)
-            request[SEES_METRICS] = public or operator is not None
+            if ASKS_FOR_LOAD in request.headers:
+                public = self.routes.access(METRICS) is Access.PUBLIC
+                operator = self._callers.operator(request, caller)
+                request[SEES_LOAD] = public or operator is not None
             return None
         return self._operators_only(request, caller, known=access is not None)
 

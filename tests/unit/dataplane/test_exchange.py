@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from vllm.lora.request import LoRARequest
 
-from llumnix.dataplane import utility_calls as utilities
+from llumnix.dataplane import utility_calls
 from llumnix.dataplane.frames import Lost, Outputs
 from llumnix.dataplane.ledger import Acceptance
 from llumnix.dataplane.placer import Route
@@ -392,7 +392,7 @@ async def test_a_call_that_meets_a_migration_is_made_again(monkeypatch: pytest.M
         a.engine(instance).call = answer  # type: ignore[method-assign]
         await a.client.sleep_async(1, "abort")
         assert calls == ["sleep"] * 3
-        monkeypatch.setattr(utilities, "HELD_SECONDS", 0.0)
+        monkeypatch.setattr(utility_calls, "HELD_SECONDS", 0.0)
         held.append(EngineError(BLOCKS_HELD))
         with pytest.raises(EngineError, match=BLOCKS_HELD):
             await a.client.sleep_async(1, "abort")

@@ -8,7 +8,7 @@ import pytest
 from llumnix.actors.actor_supervision import Supervised
 from llumnix.actors.base import Handle
 from llumnix.engine.base import EngineError
-from llumnix.migration import actor as admission
+from llumnix.migration import actor as module
 from llumnix.migration.actor import MigrationActor, accept_arrival, end_arrival
 from tests.kit.loop import on_loop
 
@@ -33,7 +33,7 @@ async def test_nothing_is_accepted(dead: Handle[MigrationActor]) -> None:
 async def test_an_end_that_nobody_writes_down_is_an_end(
     dead: Handle[MigrationActor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(admission, "PAUSE", 0.01)
+    monkeypatch.setattr(module, "PAUSE", 0.01)
     await end_arrival(dead, "m")
 
 

@@ -91,9 +91,7 @@ def _beside_others() -> tuple[Path, int]:
         folder = Path(tempfile.mkdtemp(prefix=beside))
         with contextlib.suppress(OSError):
             if (lock := _lock(folder)) is not None:
-                if os.fstat(lock).st_nlink:  # else it was removed before it was locked
-                    return folder, lock
-                os.close(lock)
+                return folder, lock
     raise OSError(f"no folder of {tempfile.gettempdir()} can be locked")
 
 
@@ -113,11 +111,16 @@ def _clear(folder: Path) -> None:
 
 
 def _lock(folder: Path) -> int | None:
-    """The descriptor that holds a folder's lock; None if another process has it."""
+    """The descriptor that holds a folder's lock; None if another process has it, or has removed it.
+
+    Raises OSError if there is no such folder.
+    """
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock).st_nlink:  # else it was removed between the two
+            return lock
     except OSError:
-        os.close(lock)
-        return None
-    return lock
+        pass
+    os.close(lock)
+    return None

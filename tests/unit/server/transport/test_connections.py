@@ -619,7 +619,7 @@ def test_as_many_connections_as_there_are_descriptors(monkeypatch: pytest.Monkey
     assert places(0, reserve=64) == 16_384
 
 
-def test_knobs_that_cannot_work() -> None:
+def test_options_that_cannot_work() -> None:
     for option, value in {
         "header_timeout": 0.0,
         "body_timeout": math.inf,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from llumnix.engine.vllm.grammars import time_limit as grammar_time
+from llumnix.engine.vllm.grammars import time_limit
 from llumnix.engine.vllm.grammars.time_limit import (
     PER_TOKEN,
     SAVED,
@@ -24,7 +24,7 @@ class Grammar:
         self.accepting = self.filling = self.now = 0.0
         self.accepted: list[int] = []
         self.rolled_back = self.resets = self.filled = 0
-        monkeypatch.setattr(grammar_time.time, "thread_time", lambda: self.now)
+        monkeypatch.setattr(time_limit.time, "thread_time", lambda: self.now)
 
     def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
         self.now += self.accepting * len(tokens)
